@@ -68,9 +68,9 @@ def load_emoji(
     """The emoji data set in one of its two domains, as `rada.data.source.Source`.
 
     Every class has `train_views` training and `test_views` test images. Each is the class's one drawing
-    under its own mild affine map (turned up to 12 degrees, scaled, sheared, shifted); in the target domain at a
-    weight of its own too, and no weight occurs in both splits. The images are drawn when indexed, in about a
-    millisecond, and depend on the arguments alone. Classes are sorted by name, items by class.
+    under its own mild affine map (turned up to 12 degrees, scaled, sheared, shifted); in the target domain at
+    a weight of its own too, and no weight occurs in both splits. The images are drawn when indexed, in about
+    a millisecond, and depend on the arguments alone. Classes are sorted by name, items by class.
 
     Args:
         domain: "target" (Noto line drawings, the default) or "source" (OpenMoji colour drawings).

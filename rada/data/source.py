@@ -1,0 +1,35 @@
+"""What every data source looks like: labelled splits of images, or of features computed before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled items. Exactly one of `images` and `features` is set."""
+
+    labels: Tensor  # [N] int64, in 0..K-1
+    images: Sequence | None = None  # N RGB PIL images, decoded when indexed
+    features: Tensor | None = None  # [N, D] image features
+    names: tuple[str, ...] | None = None  # N names to print: a file path, a code point
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: its classes and its train and test splits."""
+
+    name: str
+    class_names: tuple[str, ...]  # K names
+    train: Split
+    test: Split
+    attribution: str = ""  # licences and authors, printed wherever the data is used
+    text_features: Tensor | None = None  # [K, D], only with features computed before
+    logit_scale: float | None = None  # the exponentiated scale that goes with text_features
+    skipped: tuple[str, ...] = ()  # unreadable files left out because the caller asked for it

@@ -1,0 +1,138 @@
+"""RAdaHead: the module to drop into a training loop."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from rada_kernels import BackendChoice, Options, Params, backend_for, rada_logits, rada_mask
+from rada_kernels.backends import BACKENDS
+
+# The released checkpoints prefix the head's parameters with its attribute name in the training code.
+RELEASED_PREFIX = "mha."
+
+
+class RAdaHead(nn.Module):
+    """The RAda head: logits of image features against text features under a learned mask of the rational matrix.
+
+    The same as ``logit_scale * f @ h.T`` until it is trained (f, h: features divided by their norms), because the
+    output projection starts at zero.
+
+    embed_dim: D, the width of both features.
+    num_heads: H, must divide embed_dim. Default 8.
+    temperature: τ, divides the attention scores. Default 1.0.
+    queries: any non-empty subset of ("image", "text", "rational"). Default: all three.
+    penalty: "linf" (default), "l1" or "mse": what of |M - 1| the penalty measures.
+    normalize: divide the features by their L2 norm first. Default True; a zero row stays zero, with zero gradient.
+    backend: "auto" (default, or what RADA_BACKEND names), "torch", "reference", ...: see `rada_kernels.BACKENDS`.
+    device, dtype: of the parameters. Features must have the same, or run under torch.autocast.
+
+    Parameters carry the released names: q_proj1, q_proj2, q_proj3 (image, text, rational query), k_proj, v_proj,
+    out_proj, each with weight [D, D] and bias [D]. Layers of query kinds that are not in use do not require a
+    gradient, so that DistributedDataParallel finds none unused.
+
+    Source: One Last Attention for Your Vision-Language Model, ICCV 2025, arXiv 2507.15480.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int = 8,
+        *,
+        temperature: float = 1.0,
+        queries: tuple[str, ...] = ("image", "text", "rational"),
+        penalty: str = "linf",
+        normalize: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if isinstance(embed_dim, bool) or not isinstance(embed_dim, int) or embed_dim < 1:
+            raise ValueError(f"embed_dim: got {embed_dim!r}; it takes a positive int")
+        self.options = Options(num_heads, temperature, tuple(queries) if isinstance(queries, list) else queries,
+                               penalty, normalize)  # fmt: skip
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads: got {num_heads}; it takes a divisor of embed_dim {embed_dim}")
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"backend: got {backend!r}; it takes one of {('auto', *BACKENDS)}")
+        self.embed_dim = embed_dim
+        self.backend = backend
+
+        def linear():
+            return nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
+
+        self.q_proj1, self.q_proj2, self.q_proj3 = linear(), linear(), linear()
+        self.k_proj, self.v_proj, self.out_proj = linear(), linear(), linear()
+        nn.init.zeros_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+        for kind, layer in (("image", self.q_proj1), ("text", self.q_proj2), ("rational", self.q_proj3)):
+            layer.requires_grad_(kind in self.options.queries)
+
+    @classmethod
+    def from_released(cls, checkpoint: str | os.PathLike | dict, num_heads: int = 8, **options) -> RAdaHead:
+        """A head from a checkpoint of the released training code, {"state_dict": {"mha.q_proj1.weight": ...}}.
+
+        checkpoint: its path, or the loaded dict; a bare state dict, with or without the "mha." prefix, will do.
+        num_heads, options: as for RAdaHead; the checkpoint does not hold them. Released runs use 8 heads.
+        """
+        if not isinstance(checkpoint, dict):
+            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = checkpoint.get("state_dict", checkpoint)
+        prefixed = {k.removeprefix(RELEASED_PREFIX): v for k, v in state.items() if k.startswith(RELEASED_PREFIX)}
+        state = prefixed or state
+        if "q_proj1.weight" not in state:
+            raise ValueError(
+                f"checkpoint: got the entries {sorted(state)[:8]}; it takes a state dict with "
+                f"'{RELEASED_PREFIX}q_proj1.weight' or 'q_proj1.weight'"
+            )
+        weight = state["q_proj1.weight"]
+        options.setdefault("dtype", weight.dtype)
+        head = cls(weight.shape[0], num_heads, **options)
+        head.load_state_dict(state)
+        return head
+
+    def params(self, logit_scale: Tensor | float = 1.0, logit_bias: Tensor | float | None = None) -> Params:
+        """The head's tensors as `rada_kernels.rada_logits` takes them."""
+        layers = (self.q_proj1, self.q_proj2, self.q_proj3, self.k_proj, self.v_proj, self.out_proj)
+        tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        return Params(*tensors, logit_scale=logit_scale, logit_bias=logit_bias)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        return_penalty: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, K] of image_features [B, D] against text_features [K, D].
+
+        logit_scale: the exponentiated scale, a float or a 0-d tensor; open_clip: ``model.logit_scale.exp()``.
+        logit_bias: SigLIP's, or None.
+        return_penalty: also return the penalty, a 0-d float32 tensor; add α times it to the loss.
+
+        Logits have the features' dtype, float32 under autocast. Raises TypeError or ValueError naming the argument.
+        """
+        logits, penalty = rada_logits(
+            image_features, text_features, self.params(logit_scale, logit_bias), self.options, self.backend
+        )
+        return (logits, penalty) if return_penalty else logits
+
+    def mask(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+        """The mask M [B, K, D], without gradients. It is as large as it looks: for a few images at a time."""
+        return rada_mask(image_features, text_features, self.params(logit_scale), self.options)
+
+    def backend_for(self, image_features: Tensor) -> BackendChoice:
+        """The name of the backend that serves these features; `.passed_over` says why not the ones before it."""
+        return backend_for(image_features, self.options, self.backend)
+
+    def extra_repr(self) -> str:
+        o = self.options
+        return (
+            f"{self.embed_dim}, num_heads={o.num_heads}, temperature={o.temperature}, queries={o.queries}, "
+            f"penalty={o.penalty!r}, normalize={o.normalize}, backend={self.backend!r}"
+        )

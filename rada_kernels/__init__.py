@@ -1,0 +1,24 @@
+"""Operators of Rational Adaptation: tensors in, tensors out. The data's way, a room for each step:
+
+rational_projection → mask_attention → logit_reduction
+
+`backends` composes the steps, `operators` registers them with torch, `logits` holds the functions people call.
+"""
+
+from rada_kernels.backends import BACKENDS, BackendChoice, choose_backend, usable_backends
+from rada_kernels.logits import backend_for, rada_logits, rada_mask
+from rada_kernels.options import PENALTIES, QUERIES, Options, Params
+
+__all__ = [
+    "BACKENDS",
+    "PENALTIES",
+    "QUERIES",
+    "BackendChoice",
+    "Options",
+    "Params",
+    "backend_for",
+    "choose_backend",
+    "rada_logits",
+    "rada_mask",
+    "usable_backends",
+]

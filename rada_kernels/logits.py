@@ -1,0 +1,89 @@
+"""rada_logits: the function under the head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import rada_kernels.operators  # noqa: F401  (registers torch.ops.rada)
+from rada_kernels.backends import BackendChoice, choose_backend, reference, tiled
+from rada_kernels.checks import check_inputs
+from rada_kernels.operators import pack_options
+from rada_kernels.options import Options, Params
+from rada_kernels.rows import accumulation_dtype
+
+
+def backend_for(image: Tensor, options: Options, backend: str = "auto") -> BackendChoice:
+    """The backend that serves a call with these image features [B, D]; under autocast, in its dtype."""
+    return BackendChoice(*_choose(image, options, backend))
+
+
+def _choose(image: Tensor, options: Options, backend: str) -> tuple[str, dict[str, str]]:
+    dtype = image.dtype
+    if torch.is_autocast_enabled(image.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(image.device.type)
+    return choose_backend(backend, dtype, image.device, image.shape[-1], options.num_heads)
+
+
+def rada_logits(
+    image: Tensor, text: Tensor, params: Params, options: Options | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Logits of image features against text features under a learned mask.
+
+    In plain PyTorch, with rows normalised and with X = s·R: ``R = f[:, None] * h``; ``A_n = K * softmax`` over all
+    K·K pairs of ``q_n @ key.mT / (sqrt(E) * temperature)`` per head; ``M = relu(1 + mean_n(A_n) @ value @ Wo.T + co)``;
+    ``logits = logit_scale * (M * R).sum(-1) + logit_bias``.
+
+    image: [B, D] image features, raw or normalised; float32, bfloat16, float16 or float64.
+    text: [K, D] text features, the same dtype and device.
+    params: the six layers [D, D] and [D] in the features' dtype (under autocast in any floating dtype), the
+        exponentiated logit_scale (a positive 0-d tensor or float) and an optional logit_bias.
+    options: see `Options`; None means its defaults.
+    backend: "auto" (default), or a name that must serve the call. See `rada_kernels.backends`.
+
+    Returns logits [B, K] in the features' dtype (float32 under autocast) and the penalty, a 0-d tensor in float32
+    (float64 for float64 features): the mean over the images of what Options.penalty names, 0 for an empty batch.
+    Products run in the input dtype and accumulate in float32; the logits are rounded once.
+
+    The gradient reaches logit_scale through the final product only. NaN or Inf in one image's features stays in
+    that image's logits. Raises TypeError or ValueError naming the argument, what it got and what it takes.
+    Source: One Last Attention for Your Vision-Language Model, ICCV 2025, arXiv 2507.15480.
+    """
+    options = Options() if options is None else options
+    check_inputs(image, text, params, options)
+    params = _on_device(params, image)
+    name, _ = _choose(image, options, backend)
+    if name == "reference":
+        sums, deviation = reference.masked_similarity(image, text, params, options)
+    else:
+        # An exported program keeps nothing: what fits a byte budget depends on B, which export leaves open.
+        save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        save = save and any(t.requires_grad for t in (image, text, *params.layers))
+        sums, deviation, _ = torch.ops.rada.masked_similarity(
+            image, text, params.logit_scale.detach(), params.layers, *pack_options(options, name), save
+        )
+    logits = params.logit_scale * sums
+    if params.logit_bias is not None:
+        logits = logits + params.logit_bias
+    if not torch.is_autocast_enabled(image.device.type):
+        logits = logits.to(image.dtype)
+    return logits, deviation.sum() / max(image.shape[0], 1)
+
+
+def rada_mask(image: Tensor, text: Tensor, params: Params, options: Options | None = None) -> Tensor:
+    """The mask M [B, K, D] itself, for looking at: without gradients, in the features' dtype. Arguments as above."""
+    options = Options() if options is None else options
+    check_inputs(image, text, params, options)
+    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+        return tiled.mask(image, text, _on_device(params, image), options)
+
+
+def _on_device(params: Params, image: Tensor) -> Params:
+    """The scale and the bias as 0-d tensors beside the features, in the accumulation dtype."""
+
+    def scalar(value):
+        if value is None:
+            return None
+        return torch.as_tensor(value, dtype=accumulation_dtype(image.dtype), device=image.device).reshape(())
+
+    return params._replace(logit_scale=scalar(params.logit_scale), logit_bias=scalar(params.logit_bias))

@@ -1,0 +1,133 @@
+"""The registered operators torch.ops.rada.masked_similarity and its backward.
+
+One schema serves every backend; the backend's name travels as an argument. The wrappers in `rada_kernels.logits`
+are what people call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rada_kernels.backends import BACKENDS
+from rada_kernels.options import Options, Params, Wanted
+from rada_kernels.rows import accumulation_dtype
+
+_OPTIONS = "int num_heads, float temperature, str queries, str penalty, bool normalize, str backend"
+_INPUTS = "Tensor image, Tensor text, Tensor logit_scale, Tensor[] layers"
+
+LIBRARY = torch.library.Library("rada", "DEF")
+# sums [B, K]: Σ_d M R; deviation [B]: each image's statistic of |M - 1|; kept: what the backward pass starts from.
+LIBRARY.define(f"masked_similarity({_INPUTS}, {_OPTIONS}, bool save) -> (Tensor sums, Tensor deviation, Tensor[] kept)")
+LIBRARY.define(
+    f"masked_similarity_backward(Tensor grad_sums, Tensor? grad_deviation, {_INPUTS}, Tensor[] kept, {_OPTIONS}, "
+    "bool want_image, bool want_text, bool want_layers) -> Tensor[]"
+)
+
+
+def pack_options(options: Options, backend: str) -> tuple:
+    """Options and backend as the operators take them."""
+    queries = ",".join(options.queries)
+    return options.num_heads, options.temperature, queries, options.penalty, options.normalize, backend
+
+
+def _unpack_options(num_heads, temperature, queries, penalty, normalize) -> Options:
+    return Options(num_heads, temperature, tuple(queries.split(",")), penalty, normalize)
+
+
+@torch.library.impl(LIBRARY, "masked_similarity", "CompositeExplicitAutograd")
+def _forward(image, text, logit_scale, layers, *packed):
+    *options, backend, save = packed
+    return BACKENDS[backend].forward(image, text, Params(*layers, logit_scale), _unpack_options(*options), save)
+
+
+@torch.library.register_fake("rada::masked_similarity", lib=LIBRARY)
+def _forward_fake(image, text, logit_scale, layers, *packed):
+    *options, backend, save = packed
+    dtype = accumulation_dtype(image.dtype)
+    sums = image.new_empty(image.shape[0], text.shape[0], dtype=dtype)
+    deviation = image.new_empty(image.shape[0], dtype=dtype)
+    return sums, deviation, BACKENDS[backend].empty_kept(image, text, _unpack_options(*options), save).tensors()
+
+
+@torch.library.impl(LIBRARY, "masked_similarity_backward", "CompositeExplicitAutograd")
+def _backward(grad_sums, grad_deviation, image, text, logit_scale, layers, kept, *packed):
+    *options, backend, want_image, want_text, want_layers = packed
+    return BACKENDS[backend].backward(
+        grad_sums,
+        grad_deviation,
+        image,
+        text,
+        Params(*layers, logit_scale),
+        kept,
+        _unpack_options(*options),
+        Wanted(want_image, want_text, want_layers),
+    )
+
+
+@torch.library.register_fake("rada::masked_similarity_backward", lib=LIBRARY)
+def _backward_fake(grad_sums, grad_deviation, image, text, logit_scale, layers, kept, *packed):
+    want_image, want_text, want_layers = packed[-3:]
+    like = [image] * want_image + [text] * want_text + list(layers) * want_layers
+    return [t.new_empty(t.shape) for t in like]
+
+
+def _setup_context(ctx, inputs, output):
+    image, text, logit_scale, layers, *packed, save = inputs
+    _, _, kept = output
+    ctx.set_materialize_grads(False)  # no zeros as large as what is kept
+    ctx.packed = packed
+    ctx.layer_count = len(layers)
+    ctx.save_for_backward(image, text, logit_scale, *layers, *kept)
+
+
+def _autograd(ctx, grad_sums, grad_deviation, _):
+    image, text, logit_scale, *rest = ctx.saved_tensors
+    layers, kept = rest[: ctx.layer_count], rest[ctx.layer_count :]
+    need_image, need_text, _, need_layers = ctx.needs_input_grad[:4]
+    wanted = Wanted(need_image, need_text, any(need_layers))
+    if grad_sums is None:
+        grad_sums = image.new_zeros(image.shape[0], text.shape[0], dtype=accumulation_dtype(image.dtype))
+    grads = iter(
+        torch.ops.rada.masked_similarity_backward(
+            grad_sums, grad_deviation, image, text, logit_scale, layers, kept, *ctx.packed, *wanted
+        )
+    )
+    grad_image = next(grads) if wanted.image else None
+    grad_text = next(grads) if wanted.text else None
+    grad_layers = [grad if on else None for grad, on in zip(grads, need_layers, strict=True)] if wanted.layers else None
+    return grad_image, grad_text, None, grad_layers, *[None] * (len(ctx.packed) + 1)
+
+
+torch.library.register_autograd(
+    "rada::masked_similarity", _autograd, setup_context=_setup_context, lib=LIBRARY
+)
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    """Follow the dtype of the surrounding autocast, whatever it is, and run the operators' bodies outside of it."""
+
+    def cast(tensor: Tensor) -> Tensor:  # float64 stays as it is, as in torch's own rules
+        return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device_type))
+
+    def forward(image, text, logit_scale, layers, *packed):
+        layers = [cast(layer) for layer in layers]
+        image, text = cast(image), cast(text)
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.rada.masked_similarity(image, text, logit_scale, layers, *packed)
+
+    def backward(*args):
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.rada.masked_similarity_backward(*args)
+
+    torch.library.impl(LIBRARY, "masked_similarity", key)(forward)
+    torch.library.impl(LIBRARY, "masked_similarity_backward", key)(backward)
+
+
+for _device_type, _key in {
+    "cpu": "AutocastCPU",
+    "cuda": "AutocastCUDA",
+    "mps": "AutocastMPS",
+    "xpu": "AutocastXPU",
+}.items():
+    _register_autocast(_device_type, _key)

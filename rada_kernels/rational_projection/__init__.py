@@ -1,0 +1,1 @@
+"""Step 1 of 3: features → queries, keys and values over the rational matrix."""

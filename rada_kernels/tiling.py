@@ -1,0 +1,63 @@
+"""How the `torch` backend cuts a call into tiles, and what it keeps for the backward pass: bytes, from shapes alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rada_kernels.rows import accumulation_dtype
+
+MIB = 1 << 20
+# A score tile should stay in a CPU's last-level cache between its passes; other devices want launches to be large.
+TILE_BYTES = {"cpu": 8 * MIB}
+TILE_BYTES_ELSEWHERE = 128 * MIB
+# What the forward pass may keep for the backward pass. The rest is computed again.
+SAVE_BYTES = 512 * MIB
+
+
+def budget(variable: str, default: int) -> int:
+    """The byte budget that an environment variable sets, or its default."""
+    text = os.environ.get(variable)
+    if text is None:
+        return default
+    if not text.isdecimal():
+        raise ValueError(f"{variable}: got {text!r}; it takes a number of bytes, such as {default}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Images per chunk, and (image, head) pairs and class rows per score tile. Each at least 1."""
+
+    images: int
+    heads: int
+    rows: int
+
+    @staticmethod
+    def fit(classes: int, embed_dim: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> Tiling:
+        """The largest tiles within RADA_TILE_BYTES, from K, D, H, dtype and device (not from B: a call may grow)."""
+        tile_bytes = budget("RADA_TILE_BYTES", TILE_BYTES.get(device.type, TILE_BYTES_ELSEWHERE))
+        numbers = tile_bytes // accumulation_dtype(dtype).itemsize
+        rows = max(1, min(classes, numbers // classes))
+        heads = max(1, numbers // (rows * classes))
+        # A chunk's rows of width D: the rational matrix, keys, values, queries, attended rows, outputs.
+        images = max(1, numbers // (classes * embed_dim))
+        return Tiling(images, heads, rows)
+
+    def chunks(self, batch: int) -> Iterator[slice]:
+        """Slices of images that cover the batch."""
+        return _slices(batch, self.images)
+
+    def tiles(self, pairs: int, classes: int) -> Iterator[tuple[slice, slice]]:
+        """(slice of (image, head) pairs, slice of class rows) that cover a chunk's scores."""
+        for pair_slice in _slices(pairs, self.heads):
+            for row_slice in _slices(classes, self.rows):
+                yield pair_slice, row_slice
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
