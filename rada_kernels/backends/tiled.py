@@ -15,6 +15,7 @@ from rada_kernels.logit_reduction import tiled as logit_reduction
 from rada_kernels.mask_attention import tiled as mask_attention
 from rada_kernels.options import Options, Params, Wanted
 from rada_kernels.rational_projection import tiled as rational_projection
+from rada_kernels.rational_projection.tiled import join_heads, split_heads
 from rada_kernels.rows import accumulation_dtype, inverse_norms, unit_rows_backward
 from rada_kernels.tiling import SAVE_BYTES, Tiling, budget
 
@@ -103,17 +104,22 @@ class Call:
             self.f, self.h = self.f * self.inverse[0].unsqueeze(-1), self.h * self.inverse[1].unsqueeze(-1)
         self.factor = options.score_factor(self.width)
         self.tiling = Tiling.fit(self.classes, self.width, options.num_heads, image.dtype, image.device)
-        self.weights, self.biases = rational_projection.stack_layers(params, options.queries)
+        # The layers over X, in the order in which their results are kept.
+        self.x_layers = ["key", "value"] + ["query_rational"] * ("rational" in options.queries)
         self.image_query = self.text_query = None
         root, heads = self.scale.sqrt(), options.num_heads
         if "image" in options.queries:
             self.image_query = rational_projection.direct_query(  # [B, H, E]
-                root, self.f, params.query_image_weight, params.query_image_bias, heads
+                root, self.f, *self.layer("query_image"), heads
             )
         if "text" in options.queries:
             self.text_query = rational_projection.direct_query(  # [H, K, E]
-                root, self.h, params.query_text_weight, params.query_text_bias, heads
+                root, self.h, *self.layer("query_text"), heads
             ).transpose(0, 1)
+
+    def layer(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight [D, D] and bias [D]."""
+        return getattr(self.params, f"{name}_weight"), getattr(self.params, f"{name}_bias")
 
     def rational_rows(self, b: slice) -> Tensor:
         return rational_projection.rational_rows(self.f[b], self.h, self.scale, self.dtype)
@@ -127,18 +133,24 @@ class Call:
         matrix.extend(projections[2:])
         return image, matrix
 
-    def forward(self, b: slice, weights: Tensor) -> Kept:
-        """The three steps for the images of slice b; `weights` [n, P, K, K] receives A_n, unless it is empty."""
-        projections = rational_projection.rational_projection(
-            self.rational_rows(b), self.weights, self.biases, self.classes, self.options.num_heads
-        )
+    def forward(self, b: slice, kept: Kept) -> Kept:
+        """The three steps for the images of slice b. Projections and weights are written where they are kept."""
+        heads = self.options.num_heads
+        x = self.rational_rows(b)
+        projections = kept.projections
+        if not projections.numel():
+            projections = projections.new_empty(
+                len(self.x_layers), (b.stop - b.start) * heads, self.classes, self.width // heads
+            )
+        for name, out in zip(self.x_layers, projections, strict=True):
+            rational_projection.rational_projection(x, *self.layer(name), heads, out)
         image_query, matrix_queries = self.queries(b, projections)
         rows, lse, kinds = mask_attention.mask_attention(
-            image_query, matrix_queries, projections[0], projections[1], self.factor, self.tiling, weights
+            image_query, matrix_queries, *projections[:2], kept.weights, self.factor, self.tiling
         )
-        change = logit_reduction.mask_change(_join_heads(rows, self.options.num_heads), self.params, self.f[b])
+        change = logit_reduction.mask_change(join_heads(rows, heads), self.params, self.f[b])
         peak = logit_reduction.peak(change)
-        return Kept(lse, peak[None], projections, rows[None], kinds, change[None], weights)
+        return Kept(lse, peak[None], projections, rows[None], kinds, change[None], kept.weights)
 
 
 def forward(
@@ -151,7 +163,7 @@ def forward(
     deviation = call.f.new_empty(call.batch)
     for b in call.tiling.chunks(call.batch):
         mine = kept.chunk(b, options.num_heads)
-        chunk = call.forward(b, mine.weights)
+        chunk = call.forward(b, mine)
         sums[b] = logit_reduction.masked_sums(chunk.change[0], call.f[b], call.h)
         deviation[b] = logit_reduction.deviation(chunk.change[0], chunk.peak[0], options.penalty)
         mine.store(chunk)
@@ -164,7 +176,7 @@ def mask(image: Tensor, text: Tensor, params: Params, options: Options) -> Tenso
     kept = empty_kept(image, text, options, save=False)
     masks = image.new_empty(call.batch, call.classes, call.width)
     for b in call.tiling.chunks(call.batch):
-        masks[b] = (1 + call.forward(b, kept.weights).change[0]).to(image.dtype)
+        masks[b] = (1 + call.forward(b, kept.chunk(b, options.num_heads)).change[0]).to(image.dtype)
     return masks
 
 
@@ -184,7 +196,7 @@ def backward(
     sums = GradientSums(call, wanted)
     for b in call.tiling.chunks(call.batch):
         mine = kept.chunk(b, options.num_heads)
-        chunk = mine if kept.rows.numel() else call.forward(b, mine.weights)
+        chunk = mine if kept.rows.numel() else call.forward(b, mine)
         sums.add_chunk(b, chunk, grad_sums[b], None if grad_deviation is None else grad_deviation[b])
     return sums.finish()
 
@@ -194,96 +206,82 @@ class GradientSums:
 
     def __init__(self, call: Call, wanted: Wanted):
         self.call, self.wanted = call, wanted
-        zeros = call.f.new_zeros
-        self.f, self.h = zeros(call.f.shape), zeros(call.h.shape)
-        self.x_weight, self.x_bias = zeros(call.weights.shape), zeros(call.biases.shape)
-        self.out_weight, self.out_bias = zeros(call.params.out_weight.shape), zeros(call.params.out_bias.shape)
-        self.image_query = None if call.image_query is None else zeros(call.image_query.shape)  # [B, H, E]
-        self.text_query = None if call.text_query is None else zeros(call.text_query.shape)  # [H, K, E]
+        self.layers: dict[str, tuple[Tensor, Tensor]] = {}  # by name: weight [D, D], bias [D]
+        self.f, self.h = torch.zeros_like(call.f), torch.zeros_like(call.h)
+        self.image_query = None if call.image_query is None else torch.zeros_like(call.f)  # [B, D]
+        self.text_query = None if call.text_query is None else torch.zeros_like(call.h)  # [K, D]
+
+    def add_layer(self, name: str, grad: Tensor, rows: Tensor) -> None:
+        """Add a linear layer's gradients from those of its result [N, D] and its input [N, D]."""
+        bias = grad.sum(0, dtype=self.call.f.dtype)
+        if name not in self.layers:
+            self.layers[name] = (grad.t() @ rows).to(bias.dtype), bias
+            return
+        weight_sum, bias_sum = self.layers[name]
+        bias_sum += bias
+        if weight_sum.dtype == grad.dtype:
+            weight_sum.addmm_(grad.t(), rows)
+        else:
+            weight_sum += grad.t() @ rows
 
     def add_chunk(self, b: slice, chunk: Kept, grad_sums: Tensor, grad_deviation: Tensor | None) -> None:
         """Run the three steps backward for the images of slice b."""
         call, heads = self.call, self.call.options.num_heads
         f, change = call.f[b], chunk.change[0]
-        features = self.wanted.image or self.wanted.text
 
         grad_out = logit_reduction.logit_reduction_backward(
             grad_sums, grad_deviation, change, f, call.h, chunk.peak[0], call.options.penalty
-        ).flatten(0, 1)  # [b·K, D]
-        grad_out = grad_out.to(call.dtype)
+        )
+        grad_out = grad_out.flatten(0, 1).to(call.dtype)  # [b·K, D]
         if self.wanted.layers:
-            _add_layer(self.out_weight, self.out_bias, grad_out, _join_heads(chunk.rows[0], heads))
-        grad_rows = _split_heads(grad_out @ call.params.out_weight, call.classes, heads)
+            self.add_layer("out", grad_out, join_heads(chunk.rows[0], heads))
+        grad_rows = split_heads(grad_out @ call.params.out_weight, call.classes, heads)
 
         image_query, matrix_queries = call.queries(b, chunk.projections)
         key, value = chunk.projections[:2]
         grads = mask_attention.mask_attention_backward(
-            grad_rows, image_query, matrix_queries, key, value, chunk.lse, chunk.kinds, call.factor, call.tiling,
-            chunk.weights,
+            grad_rows, image_query, matrix_queries, key, value, chunk.lse, chunk.kinds, chunk.weights, call.factor,
+            call.tiling,
         )  # fmt: skip
-        rational = [grads.matrix_queries.pop()] if len(chunk.projections) == 3 else []
+        grad_x_layers = [grads.key, grads.value]
+        if "rational" in call.options.queries:
+            grad_x_layers.append(grads.matrix_queries.pop())
         if image_query is not None:
-            self.image_query[b] = grads.image_query.view_as(self.image_query[b])
+            self.image_query[b] = grads.image_query.reshape_as(f)
         if grads.matrix_queries:
-            self.text_query += grads.matrix_queries[0].unflatten(0, (-1, heads)).sum(0, dtype=call.f.dtype)
+            by_image = grads.matrix_queries[0].unflatten(0, (-1, heads)).sum(0, dtype=call.f.dtype)  # [H, K, E]
+            self.text_query += join_heads(by_image, heads)
 
-        grad_x_rows = rational_projection.rational_projection_backward(
-            torch.stack([grads.key, grads.value, *rational]), heads
-        )  # [b·K, N·D]
-        if self.wanted.layers:
-            _add_layer(self.x_weight, self.x_bias, grad_x_rows, call.rational_rows(b))
-        if features:
-            grad_x = (grad_x_rows @ call.weights).to(call.f.dtype).unflatten(0, (-1, call.classes))  # [b, K, D]
+        x = call.rational_rows(b) if self.wanted.layers else None
+        grad_x = 0
+        for name, pairs in zip(call.x_layers, grad_x_layers, strict=True):
+            grad = join_heads(pairs, heads)  # [b·K, D]
+            if self.wanted.layers:
+                self.add_layer(name, grad, x)
+            if self.wanted.image or self.wanted.text:
+                grad_x = grad_x + (grad @ call.layer(name)[0]).to(f.dtype)
+        if self.wanted.image or self.wanted.text:
             # Through X = s R and through the sums M R; M - 1 is what is kept.
-            grad_r = call.scale * grad_x + grad_sums.unsqueeze(-1) * (1 + change)
+            grad_r = call.scale * grad_x.unflatten(0, (-1, call.classes)) + grad_sums.unsqueeze(-1) * (1 + change)
             self.f[b] = (grad_r * call.h).sum(1)
             self.h += (grad_r * f.unsqueeze(1)).sum(0)
 
     def finish(self) -> list[Tensor]:
         """The two queries without X, the rows' normalisation, and one rounding to the dtype of the inputs."""
-        call, wanted, params = self.call, self.wanted, self.call.params
-        root = call.scale.sqrt()
-        direct = {}
-        for kind, rows, grad_rows, grad_query in (
-            ("image", call.f, self.f, self.image_query),
-            ("text", call.h, self.h, None if self.text_query is None else self.text_query.transpose(0, 1)),
+        call, wanted, root = self.call, self.wanted, self.call.scale.sqrt()
+        for name, rows, grad_rows, grad in (
+            ("query_image", call.f, self.f, self.image_query),
+            ("query_text", call.h, self.h, self.text_query),
         ):
-            if grad_query is None:
-                direct[kind] = [torch.zeros_like(self.out_weight), torch.zeros_like(self.out_bias)]
-                continue
-            grad = grad_query.flatten(1)  # [N, D]
-            direct[kind] = [grad.t() @ (root * rows), grad.sum(0)]
-            grad_rows += root * (grad @ getattr(params, f"query_{kind}_weight").to(grad.dtype))
+            if grad is not None:
+                self.add_layer(name, grad, root * rows)
+                grad_rows += root * (grad @ call.layer(name)[0].to(grad.dtype))
         grads = []
-        for index, on in enumerate((wanted.image, wanted.text)):
+        for on, grad, unit, index in ((wanted.image, self.f, call.f, 0), (wanted.text, self.h, call.h, 1)):
             if on:
-                grad, unit = ((self.f, call.f), (self.h, call.h))[index]
                 grads.append(unit_rows_backward(grad, unit, call.inverse[index]) if call.inverse else grad)
         if wanted.layers:
-            stacked = list(zip(self.x_weight.chunk(3), self.x_bias.chunk(3), strict=True))
-            if "rational" not in call.options.queries:
-                halves = zip(self.x_weight.chunk(2), self.x_bias.chunk(2), strict=True)
-                stacked = [*halves, (torch.zeros_like(self.out_weight), torch.zeros_like(self.out_bias))]
-            key, value, rational = stacked
-            for pair in (direct["image"], direct["text"], rational, key, value, (self.out_weight, self.out_bias)):
-                grads.extend(pair)
-        return [grad.to(call.dtype).contiguous() for grad in grads]
-
-
-def _add_layer(weight: Tensor, bias: Tensor, grad: Tensor, rows: Tensor) -> None:
-    """Add a linear layer's gradients: grad [N, out], rows [N, in]."""
-    if weight.dtype == grad.dtype:
-        weight.addmm_(grad.t(), rows)
-    else:
-        weight += grad.t() @ rows
-    bias += grad.sum(0, dtype=bias.dtype)
-
-
-def _join_heads(pairs: Tensor, num_heads: int) -> Tensor:
-    """[b·H, K, E] -> [b·K, D]"""
-    return pairs.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(-2).flatten(0, 1)
-
-
-def _split_heads(rows: Tensor, classes: int, num_heads: int) -> Tensor:
-    """[b·K, D] -> [b·H, K, E]"""
-    return rows.view(-1, classes, num_heads, rows.shape[-1] // num_heads).transpose(1, 2).flatten(0, 1)
+            for layer in ("query_image", "query_text", "query_rational", "key", "value", "out"):
+                # A query kind that is not in use has no part in the logits.
+                grads += self.layers.get(layer) or [torch.zeros_like(t) for t in call.layer(layer)]
+        return [grad.to(call.dtype) for grad in grads]

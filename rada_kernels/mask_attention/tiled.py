@@ -42,9 +42,9 @@ def mask_attention(
     matrix_queries: list[Tensor],  # each [P, K, E]
     key: Tensor,  # [P, K, E]
     value: Tensor,  # [P, K, E]
+    weights: Tensor,  # [matrix kinds, P, K, K] to be filled with A_n, or with P = 0
     factor: float,
     tiling: Tiling,
-    weights: Tensor,  # [matrix kinds, P, K, K] to be filled with A_n, or [matrix kinds, 0, K, K]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Joint-softmax attention, averaged over the query kinds.
 
@@ -117,9 +117,9 @@ def mask_attention_backward(
     value: Tensor,
     lse: Tensor,  # [matrix kinds, P]
     kinds: Tensor,  # [matrix kinds, P, K, E], or with P = 0 where one tile holds all rows of a pair
+    weights: Tensor,  # [matrix kinds, P, K, K] A_n, or with P = 0 where it was not kept
     factor: float,
     tiling: Tiling,
-    weights: Tensor,  # [matrix kinds, P, K, K] A_n, or with P = 0 where it was not kept
 ) -> AttentionGradients:
     """dS_n = A_n ⊙ (dA - δ_n), dA = grad valueᵀ / kinds, with one δ_n = (1/K) Σ A_n dA per (image, head)."""
     pairs, classes, _ = key.shape
