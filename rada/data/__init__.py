@@ -1,0 +1,66 @@
+"""Data: one small interface, `Source`, over image folders, features computed before, and the embedded emoji
+set.
+
+    source = load_source("folder:path/to/images")
+    source = load_source("features:path/to/features.npz")
+    source = load_source("emoji")
+
+`rada.data.folder` and `rada.data.features` state what they read; `rada.data.splits` holds the few-shot and
+base-to-new protocols.
+"""
+
+from __future__ import annotations
+
+from rada.data.source import Source, Split
+from rada.data.splits import (
+    HarmonicMeans,
+    base_new,
+    few_shot,
+    harmonic_mean,
+    harmonic_means,
+    select_classes,
+    subset,
+)
+
+__all__ = [
+    "SOURCES",
+    "HarmonicMeans",
+    "Source",
+    "Split",
+    "base_new",
+    "few_shot",
+    "harmonic_mean",
+    "harmonic_means",
+    "load_source",
+    "select_classes",
+    "subset",
+]
+
+SOURCES = ("emoji", "folder:PATH", "features:PATH")
+
+
+def load_source(spec: str, *, seed: int = 0, skip_bad: bool = False) -> Source:
+    """The data set that `spec` names.
+
+    spec: "emoji" (embedded, see `rada.data.emoji`), "folder:PATH" (class folders of images, see
+        `rada.data.folder`) or "features:PATH" (features computed before, see `rada.data.features`).
+    seed: of the train/test split where the data come without one, and of the emoji set's views. Default 0.
+    skip_bad: leave unreadable images out, named in `Source.skipped`, instead of raising. Default False.
+
+    Raises ValueError for an unknown spec or bad data, FileNotFoundError or NotADirectoryError for a bad path,
+    ImportError naming the package that a source needs.
+    """
+    kind, _, path = spec.partition(":")
+    if spec == "emoji":
+        from rada.data.emoji import load_emoji
+
+        return load_emoji(seed=seed)
+    if kind == "folder" and path:
+        from rada.data.folder import load_folder
+
+        return load_folder(path, seed=seed, skip_bad=skip_bad)
+    if kind == "features" and path:
+        from rada.data.features import load_features
+
+        return load_features(path, seed=seed)
+    raise ValueError(f"source: got {spec!r}; it takes one of {', '.join(SOURCES)}")

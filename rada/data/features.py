@@ -1,0 +1,308 @@
+"""Features computed before: `features:PATH`.
+
+One file, `.npz`, `.safetensors` or `.pt` (a dict, read with weights_only=True), with the entries
+
+    image_features        [N, D]  floating      } split by `rada.data.splits.train_test`, or instead of them
+    labels                [N]     integers      } train_image_features, train_labels, test_image_features,
+    test_labels text_features         [K, D]  floating, one row per class class_names           K strings; in
+    .safetensors a JSON list in the metadata logit_scale           a number, exponentiated (CLIP: about 100)
+
+or a folder in clip-retrieval's layout
+
+    img_emb/img_emb_0.npy, img_emb_1.npy, ...         [n, D] shards in the order of their numbers, usually
+    float16 metadata/metadata_0.parquet, metadata_1.parquet   as many rows each; column `label` (integers, or
+    class names),
+                                                      optional column `split` ("train" or "test", for every
+    row) classes.npz                                       text_features, class_names, logit_scale, as above
+
+- Of text_features and class_names one is needed; without names the classes are called "0", "1", ... Without
+  logit_scale `Source.logit_scale` is None. In a folder `classes.npz` may be missing where the labels are
+  names: the classes are then the sorted names that occur. Other entries and columns are ignored.
+- Labels lie in 0..K-1. Features are what the towers' projections give out, normalised or not; the head
+  normalises.
+- Whatever the stored dtype, `load_features` returns float32: the dtype of the head's parameters. Shards are
+  mapped and cast one by one, so that loading needs no more memory than the result.
+- `feature_shards` opens the shards of a folder, or of one `.npy` file, without labels and without reading
+  them: for inference over more rows than fit in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rada.data.source import Source, Split
+from rada.data.splits import subset, train_test
+
+SUFFIXES = (".npz", ".safetensors", ".pt")
+
+
+def load_features(path: str | Path, *, seed: int = 0) -> Source:
+    """The features at `path`, a file or a folder in one of this module's layouts.
+
+    seed: of the split into train and test, where the data come without one. Default 0.
+
+    Raises FileNotFoundError, or ValueError naming the missing entry and those that exist, the label out of
+    range, the width that does not match, or the ragged shard. ImportError where the format's package is
+    missing.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    entries = _read_folder(path) if path.is_dir() else _read_file(path)
+    return _source(path, entries, seed)
+
+
+def feature_shards(path: str | Path) -> list[Tensor]:
+    """The rows of clip-retrieval's folder `path` (or of one `.npy` file) as mapped tensors [n, D], in order.
+
+    They keep the stored dtype, read from disk what is indexed, and are not to be written to.
+    Raises ValueError for a missing number between the shards, a shard that is not [n, D], and ragged widths.
+    """
+    path = Path(path)
+    files = [path] if path.suffix == ".npy" else _numbered(path / "img_emb", "img_emb", ".npy")
+    shards = []
+    for file in files:
+        try:
+            rows = np.load(
+                file, mmap_mode="c"
+            )  # copy on write: torch wants writable memory, the file stays as it is
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{file}: not a readable .npy file ({error})") from error
+        if rows.ndim != 2 or rows.dtype.kind != "f":
+            raise ValueError(f"{file}: got {rows.dtype} {list(rows.shape)}; it takes floating [n, D]")
+        if shards and rows.shape[1] != shards[0].shape[1]:
+            raise ValueError(
+                f"{file}: got width {rows.shape[1]}; it takes {shards[0].shape[1]}, the width of "
+                f"{files[0].name}"
+            )
+        shards.append(torch.from_numpy(rows))
+    return shards
+
+
+def _source(path: Path, entries: Mapping, seed: int) -> Source:
+    def need(key: str):
+        if key not in entries:
+            raise ValueError(f"{path}: no entry {key!r}; it holds {sorted(entries)}")
+        return entries[key]
+
+    text, names = entries.get("text_features"), entries.get("class_names")
+    if text is None and names is None:
+        raise ValueError(f"{path}: neither 'text_features' nor 'class_names'; it holds {sorted(entries)}")
+    if text is not None:
+        text = _rows(path, "text_features", text)
+    if names is None:
+        names = [str(i) for i in range(len(text))]
+    names = tuple(str(name) for name in np.atleast_1d(names))
+    if text is not None and len(names) != len(text):
+        raise ValueError(
+            f"{path}: class_names: got {len(names)}; it takes {len(text)}, one per row of text_features"
+        )
+
+    def split(prefix: str) -> Split:
+        features = _rows(path, f"{prefix}image_features", need(f"{prefix}image_features"))
+        if text is not None and features.shape[1] != text.shape[1]:
+            raise ValueError(
+                f"{path}: {prefix}image_features: got width {features.shape[1]}; it takes {text.shape[1]}, "
+                "the width of text_features"
+            )
+        labels = _labels(path, f"{prefix}labels", need(f"{prefix}labels"), len(features), len(names))
+        return Split(labels=labels, features=features)
+
+    if any(key.startswith(("train_", "test_")) for key in entries):
+        train, test = split("train_"), split("test_")
+        if train.features.shape[1] != test.features.shape[1]:
+            raise ValueError(
+                f"{path}: test_image_features: got width {test.features.shape[1]}; it takes "
+                f"{train.features.shape[1]}, the width of train_image_features"
+            )
+    else:
+        every = split("")
+        if "split" in entries:
+            tags = np.asarray(entries["split"])
+            unknown = sorted({str(tag) for tag in tags} - {"train", "test"})
+            if unknown:
+                raise ValueError(
+                    f"{path}: column split: got {unknown[:8]}; it takes 'train' or 'test' in every row"
+                )
+            parts = [torch.from_numpy(np.flatnonzero(tags == tag)) for tag in ("train", "test")]
+        else:
+            try:
+                parts = train_test(every.labels, seed)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+        train, test = (subset(every, part) for part in parts)
+    return Source(
+        name=path.resolve().stem,
+        class_names=names,
+        train=train,
+        test=test,
+        text_features=text,
+        logit_scale=_scale(path, entries.get("logit_scale")),
+    )
+
+
+def _rows(path: Path, key: str, value) -> Tensor:
+    """A float32 tensor [N, D] of an entry, or of a list of mapped shards."""
+    if isinstance(value, list):
+        rows = torch.empty(sum(map(len, value)), value[0].shape[1])
+        for part, shard in zip(rows.split([len(shard) for shard in value]), value, strict=True):
+            part.copy_(shard)
+        return rows
+    rows = torch.as_tensor(value)
+    if rows.dim() != 2 or not rows.is_floating_point() or rows.shape[1] == 0:
+        raise ValueError(f"{path}: {key}: got {rows.dtype} {list(rows.shape)}; it takes floating [N, D]")
+    return rows.float()
+
+
+def _labels(path: Path, key: str, value, count: int, classes: int) -> Tensor:
+    labels = torch.as_tensor(value)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{path}: {key}: got dtype {labels.dtype}; it takes integers")
+    if list(labels.shape) != [count]:
+        raise ValueError(
+            f"{path}: {key}: got shape {list(labels.shape)}; it takes [{count}], one per feature row"
+        )
+    labels = labels.long()
+    outside = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(
+            f"{path}: {key}: got {int(labels[row])} in row {row} (and {len(outside) - 1} more); it takes "
+            f"0..{classes - 1}, as there are {classes} classes"
+        )
+    return labels
+
+
+def _scale(path: Path, value) -> float | None:
+    if value is None:
+        return None
+    scale = np.asarray(value)
+    if (
+        scale.size != 1
+        or scale.dtype.kind not in "fiu"
+        or not np.isfinite(scale).all()
+        or not (scale > 0).all()
+    ):
+        raise ValueError(
+            f"{path}: logit_scale: got {value}; it takes one positive number, already exponentiated"
+        )
+    return float(scale.reshape(()))
+
+
+def _read_file(path: Path) -> dict:
+    """The entries of one file by name: arrays or tensors, and class_names as strings."""
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix == ".pt":
+        return _read_pt(path)
+    raise ValueError(f"{path}: it takes a folder or a file ending in {', '.join(SUFFIXES)}")
+
+
+def _read_npz(path: Path) -> dict:
+    try:
+        with np.load(path) as file:
+            return {key: file[key] for key in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a readable .npz file without Python objects ({error})") from error
+
+
+def _read_safetensors(path: Path) -> dict:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            entries = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+            metadata = file.metadata() or {}
+        for key in ("class_names", "logit_scale"):
+            if key in metadata:
+                entries.setdefault(key, json.loads(metadata[key]))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable .safetensors file with JSON metadata ({error})") from error
+    return entries
+
+
+def _read_pt(path: Path) -> dict:
+    try:
+        entries = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken pickle may raise anything
+        raise ValueError(
+            f"{path}: not a readable .pt file of tensors, numbers and strings ({error})"
+        ) from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: holds a {type(entries).__name__}; it takes a dict of entries")
+    return entries
+
+
+def _read_folder(path: Path) -> dict:
+    """clip-retrieval's layout as the entries of one file, with image_features as the list of mapped
+    shards."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shards = feature_shards(path)
+    files = _numbered(path / "metadata", "metadata", ".parquet")
+    if len(files) != len(shards):
+        raise ValueError(
+            f"{path / 'metadata'}: got {len(files)} files; it takes {len(shards)}, one per shard in img_emb"
+        )
+    columns: dict[str, list] = {}
+    for file, shard in zip(files, shards, strict=True):
+        try:
+            stored = pq.read_schema(file).names
+            table = pq.read_table(file, columns=[name for name in ("label", "split") if name in stored])
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
+        if "label" not in stored:
+            raise ValueError(f"{file}: no column 'label'; it holds {stored}")
+        if table.num_rows != len(shard):
+            raise ValueError(
+                f"{file}: got {table.num_rows} rows; it takes {len(shard)}, as its shard in img_emb has"
+            )
+        for name in table.column_names:
+            if table[name].null_count:
+                raise ValueError(
+                    f"{file}: column {name}: got {table[name].null_count} empty rows; it takes none"
+                )
+            columns.setdefault(name, []).append(table[name].to_numpy())
+    if "split" in columns and len(columns["split"]) != len(files):
+        raise ValueError(
+            f"{path / 'metadata'}: column split is in some files only; it takes it in all or none"
+        )
+    classes = path / "classes.npz"
+    entries = _read_npz(classes) if classes.exists() else {}
+    entries |= {"image_features": shards} | {name: np.concatenate(parts) for name, parts in columns.items()}
+    labels = entries.pop("label")
+    if labels.dtype.kind in "OU":  # names
+        names = [str(name) for name in entries.setdefault("class_names", np.unique(labels.astype(str)))]
+        position = {name: i for i, name in enumerate(names)}
+        unknown = sorted({str(label) for label in labels} - position.keys())
+        if unknown:
+            raise ValueError(
+                f"{path}: column label: got {unknown[:8]}; it takes the class_names of {classes.name}"
+            )
+        labels = np.array([position[str(label)] for label in labels], dtype=np.int64)
+    return entries | {"labels": labels}
+
+
+def _numbered(folder: Path, stem: str, suffix: str) -> list[Path]:
+    """folder/<stem>_<number><suffix> in the order of the numbers, which must leave none out."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; it takes {stem}_0{suffix}, {stem}_1{suffix}, ...")
+    pattern = re.compile(rf"{stem}_(\d+){re.escape(suffix)}")
+    found = {int(match[1]): file for file in folder.iterdir() if (match := pattern.fullmatch(file.name))}
+    if not found:
+        raise FileNotFoundError(f"{folder}: no files; it takes {stem}_0{suffix}, {stem}_1{suffix}, ...")
+    missing = sorted(set(range(max(found) + 1)) - found.keys())
+    if missing:
+        raise ValueError(f"{folder}: {stem} number {missing[0]} is missing of 0..{max(found)}")
+    return [found[number] for number in sorted(found)]

@@ -1,0 +1,150 @@
+"""Few-shot sampling, splits, and the base-to-new protocol."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from rada.data.source import Split
+
+TEST_SHARE = 0.3
+
+
+def few_shot(labels: Tensor, shots: int, seed: int) -> Tensor:
+    """Indices [M] int64 of `shots` random items of every class that occurs in labels [N], class after class.
+
+    The sample depends on seed, and for each class on its label and its number of items alone, so it is the
+    same for the base classes by themselves as among all classes. A class with fewer items gives all it has,
+    with a UserWarning that counts such classes.
+
+    Raises ValueError for shots < 1, TypeError for labels that are not integers.
+    """
+    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
+        raise ValueError(f"shots: got {shots!r}; it takes a positive int")
+    by_class = _items_by_class(labels)
+    short = {label: len(items) for label, items in by_class.items() if len(items) < shots}
+    if short:
+        label, count = min(short.items(), key=lambda item: item[1])
+        warnings.warn(
+            f"shots: got {shots}, but {len(short)} of {len(by_class)} classes have fewer items and give all "
+            "they "
+            f"have (class {label}: {count})",
+            stacklevel=2,
+        )
+    picked = [_shuffled(items, seed, label)[:shots] for label, items in by_class.items()]
+    return torch.from_numpy(np.concatenate(picked)) if picked else torch.empty(0, dtype=torch.int64)
+
+
+def train_test(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of a stratified split of labels [N], for data that come without one: train [N - M] and test
+    [M].
+
+    Of each class's n items max(1, round(0.3 n)) are drawn for the test split, by seed and label; both index
+    tensors ascend. Raises ValueError for a class with one item, which cannot be on both sides.
+    """
+    train, test = [], []
+    for label, items in _items_by_class(labels).items():
+        if len(items) < 2:
+            raise ValueError(
+                f"labels: class {label} has one item; a split into train and test takes at least two of each "
+                "class"
+            )
+        count = max(1, round(TEST_SHARE * len(items)))
+        shuffled = _shuffled(items, seed, label)
+        test.append(shuffled[:count])
+        train.append(shuffled[count:])
+    return tuple(torch.from_numpy(np.sort(np.concatenate(part))) for part in (train, test))
+
+
+def base_new(num_classes: int) -> tuple[Tensor, Tensor]:
+    """Class ids of the base-to-new protocol: the first ⌈n/2⌉ of the sorted labels are base, the rest new."""
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f"num_classes: got {num_classes!r}; it takes an int of at least 2")
+    ids = torch.arange(num_classes)
+    half = -(-num_classes // 2)
+    return ids[:half], ids[half:]
+
+
+def subset(split: Split, indices: Tensor) -> Split:
+    """The items of a split at indices [M], in that order, with their labels as they are."""
+    positions = indices.tolist()
+    return replace(
+        split,
+        labels=split.labels[indices],
+        images=None if split.images is None else Subset(split.images, positions),
+        features=None if split.features is None else split.features[indices],
+        names=None if split.names is None else tuple(split.names[i] for i in positions),
+    )
+
+
+def select_classes(split: Split, ids: Tensor | Sequence[int]) -> Split:
+    """The items of the classes `ids`, in their old order, with class ids[i] renamed to i.
+
+    Class names and text features are selected alongside by ``[class_names[i] for i in ids]`` and
+    ``text_features[ids]``.
+    """
+    ids = torch.as_tensor(ids, dtype=torch.int64)
+    if ids.dim() != 1 or len(ids) == 0 or len(ids.unique()) != len(ids) or int(ids.min()) < 0:
+        raise ValueError(
+            f"ids: got {ids.tolist()}; it takes at least one class id, each non-negative and once"
+        )
+    most = max(int(ids.max()), int(split.labels.max()) if len(split) else 0)
+    renamed = torch.full((most + 1,), -1)
+    renamed[ids] = torch.arange(len(ids))
+    labels = renamed[split.labels]
+    chosen = subset(split, (labels >= 0).nonzero().squeeze(1))
+    return replace(chosen, labels=labels[labels >= 0])
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """H = 2·base·new / (base + new), defined as 0 where both are 0."""
+    if base < 0 or new < 0:
+        raise ValueError(f"base, new: got {base}, {new}; they take accuracies, not negative")
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+class HarmonicMeans(NamedTuple):
+    """The two forms of H over several runs (seeds, data sets). They differ; a report says which it prints.
+
+    of_means: H of the mean base accuracy and the mean new accuracy; what the RAda paper's tables print.
+    mean_of_runs: the mean over the runs of each run's own H; never above of_means.
+    """
+
+    of_means: float
+    mean_of_runs: float
+
+
+def harmonic_means(base: Sequence[float], new: Sequence[float]) -> HarmonicMeans:
+    """Both forms of H of the base and new accuracies of the same runs, in the same order."""
+    if len(base) != len(new) or len(base) == 0:
+        raise ValueError(
+            f"base, new: got {len(base)} and {len(new)} runs; they take the same number, at least one"
+        )
+    count = len(base)
+    return HarmonicMeans(
+        of_means=harmonic_mean(sum(base) / count, sum(new) / count),
+        mean_of_runs=sum(map(harmonic_mean, base, new)) / count,
+    )
+
+
+def _items_by_class(labels: Tensor) -> dict[int, np.ndarray]:
+    """The indices of each class's items, ascending in class and index."""
+    if labels.dim() != 1:
+        raise ValueError(f"labels: got shape {list(labels.shape)}; it takes [N]")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels: got dtype {labels.dtype}; it takes integers")
+    array = labels.cpu().numpy()
+    order = np.argsort(array, kind="stable")
+    classes, starts = np.unique(array[order], return_index=True)
+    return dict(zip(classes.tolist(), np.split(order, starts[1:]), strict=True)) if len(order) else {}
+
+
+def _shuffled(items: np.ndarray, seed: int, label: int) -> np.ndarray:
+    return np.random.default_rng((seed, label)).permutation(items)
