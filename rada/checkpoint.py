@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
+from rada.extras import require
 from rada.fused import RAdaHead
 from rada.version import __version__
+from rada_kernels import Options
 
 WEIGHTS = "head.safetensors"
 FORMAT = "rada-head"
 FORMAT_VERSION = 1
-REQUIRED = ("backbone", "embed_dim", "num_heads", "temperature", "queries", "penalty", "normalize")
+OPTIONS = tuple(field.name for field in fields(Options))
 
 
 def save_head(
@@ -39,23 +41,21 @@ def save_head(
     Each file appears whole or not at all, an older one is replaced, and the configuration, written last,
     holds the weights' SHA-256: an interrupted save cannot be mistaken for a whole one.
     """
-    from safetensors.torch import save
-
+    if not isinstance(backbone, str) or not backbone:
+        raise ValueError(f"backbone: got {backbone!r}; it takes the name of the model")
+    safetensors = require("safetensors.torch", "safetensors", "checkpoints")
     weights = _weights_path(path)
     weights.parent.mkdir(parents=True, exist_ok=True)
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()})
-    options = head.options
+    data = safetensors.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    )
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "rada_version": __version__,
         "backbone": backbone,
         "embed_dim": head.embed_dim,
-        "num_heads": options.num_heads,
-        "temperature": options.temperature,
-        "queries": options.queries,
-        "penalty": options.penalty,
-        "normalize": options.normalize,
+        **asdict(head.options),
         "class_names": None if class_names is None else list(class_names),
         "templates": None if templates is None else list(templates),
         "extra": extra or {},
@@ -88,7 +88,7 @@ def load_config(path: str | os.PathLike) -> dict:
         raise ValueError(
             f"{file}: format_version: got {version!r}; this version of rada takes {FORMAT_VERSION}"
         )
-    missing = [field for field in (*REQUIRED, "sha256") if field not in config]
+    missing = [field for field in ("backbone", "embed_dim", *OPTIONS, "sha256") if field not in config]
     if missing:
         raise ValueError(f"{file}: no entry {missing[0]!r}; it holds {sorted(config)}")
     return config
@@ -111,9 +111,7 @@ def load_head(
     Raises FileNotFoundError, or ValueError naming the field that does not match, what it got and what the
     checkpoint takes, or the file that is corrupt.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
+    safetensors = require("safetensors.torch", "safetensors", "checkpoints")
     config = load_config(path)
     for field, got in (("backbone", backbone), ("embed_dim", embed_dim), ("num_heads", num_heads)):
         if got is not None and got != config[field]:
@@ -127,24 +125,19 @@ def load_head(
     if hashlib.sha256(data).hexdigest() != config["sha256"]:
         raise ValueError(
             f"{weights}: its SHA-256 is not the one in {weights.with_suffix('.json').name}: the file is "
-            "corrupt, or "
-            "the two are not from one save"
+            "corrupt, or the two are not from one save"
         )
     try:
-        state = load(data)
+        state = safetensors.load(data)
         head = RAdaHead(
             config["embed_dim"],
-            config["num_heads"],
-            temperature=config["temperature"],
-            queries=tuple(config["queries"]),
-            penalty=config["penalty"],
-            normalize=config["normalize"],
+            **{option: config[option] for option in OPTIONS},
             backend=backend,
             device=device,
             dtype=state["out_proj.weight"].dtype,
         )
         head.load_state_dict(state)
-    except (SafetensorError, KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError) as error:
         raise ValueError(
             f"{weights}: not the weights of the head that its configuration describes ({error})"
         ) from error
@@ -158,13 +151,12 @@ def _weights_path(path: str | os.PathLike) -> Path:
 
 def _write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(handle, "wb") as file:
+        with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rada.extras import require
 from rada.fused import RAdaHead
 from rada.templates import DEFAULT_TEMPLATES, check_templates, fill
 
@@ -59,8 +60,8 @@ class RAdaCLIP(nn.Module):
         self.register_buffer("_text_features", None, persistent=False)
         self.register_state_dict_post_hook(_drop_frozen_model)
         self.register_load_state_dict_pre_hook(_keep_frozen_model)
+        self.train()
         self.set_classes(class_names)
-        self.train(self.training)
 
     @classmethod
     def from_open_clip(
@@ -228,24 +229,24 @@ class RAdaCLIP(nn.Module):
         )
 
     def _encode_classes(self) -> Tensor:
-        from tqdm import tqdm
-
+        tqdm = require("tqdm", "tqdm", "models").tqdm
         trains, device = self._text_trains(), self.model.logit_scale.device
         batches = self._tokens.split(max(1, PROMPTS_PER_BATCH // len(self.templates)))
         # A bar where it is long: once per set of classes, not in every step of a tower that trains.
         quiet = trains or len(batches) < 4
-        modes = {module: module.training for module in self.model.modules()}
-        if not trains:
-            self.model.eval()
         rows = []
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+        # What is kept must serve any later call: no inference tensors, and not the precision of this call's autocast.
+        keep = not trains
+        with (
+            torch.inference_mode(torch.is_inference_mode_enabled() and not keep),
+            torch.set_grad_enabled(torch.is_grad_enabled() and not keep),
+            torch.autocast(device.type, enabled=torch.is_autocast_enabled(device.type) and not keep),
+        ):
             for tokens in tqdm(batches, "encode classes", unit="batch", leave=False, disable=quiet):
                 embeddings = self.model.encode_text(tokens.flatten(0, 1).to(device))  # [n·T, D]
                 embeddings = F.normalize(embeddings.to(self._dtype), dim=-1).unflatten(0, tokens.shape[:2])
                 rows.append(F.normalize(embeddings.mean(1), dim=-1))
-        for module, training in modes.items():
-            module.training = training
-        features = torch.cat(rows)
+            features = torch.cat(rows)
         if features.shape[1] != self.head.embed_dim:
             raise ValueError(
                 f"model: got text features of width {features.shape[1]} but image features of width "
@@ -272,7 +273,7 @@ def _keep_frozen_model(module: RAdaCLIP, state: dict, prefix: str, *_) -> None:
 
 def _create(name: str, pretrained, precision: str, device, want_tokenizer: bool):
     """(model, preprocess, tokenizer, backbone) by open_clip's name."""
-    open_clip = _open_clip()
+    open_clip = require("open_clip", "open_clip_torch", "models")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}; it takes one of {PRECISIONS}")
     pretrained = None if pretrained is None else os.fspath(pretrained)
@@ -285,7 +286,7 @@ def _create(name: str, pretrained, precision: str, device, want_tokenizer: bool)
     else:
         known = open_clip.list_models()
         if name.replace("/", "-") not in known:
-            raise ValueError(f"model: got {name!r}; {_nearest(name, known)}")
+            raise ValueError(f"model_or_name: got {name!r}; {_nearest(name, known)}")
         tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
         if pretrained is None:
             warnings.warn(
@@ -306,7 +307,7 @@ def _create(name: str, pretrained, precision: str, device, want_tokenizer: bool)
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained, precision=precision, device="cpu" if device is None else device
         )
-    except (RuntimeError, KeyError, AttributeError) as error:
+    except Exception as error:  # a file that is no checkpoint of this model may raise anything
         if pretrained is None or not os.path.isfile(pretrained):
             raise
         raise ValueError(f"pretrained: {pretrained} does not fit the model {name}: {error}") from error
@@ -318,14 +319,6 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     folded = {model.lower(): model for model in known}
     near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=5, cutoff=0.4)]
     return f"the nearest are {near}" if near else "it takes one of open_clip.list_models()"
-
-
-def _open_clip():
-    try:
-        import open_clip
-    except ModuleNotFoundError as error:
-        raise ImportError('models need open_clip_torch: pip install "rada[demo]"') from error
-    return open_clip
 
 
 def _refuse_with_object(**arguments) -> None:
@@ -351,7 +344,9 @@ def _tokenizer_of(model: nn.Module) -> Callable:
             "tokenizer: got None with a model whose vocabulary is not CLIP's; it takes the model's own, "
             "as open_clip.get_tokenizer makes it"
         )
-    return _open_clip().SimpleTokenizer(context_length=model.context_length)
+    return require("open_clip", "open_clip_torch", "models").SimpleTokenizer(
+        context_length=model.context_length
+    )
 
 
 def _vocabulary_size(model: nn.Module) -> int | None:
@@ -370,8 +365,5 @@ def _image_width(model: nn.Module) -> int:
     size = model.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
     image = torch.zeros(1, 3, height, width, dtype=_input_dtype(model), device=model.logit_scale.device)
-    training = model.training
     with torch.no_grad():
-        features = model.eval().encode_image(image)
-    model.train(training)
-    return features.shape[-1]
+        return model.eval().encode_image(image).shape[-1]

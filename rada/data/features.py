@@ -2,18 +2,18 @@
 
 One file, `.npz`, `.safetensors` or `.pt` (a dict, read with weights_only=True), with the entries
 
-    image_features        [N, D]  floating      } split by `rada.data.splits.train_test`, or instead of them
-    labels                [N]     integers      } train_image_features, train_labels, test_image_features,
-    test_labels text_features         [K, D]  floating, one row per class class_names           K strings; in
-    .safetensors a JSON list in the metadata logit_scale           a number, exponentiated (CLIP: about 100)
+    image_features   [N, D] floating   split by `rada.data.splits.train_test`, or, instead of these two,
+    labels           [N] integers      train_image_features, train_labels, test_image_features, test_labels
+    text_features    [K, D] floating   one row per class
+    class_names      K strings         in .safetensors a JSON list in the metadata
+    logit_scale      a number          exponentiated (CLIP: about 100)
 
 or a folder in clip-retrieval's layout
 
-    img_emb/img_emb_0.npy, img_emb_1.npy, ...         [n, D] shards in the order of their numbers, usually
-    float16 metadata/metadata_0.parquet, metadata_1.parquet   as many rows each; column `label` (integers, or
-    class names),
-                                                      optional column `split` ("train" or "test", for every
-    row) classes.npz                                       text_features, class_names, logit_scale, as above
+    img_emb/img_emb_0.npy, ...         [n, D] shards in the order of their numbers, usually float16
+    metadata/metadata_0.parquet, ...   as many rows each; column `label` (integers, or class names) and,
+                                       if in all of them, column `split` ("train" or "test")
+    classes.npz                        text_features, class_names, logit_scale, as above
 
 - Of text_features and class_names one is needed; without names the classes are called "0", "1", ... Without
   logit_scale `Source.logit_scale` is None. In a folder `classes.npz` may be missing where the labels are
@@ -40,6 +40,7 @@ from torch import Tensor
 
 from rada.data.source import Source, Split
 from rada.data.splits import subset, train_test
+from rada.extras import require
 
 SUFFIXES = (".npz", ".safetensors", ".pt")
 
@@ -53,7 +54,7 @@ def load_features(path: str | Path, *, seed: int = 0) -> Source:
     range, the width that does not match, or the ragged shard. ImportError where the format's package is
     missing.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     entries = _read_folder(path) if path.is_dir() else _read_file(path)
@@ -66,14 +67,13 @@ def feature_shards(path: str | Path) -> list[Tensor]:
     They keep the stored dtype, read from disk what is indexed, and are not to be written to.
     Raises ValueError for a missing number between the shards, a shard that is not [n, D], and ragged widths.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     files = [path] if path.suffix == ".npy" else _numbered(path / "img_emb", "img_emb", ".npy")
     shards = []
     for file in files:
         try:
-            rows = np.load(
-                file, mmap_mode="c"
-            )  # copy on write: torch wants writable memory, the file stays as it is
+            # Copy on write: torch wants writable memory, and the file stays as it is.
+            rows = np.load(file, mmap_mode="c")
         except (ValueError, EOFError) as error:
             raise ValueError(f"{file}: not a readable .npy file ({error})") from error
         if rows.ndim != 2 or rows.dtype.kind != "f":
@@ -98,9 +98,7 @@ def _source(path: Path, entries: Mapping, seed: int) -> Source:
         raise ValueError(f"{path}: neither 'text_features' nor 'class_names'; it holds {sorted(entries)}")
     if text is not None:
         text = _rows(path, "text_features", text)
-    if names is None:
-        names = [str(i) for i in range(len(text))]
-    names = tuple(str(name) for name in np.atleast_1d(names))
+    names = tuple(map(str, range(len(text)))) if names is None else _names(path, names)
     if text is not None and len(names) != len(text):
         raise ValueError(
             f"{path}: class_names: got {len(names)}; it takes {len(text)}, one per row of text_features"
@@ -156,14 +154,14 @@ def _rows(path: Path, key: str, value) -> Tensor:
         for part, shard in zip(rows.split([len(shard) for shard in value]), value, strict=True):
             part.copy_(shard)
         return rows
-    rows = torch.as_tensor(value)
+    rows = _tensor(path, key, value)
     if rows.dim() != 2 or not rows.is_floating_point() or rows.shape[1] == 0:
         raise ValueError(f"{path}: {key}: got {rows.dtype} {list(rows.shape)}; it takes floating [N, D]")
     return rows.float()
 
 
 def _labels(path: Path, key: str, value, count: int, classes: int) -> Tensor:
-    labels = torch.as_tensor(value)
+    labels = _tensor(path, key, value)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{path}: {key}: got dtype {labels.dtype}; it takes integers")
     if list(labels.shape) != [count]:
@@ -179,6 +177,22 @@ def _labels(path: Path, key: str, value, count: int, classes: int) -> Tensor:
             f"0..{classes - 1}, as there are {classes} classes"
         )
     return labels
+
+
+def _tensor(path: Path, key: str, value) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {key}: not numbers ({error})") from error
+
+
+def _names(path: Path, value) -> tuple[str, ...]:
+    names = np.asarray(value)
+    if names.dtype.kind == "S":
+        names = np.char.decode(names, "utf-8")
+    if names.dtype.kind != "U" or names.ndim != 1 or names.size == 0:
+        raise ValueError(f"{path}: class_names: got {names.dtype} {list(names.shape)}; it takes [K] strings")
+    return tuple(names.tolist())
 
 
 def _scale(path: Path, value) -> float | None:
@@ -217,16 +231,15 @@ def _read_npz(path: Path) -> dict:
 
 
 def _read_safetensors(path: Path) -> dict:
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = require("safetensors", "safetensors", "features in .safetensors")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             entries = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
             metadata = file.metadata() or {}
         for key in ("class_names", "logit_scale"):
             if key in metadata:
                 entries.setdefault(key, json.loads(metadata[key]))
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable .safetensors file with JSON metadata ({error})") from error
     return entries
 
@@ -246,9 +259,7 @@ def _read_pt(path: Path) -> dict:
 def _read_folder(path: Path) -> dict:
     """clip-retrieval's layout as the entries of one file, with image_features as the list of mapped
     shards."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    pq = require("pyarrow.parquet", "pyarrow", "features in clip-retrieval's layout")
     shards = feature_shards(path)
     files = _numbered(path / "metadata", "metadata", ".parquet")
     if len(files) != len(shards):
@@ -260,7 +271,7 @@ def _read_folder(path: Path) -> dict:
         try:
             stored = pq.read_schema(file).names
             table = pq.read_table(file, columns=[name for name in ("label", "split") if name in stored])
-        except pa.ArrowInvalid as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
         if "label" not in stored:
             raise ValueError(f"{file}: no column 'label'; it holds {stored}")
@@ -273,24 +284,24 @@ def _read_folder(path: Path) -> dict:
                 raise ValueError(
                     f"{file}: column {name}: got {table[name].null_count} empty rows; it takes none"
                 )
-            columns.setdefault(name, []).append(table[name].to_numpy())
-    if "split" in columns and len(columns["split"]) != len(files):
+            columns.setdefault(name, []).extend(table[name].to_pylist())
+    if len(columns.get("split", columns["label"])) != len(columns["label"]):
         raise ValueError(
             f"{path / 'metadata'}: column split is in some files only; it takes it in all or none"
         )
     classes = path / "classes.npz"
     entries = _read_npz(classes) if classes.exists() else {}
-    entries |= {"image_features": shards} | {name: np.concatenate(parts) for name, parts in columns.items()}
+    entries |= {"image_features": shards} | {name: np.array(values) for name, values in columns.items()}
     labels = entries.pop("label")
-    if labels.dtype.kind in "OU":  # names
-        names = [str(name) for name in entries.setdefault("class_names", np.unique(labels.astype(str)))]
+    if labels.dtype.kind == "U":  # names
+        names = _names(classes, entries.setdefault("class_names", np.unique(labels)))
         position = {name: i for i, name in enumerate(names)}
-        unknown = sorted({str(label) for label in labels} - position.keys())
+        unknown = sorted(set(labels.tolist()) - position.keys())
         if unknown:
             raise ValueError(
                 f"{path}: column label: got {unknown[:8]}; it takes the class_names of {classes.name}"
             )
-        labels = np.array([position[str(label)] for label in labels], dtype=np.int64)
+        labels = np.array([position[label] for label in labels.tolist()])
     return entries | {"labels": labels}
 
 

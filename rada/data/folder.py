@@ -26,6 +26,7 @@ import torch
 
 from rada.data.source import Source, Split
 from rada.data.splits import subset, train_test
+from rada.extras import require
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -41,8 +42,7 @@ class ImageFiles(Sequence):
         return len(self.paths)
 
     def __getitem__(self, index: int):
-        from PIL import Image
-
+        Image = require("PIL.Image", "Pillow", "image folders")
         path = self.paths[index]
         try:
             with Image.open(path) as image:
@@ -60,7 +60,7 @@ def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> S
     Raises FileNotFoundError, NotADirectoryError, or ValueError naming the class folder without images, the
     class that is in one split only, or the unreadable file. ImportError where Pillow is missing.
     """
-    root = Path(path)
+    root = Path(path).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder")
     if not root.is_dir():
@@ -90,7 +90,7 @@ def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> S
         splits[name] = Split(
             labels=torch.tensor([i for i, label in enumerate(class_names) for _ in kept[label]]),
             images=ImageFiles([file for label in class_names for file in kept[label]]),
-            names=tuple(str(file.relative_to(root)) for label in class_names for file in kept[label]),
+            names=tuple(file.relative_to(root).as_posix() for label in class_names for file in kept[label]),
         )
     if "all" in splits:
         every = splits.pop("all")
@@ -105,7 +105,7 @@ def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> S
     return Source(
         name=root.resolve().name,
         class_names=class_names,
-        skipped=tuple(str(file.relative_to(root)) for file in bad),
+        skipped=tuple(file.relative_to(root).as_posix() for file in bad),
         **splits,
     )
 
@@ -125,15 +125,14 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
         if not files[child.name]:
             raise ValueError(
                 f"{child}: a class folder without images; it takes files ending in {', '.join(EXTENSIONS)}, "
-                "directly in it"
+                f"directly in it, or {folder} takes folders train and test (or val) of class folders"
             )
     return files
 
 
 def _unreadable(files: list[Path], skip_bad: bool) -> dict[Path, str]:
     """The files that do not decode, in order, each with its error; the first is raised unless skip_bad."""
-    from tqdm import tqdm
-
+    tqdm = require("tqdm", "tqdm", "image folders").tqdm
     images = ImageFiles(files)
 
     def error_of(index: int) -> str | None:

@@ -72,8 +72,9 @@ def base_new(num_classes: int) -> tuple[Tensor, Tensor]:
     return ids[:half], ids[half:]
 
 
-def subset(split: Split, indices: Tensor) -> Split:
+def subset(split: Split, indices: Tensor | Sequence[int]) -> Split:
     """The items of a split at indices [M], in that order, with their labels as they are."""
+    indices = torch.as_tensor(indices, dtype=torch.int64)
     positions = indices.tolist()
     return replace(
         split,
@@ -140,6 +141,8 @@ def _items_by_class(labels: Tensor) -> dict[int, np.ndarray]:
         raise ValueError(f"labels: got shape {list(labels.shape)}; it takes [N]")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels: got dtype {labels.dtype}; it takes integers")
+    if len(labels) and int(labels.min()) < 0:
+        raise ValueError(f"labels: got {int(labels.min())}; it takes labels from 0 up")
     array = labels.cpu().numpy()
     order = np.argsort(array, kind="stable")
     classes, starts = np.unique(array[order], return_index=True)
