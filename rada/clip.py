@@ -230,13 +230,12 @@ class RAdaCLIP(nn.Module):
 
     def _encode_classes(self) -> Tensor:
         tqdm = require("tqdm", "tqdm", "models").tqdm
-        trains, device = self._text_trains(), self.model.logit_scale.device
+        keep, device = not self._text_trains(), self.model.logit_scale.device
         batches = self._tokens.split(max(1, PROMPTS_PER_BATCH // len(self.templates)))
         # A bar where it is long: once per set of classes, not in every step of a tower that trains.
-        quiet = trains or len(batches) < 4
+        quiet = not keep or len(batches) < 4
         rows = []
-        # What is kept must serve any later call: no inference tensors, and not the precision of this call's autocast.
-        keep = not trains
+        # What is kept must serve any later call: no inference tensor, nothing in the precision of an autocast.
         with (
             torch.inference_mode(torch.is_inference_mode_enabled() and not keep),
             torch.set_grad_enabled(torch.is_grad_enabled() and not keep),
