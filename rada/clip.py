@@ -235,7 +235,7 @@ class RAdaCLIP(nn.Module):
         # A bar where it is long: once per set of classes, not in every step of a tower that trains.
         quiet = not keep or len(batches) < 4
         rows = []
-        # What is kept must serve any later call: no inference tensor, nothing in the precision of an autocast.
+        # What is kept must serve any later call: no inference tensor, nothing rounded by an autocast.
         with (
             torch.inference_mode(torch.is_inference_mode_enabled() and not keep),
             torch.set_grad_enabled(torch.is_grad_enabled() and not keep),

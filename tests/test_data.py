@@ -282,6 +282,10 @@ BAD_ENTRIES = [
     ({"text_features": np.zeros((2, 5), "f4")}, r"image_features: got width 4; it takes 5"),
     ({"image_features": np.zeros((10, 4), int)}, r"image_features: got torch.int64 \[10, 4\]"),
     ({"image_features": np.zeros(10, "f4")}, r"image_features: got torch.float32 \[10\]"),
+    (
+        {"split": np.array(["train", "test"])},
+        r"split: got \[2\]; it takes 'train' or 'test' for each of the 10",
+    ),
     ({"class_names": np.array(["cat"])}, r"class_names: got 1; it takes 2"),
     ({"class_names": np.array([1, 2])}, r"class_names: got int64 \[2\]; it takes \[K\] strings"),
     ({"logit_scale": np.array([1.0, 2.0])}, r"logit_scale: got .*; it takes one positive number"),
@@ -364,8 +368,17 @@ def test_clip_retrieval_split_column(tmp_path):
     assert source.train.features[:, 0].tolist() == [0, 3]
     assert source.test.features[:, 0].tolist() == [1, 2]
     pq.write_table(pa.table({"label": [0, 1, 0, 1], "split": ["train", "val", "test", "test"]}), file)
-    with pytest.raises(ValueError, match=r"column split: got \['val'\]; it takes 'train' or 'test'"):
+    with pytest.raises(
+        ValueError, match=r"split: got \['val'\]; it takes 'train' or 'test' for each of the 4 rows"
+    ):
         load_source(spec)
+
+
+def test_a_split_entry_is_kept(tmp_path):
+    tags = np.array(["train", "test"] * 5)
+    source = load_source(write_npz(tmp_path, split=tags))
+    assert source.train.labels.tolist() == [0] * 5
+    assert torch.equal(source.test.features, torch.from_numpy(entries()["image_features"][1::2]).float())
 
 
 def test_shards_are_mapped_not_read(tmp_path):

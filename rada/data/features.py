@@ -2,18 +2,20 @@
 
 One file, `.npz`, `.safetensors` or `.pt` (a dict, read with weights_only=True), with the entries
 
-    image_features   [N, D] floating   split by `rada.data.splits.train_test`, or, instead of these two,
-    labels           [N] integers      train_image_features, train_labels, test_image_features, test_labels
+    image_features   [N, D] floating
+    labels           [N] integers
+    split            [N] strings       "train" or "test"; default: drawn by `rada.data.splits.train_test`
     text_features    [K, D] floating   one row per class
     class_names      K strings         in .safetensors a JSON list in the metadata
     logit_scale      a number          exponentiated (CLIP: about 100)
 
+where train_image_features, train_labels, test_image_features and test_labels may stand for the first three;
 or a folder in clip-retrieval's layout
 
     img_emb/img_emb_0.npy, ...         [n, D] shards in the order of their numbers, usually float16
     metadata/metadata_0.parquet, ...   as many rows each; column `label` (integers, or class names) and,
-                                       if in all of them, column `split` ("train" or "test")
-    classes.npz                        text_features, class_names, logit_scale, as above
+                                       if in all of them, column `split`
+    classes.npz                        text_features, class_names, logit_scale
 
 - Of text_features and class_names one is needed; without names the classes are called "0", "1", ... Without
   logit_scale `Source.logit_scale` is None. In a folder `classes.npz` may be missing where the labels are
@@ -21,7 +23,7 @@ or a folder in clip-retrieval's layout
 - Labels lie in 0..K-1. Features are what the towers' projections give out, normalised or not; the head
   normalises.
 - Whatever the stored dtype, `load_features` returns float32: the dtype of the head's parameters. Shards are
-  mapped and cast one by one, so that loading needs no more memory than the result.
+  mapped and cast one by one, so that a folder needs no more memory than the result and one shard.
 - `feature_shards` opens the shards of a folder, or of one `.npy` file, without labels and without reading
   them: for inference over more rows than fit in memory.
 """
@@ -31,7 +33,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ import torch
 from torch import Tensor
 
 from rada.data.source import Source, Split
-from rada.data.splits import subset, train_test
+from rada.data.splits import train_test
 from rada.extras import require
 
 SUFFIXES = (".npz", ".safetensors", ".pt")
@@ -97,46 +99,36 @@ def _source(path: Path, entries: Mapping, seed: int) -> Source:
     if text is None and names is None:
         raise ValueError(f"{path}: neither 'text_features' nor 'class_names'; it holds {sorted(entries)}")
     if text is not None:
-        text = _rows(path, "text_features", text)
+        text = _rows(path, "text_features", text).float()
     names = tuple(map(str, range(len(text)))) if names is None else _names(path, names)
     if text is not None and len(names) != len(text):
         raise ValueError(
             f"{path}: class_names: got {len(names)}; it takes {len(text)}, one per row of text_features"
         )
 
-    def split(prefix: str) -> Split:
-        features = _rows(path, f"{prefix}image_features", need(f"{prefix}image_features"))
-        if text is not None and features.shape[1] != text.shape[1]:
+    def stored(prefix: str, width: int | None) -> tuple[list[Tensor], Tensor]:
+        key = f"{prefix}image_features"
+        shards = need(key) if isinstance(need(key), _Shards) else [_rows(path, key, need(key))]
+        if width not in (None, shards[0].shape[1]):
             raise ValueError(
-                f"{path}: {prefix}image_features: got width {features.shape[1]}; it takes {text.shape[1]}, "
-                "the width of text_features"
+                f"{path}: {key}: got width {shards[0].shape[1]}; it takes {width}, the width of "
+                "the other features"
             )
-        labels = _labels(path, f"{prefix}labels", need(f"{prefix}labels"), len(features), len(names))
-        return Split(labels=labels, features=features)
+        labels = _labels(path, f"{prefix}labels", need(f"{prefix}labels"), sum(map(len, shards)), len(names))
+        return shards, labels
 
+    width = None if text is None else text.shape[1]
     if any(key.startswith(("train_", "test_")) for key in entries):
-        train, test = split("train_"), split("test_")
-        if train.features.shape[1] != test.features.shape[1]:
-            raise ValueError(
-                f"{path}: test_image_features: got width {test.features.shape[1]}; it takes "
-                f"{train.features.shape[1]}, the width of train_image_features"
-            )
+        train_shards, train_labels = stored("train_", width)
+        test_shards, test_labels = stored("test_", train_shards[0].shape[1])
+        train = Split(labels=train_labels, features=torch.cat(train_shards).float())
+        test = Split(labels=test_labels, features=torch.cat(test_shards).float())
     else:
-        every = split("")
-        if "split" in entries:
-            tags = np.asarray(entries["split"])
-            unknown = sorted({str(tag) for tag in tags} - {"train", "test"})
-            if unknown:
-                raise ValueError(
-                    f"{path}: column split: got {unknown[:8]}; it takes 'train' or 'test' in every row"
-                )
-            parts = [torch.from_numpy(np.flatnonzero(tags == tag)) for tag in ("train", "test")]
-        else:
-            try:
-                parts = train_test(every.labels, seed)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-        train, test = (subset(every, part) for part in parts)
+        shards, labels = stored("", width)
+        train, test = (
+            Split(labels=labels[part], features=_gather(shards, part))
+            for part in _parts(path, labels, entries.get("split"), seed)
+        )
     return Source(
         name=path.resolve().stem,
         class_names=names,
@@ -147,17 +139,43 @@ def _source(path: Path, entries: Mapping, seed: int) -> Source:
     )
 
 
+class _Shards(list):
+    """Mapped shards [n, D] of one width, in place of one array [N, D]."""
+
+
+def _parts(path: Path, labels: Tensor, tags, seed: int) -> Sequence[Tensor]:
+    """Ascending indices of the train and the test rows: as tagged, or drawn."""
+    if tags is None:
+        try:
+            return train_test(labels, seed)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    tags = np.asarray(tags)
+    unknown = sorted(set(map(str, tags.ravel())) - {"train", "test"})
+    if unknown or tags.shape != (len(labels),):
+        raise ValueError(
+            f"{path}: split: got {unknown[:8] or list(tags.shape)}; it takes 'train' or 'test' for "
+            f"each of the {len(labels)} rows"
+        )
+    return [torch.from_numpy(np.flatnonzero(tags == tag)) for tag in ("train", "test")]
+
+
+def _gather(shards: list[Tensor], indices: Tensor) -> Tensor:
+    """The rows of the shards, counted through, at ascending indices [M]: [M, D] float32."""
+    rows = torch.empty(len(indices), shards[0].shape[1])
+    start = 0
+    for shard in shards:
+        first, last = torch.searchsorted(indices, torch.tensor([start, start + len(shard)])).tolist()
+        rows[first:last] = shard[indices[first:last] - start]
+        start += len(shard)
+    return rows
+
+
 def _rows(path: Path, key: str, value) -> Tensor:
-    """A float32 tensor [N, D] of an entry, or of a list of mapped shards."""
-    if isinstance(value, list):
-        rows = torch.empty(sum(map(len, value)), value[0].shape[1])
-        for part, shard in zip(rows.split([len(shard) for shard in value]), value, strict=True):
-            part.copy_(shard)
-        return rows
     rows = _tensor(path, key, value)
     if rows.dim() != 2 or not rows.is_floating_point() or rows.shape[1] == 0:
         raise ValueError(f"{path}: {key}: got {rows.dtype} {list(rows.shape)}; it takes floating [N, D]")
-    return rows.float()
+    return rows
 
 
 def _labels(path: Path, key: str, value, count: int, classes: int) -> Tensor:
@@ -291,7 +309,8 @@ def _read_folder(path: Path) -> dict:
         )
     classes = path / "classes.npz"
     entries = _read_npz(classes) if classes.exists() else {}
-    entries |= {"image_features": shards} | {name: np.array(values) for name, values in columns.items()}
+    entries["image_features"] = _Shards(shards)
+    entries |= {name: np.array(values) for name, values in columns.items()}
     labels = entries.pop("label")
     if labels.dtype.kind == "U":  # names
         names = _names(classes, entries.setdefault("class_names", np.unique(labels)))
