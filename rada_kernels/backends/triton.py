@@ -1,0 +1,142 @@
+"""The `triton` backend: the three steps as Triton kernels for CUDA and ROCm, no pair of classes and no mask in memory.
+
+Three launches after the two small query projections; float32 products follow torch.get_float32_matmul_precision().
+Results are deterministic. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly, as numpy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rada_kernels.launch import DIRECT_CLASSES, on_device
+from rada_kernels.options import Options, Params
+from rada_kernels.tiling import SAVE_BYTES, budget
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_WIDTHS = (16, 32, 48, 64, 80, 96, 128)
+MAX_WIDTH, MAX_HEADS = 1536, 32
+OLDEST = (8, 0)  # compute capability: bfloat16 tensor cores and asynchronous copies
+
+STATUS = "compiled for, verified by interpreter, not yet run on hardware"
+
+
+def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: int) -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed"
+    if device.type == "cpu":
+        if not interpreted():
+            return False, "device cpu: it takes a CUDA or ROCm device (or TRITON_INTERPRET=1)"
+    elif device.type != "cuda":
+        return False, f"device {device.type}: it takes a CUDA or ROCm device"
+    elif not torch.version.hip and torch.cuda.get_device_capability(device) < OLDEST:
+        major, minor = torch.cuda.get_device_capability(device)
+        return False, f"compute capability {major}.{minor}: it takes {OLDEST[0]}.{OLDEST[1]} or newer"
+    if dtype not in DTYPES:
+        return False, f"dtype {dtype}: it takes one of {', '.join(map(str, DTYPES))}"
+    if embed_dim > MAX_WIDTH:
+        return False, f"embed_dim {embed_dim}: it takes at most {MAX_WIDTH}"
+    if num_heads > MAX_HEADS:
+        return False, f"num_heads {num_heads}: it takes at most {MAX_HEADS}"
+    if embed_dim % num_heads or embed_dim // num_heads not in HEAD_WIDTHS:
+        return False, f"head width {embed_dim / num_heads:g}: it takes one of {', '.join(map(str, HEAD_WIDTHS))}"
+    return True, "Triton kernels" if device.type == "cuda" else "Triton kernels, interpreted"
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass
+class Kept:
+    """What the three steps leave for the backward pass; each [0, ...] where the byte budget had no room."""
+
+    query_image: Tensor  # [B, D]
+    query_text: Tensor  # [K, D]
+    inverse_image: Tensor  # [B] float32
+    inverse_text: Tensor  # [K] float32
+    projections: Tensor  # [2 or 3, B, K, D] keys, values, rational queries if in use
+    rows: Tensor  # the attended rows: see AttendedRows
+    image_row: Tensor
+    tops: Tensor
+    totals: Tensor
+    log_image: Tensor
+    peak: Tensor  # [B] int64, with penalty "linf": the first place of the largest |M - 1|
+
+    def tensors(self) -> list[Tensor]:
+        return list(vars(self).values())
+
+
+def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kept:
+    """Uninitialised tensors for what a call keeps, from shapes alone: everything or nothing."""
+    from rada_kernels.mask_attention.triton import empty_attended_rows
+
+    (batch, width), classes = image.shape, text.shape[0]
+    layers = 2 + ("rational" in options.queries)
+    matrix = len(options.queries) - ("image" in options.queries)
+    row_bytes = batch * classes * width * (layers + matrix) * image.dtype.itemsize
+    keep = save and row_bytes <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
+    b, k = batch * keep, classes * keep
+    return Kept(
+        query_image=image.new_empty(b * ("image" in options.queries), width),
+        query_text=image.new_empty(k * ("text" in options.queries), width),
+        inverse_image=image.new_empty(b, dtype=torch.float32),
+        inverse_text=image.new_empty(k, dtype=torch.float32),
+        projections=image.new_empty(layers, b, classes, width),
+        **empty_attended_rows(image[:b], classes, options, is_direct(classes))._asdict(),
+        peak=image.new_empty(b * (options.penalty == "linf"), dtype=torch.int64),
+    )
+
+
+def is_direct(classes: int) -> bool:
+    return classes <= DIRECT_CLASSES
+
+
+def _run(image: Tensor, text: Tensor, params: Params, options: Options) -> tuple[Tensor, Tensor, Kept]:
+    """The three steps: masked sums [B, K], each image's statistic of |M - 1| [B], and what a backward pass needs."""
+    from rada_kernels.logit_reduction.triton import deviation_and_peak, logit_reduction_fwd
+    from rada_kernels.mask_attention.triton import empty_attended_rows, mask_attention_fwd
+    from rada_kernels.rational_projection.triton import query_fwd, rational_projection_fwd
+
+    scale, normalize = params.logit_scale, options.normalize
+    query_image, inverse_image = query_fwd(
+        image, scale, params.query_image_weight, params.query_image_bias, normalize, "image" in options.queries
+    )
+    query_text, inverse_text = query_fwd(
+        text, scale, params.query_text_weight, params.query_text_bias, normalize, "text" in options.queries
+    )
+    layers = 2 + ("rational" in options.queries)
+    projections = image.new_empty(layers, len(image), len(text), image.shape[1])
+    rational_projection_fwd(image, text, inverse_image, inverse_text, params, projections)
+    attended = empty_attended_rows(image, len(text), options, is_direct(len(text)))
+    mask_attention_fwd(query_image, query_text, projections, options, attended)
+    sums, statistic, place = logit_reduction_fwd(attended, params, image, text, inverse_image, inverse_text, options)
+    deviation, peak = deviation_and_peak(statistic, place, image.shape[1], options.penalty)
+    kept = Kept(query_image, query_text, inverse_image, inverse_text, projections, *attended, peak)
+    return sums, deviation, kept
+
+
+def forward(
+    image: Tensor, text: Tensor, params: Params, options: Options, save: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Masked sums [B, K], each image's statistic of |M - 1| [B], and what the backward pass starts from."""
+    kept = empty_kept(image, text, options, save)
+    if not len(image):
+        return (
+            image.new_empty(0, len(text), dtype=torch.float32),
+            image.new_empty(0, dtype=torch.float32),
+            kept.tensors(),
+        )
+    image, text, params = _contiguous(image, text, params)
+    with on_device(image):
+        sums, deviation, computed = _run(image, text, params, options)
+    return sums, deviation, (computed if len(kept.inverse_image) else kept).tensors()
+
+
+def _contiguous(image: Tensor, text: Tensor, params: Params) -> tuple[Tensor, Tensor, Params]:
+    layers = [layer.contiguous() for layer in params.layers]
+    return image.contiguous(), text.contiguous(), Params(*layers, logit_scale=params.logit_scale.to(torch.float32))

@@ -1,0 +1,177 @@
+"""Launch configurations of the Triton kernels: one frozen dataclass per kernel, a heuristic each, and tuned values.
+
+A configuration is chosen from the device's architecture, the dtype and the sizes E, D and K alone. `bench/tune.py`
+measures on the user's own GPU and writes the file that RADA_TUNED names; what stands there is preferred. Nothing is
+ever measured by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+KIB = 1024
+# What a program may use, by architecture, where no device can be asked (compiling for another machine).
+SHARED_BYTES = {
+    "sm_80": 163 * KIB,
+    "sm_86": 99 * KIB,
+    "sm_89": 99 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "sm_120": 99 * KIB,
+    "gfx942": 64 * KIB,
+    "gfx1100": 64 * KIB,
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a configuration depends on: the architecture, such as "sm_90", "gfx942" or "interpreter"; its limit."""
+
+    arch: str
+    shared_bytes: int
+
+    @property
+    def is_amd(self) -> bool:
+        return self.arch.startswith("gfx")
+
+    @staticmethod
+    def named(arch: str) -> Device:
+        return Device(arch, SHARED_BYTES[arch])
+
+
+INTERPRETER = Device("interpreter", 227 * KIB)
+
+
+@functools.lru_cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Device(properties.gcnArchName.split(":")[0], properties.shared_memory_per_block)
+    return Device(f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin)
+
+
+def device_of(tensor: Tensor) -> Device:
+    return _cuda_device(tensor.device.index) if tensor.is_cuda else INTERPRETER
+
+
+def on_device(tensor: Tensor):
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def product_precision(dtype: torch.dtype, device: Device) -> str:
+    """input_precision of the products. float32 follows torch.get_float32_matmul_precision().
+
+    "highest": float32 multiply-adds. "high" and "medium": TF32 on NVIDIA; on AMD, whose compiler has no TF32, three
+    products of bfloat16 halves, the other reading that torch gives "high".
+    """
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "bf16x3" if device.is_amd else "tf32"
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Blocks of a product over rows of width D: BR rows, BC columns, BD contracted at a time."""
+
+    BR: int
+    BC: int
+    BD: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BR": self.BR, "BC": self.BC, "BD": self.BD}
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Blocks of scores: BM rows by BN classes; direct: both hold all K classes."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# Up to here one program holds all pairs of classes of an (image, head).
+DIRECT_CLASSES = 128
+
+
+def next_power(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def contracted_block(width: int, most: int) -> int:
+    """The largest power of two that divides a width, at most `most`: no column of a block is empty."""
+    return min(width & -width, most)
+
+
+def _chosen(kernel: str, key: str, heuristic):
+    """The tuned configuration of a kernel for a key if there is one, else the heuristic's."""
+    tuned = _tuned().get(kernel, {}).get(key)
+    return type(heuristic)(**tuned) if tuned else heuristic
+
+
+@functools.lru_cache
+def _read_tuned(path: str) -> dict:
+    with open(path) as file:
+        return json.load(file)
+
+
+def _tuned() -> dict:
+    path = os.environ.get("RADA_TUNED")
+    return _read_tuned(path) if path else {}
+
+
+def config_key(device: Device, dtype: torch.dtype, *sizes: int) -> str:
+    """The name of a configuration in the tuned file: architecture, dtype, sizes."""
+    return "-".join([device.arch, str(dtype).removeprefix("torch."), *map(str, sizes)])
+
+
+def query_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
+    """A few thousand rows at most: small blocks, so that there are enough programs."""
+    return _chosen("query", config_key(device, dtype, width), GemmConfig(32, 64, contracted_block(width, 64), 4, 2))
+
+
+def projection_config(device: Device, dtype: torch.dtype, width: int, layers: int) -> GemmConfig:
+    config = GemmConfig(64, 64, contracted_block(width, 32), 4, 2)
+    return _chosen("projection", config_key(device, dtype, width, layers), config)
+
+
+def attention_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
+    """Of the streaming form."""
+    config = AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 2)
+    return _chosen("attention", config_key(device, dtype, head_width), config)
+
+
+def direct_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
+    block = max(16, next_power(classes))
+    config = AttentionConfig(block, block, {16: 1, 32: 2, 64: 4}.get(block, 8), 1)
+    return _chosen("direct", config_key(device, dtype, block, head_width), config)
+
+
+def reduction_config(device: Device, dtype: torch.dtype, width: int, head_width: int, direct: bool) -> GemmConfig:
+    block = contracted_block(width if direct else head_width, 64)
+    config = GemmConfig(64, 128, block, 4, 2)
+    return _chosen("reduction", config_key(device, dtype, width, head_width, int(direct)), config)
+
+
+def as_dict(config) -> dict:
+    return asdict(config)

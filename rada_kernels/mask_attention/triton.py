@@ -1,0 +1,352 @@
+"""The mask attention in Triton: text and rational scores side by side on the same blocks of keys and values.
+
+Two forms. *Direct*, where one program holds all score rows of an (image, head): the joint softmax is finished in
+registers and one value product serves all query kinds. *Streaming*, for any K: a program has BM score rows and goes
+over the classes with a running softmax per row; the rows of a tile are then weighted against each other, and the
+tiles' own weights (`share_of_tile`) are left to the next step. The image query is one more score row after the K
+class rows. No score leaves the registers in either form.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rada_kernels.blocks import load_rows, store_rows
+from rada_kernels.launch import attention_config, device_of, direct_config, next_power, product_precision
+from rada_kernels.options import QUERIES, Options
+
+
+@triton.jit
+def share_of_tile(top, total, p_tiles, tile, T, K, KINDS: tl.constexpr, BT: tl.constexpr):
+    """The factor that turns a row tile's attended rows into its part of O_n / kinds: K exp2(top - TOP) / TOTAL / kinds.
+
+    top, total: [T] at p_tiles, each tile's largest row log-sum-exp and the sum of exp2(row's - largest).
+    """
+    return tl.exp2(tl.load(top + p_tiles + tile) - log_total(top, total, p_tiles, T, BT)) * (K * 1.0 / KINDS)
+
+
+@triton.jit
+def log_total(top, total, p_tiles, T, BT: tl.constexpr):
+    """The log-sum-exp over all pairs of classes, from those of the row tiles."""
+    b_most = tl.full([BT], float("-inf"), tl.float32)
+    for start in range(0, T, BT):
+        o_t = start + tl.arange(0, BT)
+        b_most = tl.maximum(b_most, tl.load(top + p_tiles + o_t, mask=o_t < T, other=float("-inf")))
+    b_top = tl.max(b_most, 0)
+    b_sum = tl.zeros([BT], tl.float32)
+    for start in range(0, T, BT):
+        o_t = start + tl.arange(0, BT)
+        b_share = tl.exp2(tl.load(top + p_tiles + o_t, mask=o_t < T, other=float("-inf")) - b_top)
+        b_sum += b_share * tl.load(total + p_tiles + o_t, mask=o_t < T, other=0.0)
+    return b_top + tl.log2(tl.sum(b_sum, 0))
+
+
+@triton.jit
+def _joint_weights(b_query, b_key, m_pair, factor, K, PRECISION: tl.constexpr):
+    """A_n / K of one query kind where a block holds all pairs, and the pairs' log-sum-exp: [BK, BK], []."""
+    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * factor
+    b_scores = tl.where(m_pair, b_scores, float("-inf"))
+    b_top = tl.max(tl.max(b_scores, 1), 0)
+    b_exps = tl.exp2(b_scores - b_top)
+    b_total = tl.sum(tl.sum(b_exps, 1), 0)
+    return b_exps * (1.0 / b_total), b_top + tl.log2(b_total)
+
+
+@triton.jit
+def _image_weights(query_image, b_key, m_k, o_e, p_head, factor, E: tl.constexpr):
+    """The one row of A_image, [BK], and the image query [BE] in float32."""
+    b_query = tl.load(query_image + p_head + o_e, mask=o_e < E, other=0.0).to(tl.float32)
+    b_scores = tl.sum(b_key.to(tl.float32) * b_query[None, :], 1) * factor
+    b_scores = tl.where(m_k, b_scores, float("-inf"))
+    b_exps = tl.exp2(b_scores - tl.max(b_scores, 0))
+    return b_exps / tl.sum(b_exps, 0), b_query
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _mask_attention_direct_fwd_kernel(
+    query_image,  # [B, D]
+    query_text,  # [K, D]
+    projections,  # [LAYERS, B, K, D] keys, values, rational queries
+    rows,  # [B, K, D] attended rows, all query kinds together
+    log_totals,  # [matrix kinds, B, H] log-sum-exp over all pairs
+    B,
+    K,
+    factor,  # log2(e) / (√E τ)
+    H: tl.constexpr,
+    E: tl.constexpr,
+    IMAGE: tl.constexpr,
+    TEXT: tl.constexpr,
+    RATIONAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BK: tl.constexpr,  # at least K
+    BE: tl.constexpr,
+):
+    D: tl.constexpr = H * E
+    KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
+    pid = tl.program_id(0)  # (image, head)
+    b = pid // H
+    h = pid % H
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
+    m_pair = m_k[:, None] & m_k[None, :]
+    o_e = tl.arange(0, BE)
+    p_rows = b.to(tl.int64) * K * D + h * E
+    layer = B.to(tl.int64) * K * D
+    b_key = load_rows(projections + p_rows, o_k, m_k, o_e, D, E, BE)  # [BK, BE]
+    b_weights = tl.zeros([BK, BK], tl.float32)
+    if TEXT:
+        b_query = load_rows(query_text + h * E, o_k, m_k, o_e, D, E, BE)
+        b_joint, b_log = _joint_weights(b_query, b_key, m_pair, factor, K, PRECISION)
+        b_weights += b_joint * K
+        tl.store(log_totals + pid, b_log)
+    if RATIONAL:
+        b_query = load_rows(projections + 2 * layer + p_rows, o_k, m_k, o_e, D, E, BE)
+        b_joint, b_log = _joint_weights(b_query, b_key, m_pair, factor, K, PRECISION)
+        b_weights += b_joint * K
+        tl.store(log_totals + TEXT * B * H + pid, b_log)
+    if IMAGE:
+        b_image, _ = _image_weights(query_image, b_key, m_k, o_e, b.to(tl.int64) * D + h * E, factor, E)
+        b_weights += b_image[None, :]
+    b_value = load_rows(projections + layer + p_rows, o_k, m_k, o_e, D, E, BE)
+    b_rows = tl.dot((b_weights * (1.0 / KINDS)).to(b_value.dtype), b_value, input_precision=PRECISION)
+    store_rows(rows + p_rows, b_rows, o_k, m_k, o_e, D, E, BE)
+
+
+@triton.jit
+def _online_softmax(b_scores, b_top, b_total, b_rows, b_value, factor, PRECISION: tl.constexpr):
+    """One block of classes more: scores [BM, BN] without factor, state top [BM], total [BM], rows [BM, BE]."""
+    b_new = tl.maximum(b_top, tl.max(b_scores, 1) * factor)
+    b_exps = tl.exp2(b_scores * factor - b_new[:, None])
+    b_decay = tl.exp2(b_top - b_new)
+    b_total = b_total * b_decay + tl.sum(b_exps, 1)
+    b_rows = tl.dot(b_exps.to(b_value.dtype), b_value, b_rows * b_decay[:, None], input_precision=PRECISION)
+    return b_new, b_total, b_rows
+
+
+@triton.jit
+def _load_queries(rows, query_image, p_rows, p_image, o_r, K, o_e, D: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+                  CLASSES: tl.constexpr, WITH_IMAGE: tl.constexpr):  # fmt: skip
+    """Score rows o_r: K class rows if CLASSES, then the image's if WITH_IMAGE; zero after them: [BM, BE]."""
+    last = K if CLASSES else 0
+    if CLASSES:
+        b_rows = load_rows(rows + p_rows, o_r, o_r < K, o_e, D, E, BE)
+        if WITH_IMAGE:
+            # A stride of 0: only one row is the image's.
+            b_image = load_rows(query_image + p_image, o_r * 0, o_r == last, o_e, D, E, BE)
+            b_rows = tl.where((o_r == last)[:, None], b_image.to(b_rows.dtype), b_rows)
+        return b_rows
+    return load_rows(query_image + p_image, o_r * 0, o_r == last, o_e, D, E, BE)
+
+
+@triton.jit
+def _store_tile(
+    rows, image_row, tops, totals, log_image, b_top, b_total, b_rows, p_rows, p_image, pair, p_tile, o_r, K, o_e,
+    D: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, CLASSES: tl.constexpr, WITH_IMAGE: tl.constexpr,
+):  # fmt: skip
+    """Finish one query kind's tile: weight its rows against each other and store them; the image's row by itself."""
+    b_log = b_top + tl.log2(b_total)
+    b_rows = b_rows * (1.0 / b_total)[:, None]
+    last = 0
+    if CLASSES:
+        last = K
+        m_class = o_r < K
+        b_tile_top = tl.max(tl.where(m_class, b_log, float("-inf")), 0)
+        b_share = tl.where(m_class, tl.exp2(b_log - b_tile_top), 0.0)
+        tl.store(tops + p_tile, b_tile_top)
+        tl.store(totals + p_tile, tl.sum(b_share, 0))
+        store_rows(rows + p_rows, b_rows * b_share[:, None], o_r, m_class, o_e, D, E, BE)
+    if WITH_IMAGE:
+        m_image = o_r == last
+        tl.store(log_image + pair + o_r * 0, b_log, mask=m_image)
+        store_rows(image_row + p_image, b_rows, o_r * 0, m_image, o_e, D, E, BE)
+
+
+@triton.jit
+def _scores(b_query, b_key, o_n, K, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """query keyᵀ [BM, BN] without factor; -inf past the last class."""
+    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+    if TAIL:
+        b_scores = tl.where((o_n < K)[None, :], b_scores, float("-inf"))
+    return b_scores
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _mask_attention_streaming_fwd_kernel(
+    query_image,  # [B, D]
+    query_text,  # [K, D]
+    projections,  # [LAYERS, B, K, D] keys, values, rational queries
+    rows,  # [matrix kinds, B, K, D] each kind's rows, weighted within their tile
+    image_row,  # [B, D]
+    tops,  # [matrix kinds, B, H, T] each tile's largest row log-sum-exp
+    totals,  # [matrix kinds, B, H, T] each tile's sum of exp2(row log-sum-exp - top)
+    log_image,  # [B, H] the image row's log-sum-exp
+    B,
+    K,
+    factor,  # log2(e) / (√E τ)
+    H: tl.constexpr,
+    E: tl.constexpr,
+    IMAGE: tl.constexpr,
+    TEXT: tl.constexpr,
+    RATIONAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BE: tl.constexpr,
+):
+    D: tl.constexpr = H * E
+    T = tl.cdiv((K if TEXT or RATIONAL else 0) + IMAGE, BM)
+    pid = tl.program_id(0)
+    pair = pid // T  # (image, head)
+    tile = pid - pair * T  # neighbours read the same keys and values
+    b = pair // H
+    h = pair % H
+    o_r = tile * BM + tl.arange(0, BM)
+    o_e = tl.arange(0, BE)
+    p_rows = b.to(tl.int64) * K * D + h * E
+    p_image = b.to(tl.int64) * D + h * E
+    layer = B.to(tl.int64) * K * D
+    # The image's row goes with the first kind in use.
+    FIRST_TEXT: tl.constexpr = TEXT or not RATIONAL
+    b_text = _load_queries(query_text, query_image, h * E, p_image, o_r, K, o_e, D, E, BE, TEXT, IMAGE and FIRST_TEXT)
+    b_rational = b_text
+    if RATIONAL:
+        b_rational = _load_queries(
+            projections + 2 * layer, query_image, p_rows, p_image, o_r, K, o_e, D, E, BE, True, IMAGE and not TEXT
+        )
+    b_text_top = tl.full([BM], float("-inf"), tl.float32)
+    b_text_total = tl.zeros([BM], tl.float32)
+    b_text_rows = tl.zeros([BM, BE], tl.float32)
+    b_rational_top = tl.full([BM], float("-inf"), tl.float32)
+    b_rational_total = tl.zeros([BM], tl.float32)
+    b_rational_rows = tl.zeros([BM, BE], tl.float32)
+    whole = K // BN * BN
+    for start in range(0, whole, BN):
+        o_n = start + tl.arange(0, BN)
+        m_n = o_n < whole
+        b_key = load_rows(projections + p_rows, o_n, m_n, o_e, D, E, BE)  # [BN, BE]
+        b_value = load_rows(projections + layer + p_rows, o_n, m_n, o_e, D, E, BE)
+        if FIRST_TEXT:
+            b_scores = _scores(b_text, b_key, o_n, K, False, PRECISION)
+            b_text_top, b_text_total, b_text_rows = _online_softmax(
+                b_scores, b_text_top, b_text_total, b_text_rows, b_value, factor, PRECISION
+            )
+        if RATIONAL:
+            b_scores = _scores(b_rational, b_key, o_n, K, False, PRECISION)
+            b_rational_top, b_rational_total, b_rational_rows = _online_softmax(
+                b_scores, b_rational_top, b_rational_total, b_rational_rows, b_value, factor, PRECISION
+            )
+    if whole < K:
+        o_n = whole + tl.arange(0, BN)
+        m_n = o_n < K
+        b_key = load_rows(projections + p_rows, o_n, m_n, o_e, D, E, BE)
+        b_value = load_rows(projections + layer + p_rows, o_n, m_n, o_e, D, E, BE)
+        if FIRST_TEXT:
+            b_scores = _scores(b_text, b_key, o_n, K, True, PRECISION)
+            b_text_top, b_text_total, b_text_rows = _online_softmax(
+                b_scores, b_text_top, b_text_total, b_text_rows, b_value, factor, PRECISION
+            )
+        if RATIONAL:
+            b_scores = _scores(b_rational, b_key, o_n, K, True, PRECISION)
+            b_rational_top, b_rational_total, b_rational_rows = _online_softmax(
+                b_scores, b_rational_top, b_rational_total, b_rational_rows, b_value, factor, PRECISION
+            )
+    if FIRST_TEXT:
+        _store_tile(
+            rows, image_row, tops, totals, log_image, b_text_top, b_text_total, b_text_rows,
+            p_rows, p_image, pair, pid, o_r, K, o_e, D, E, BE, TEXT, IMAGE,
+        )  # fmt: skip
+    if RATIONAL:
+        _store_tile(
+            rows + TEXT * layer, image_row, tops, totals, log_image, b_rational_top, b_rational_total, b_rational_rows,
+            p_rows, p_image, pair, pid + TEXT * B * H * T, o_r, K, o_e, D, E, BE, True, IMAGE and not TEXT,
+        )  # fmt: skip
+
+
+class AttendedRows(NamedTuple):
+    """What the attention leaves to the next steps. Direct: rows and log_totals; streaming: all but log_totals."""
+
+    rows: Tensor  # direct [1, B, K, D], streaming [matrix kinds, B, K, D]
+    image_row: Tensor  # [B, D], direct [0, D]
+    tops: Tensor  # [matrix kinds, B, H, T] float32; direct: [matrix kinds, B, H, 1] the log-sum-exp over all pairs
+    totals: Tensor  # [matrix kinds, B, H, T] float32, direct T = 0
+    log_image: Tensor  # [B, H] float32, direct [0, H]
+
+
+def empty_attended_rows(image: Tensor, classes: int, options: Options, direct: bool) -> AttendedRows:
+    """Uninitialised tensors for a call's attended rows, from shapes alone."""
+    batch, width = image.shape
+    heads = options.num_heads
+    kinds = len(options.queries) - ("image" in options.queries)
+
+    def float32(*shape: int) -> Tensor:
+        return image.new_empty(shape, dtype=torch.float32)
+
+    if direct:
+        return AttendedRows(
+            rows=image.new_empty(1, batch, classes, width),
+            image_row=image.new_empty(0, width),
+            tops=float32(kinds, batch, heads, 1),
+            totals=float32(kinds, batch, heads, 0),
+            log_image=float32(0, heads),
+        )
+    tiles = row_tiles(image, classes, options)
+    return AttendedRows(
+        rows=image.new_empty(kinds, batch, classes, width),
+        image_row=image.new_empty(batch, width),
+        tops=float32(kinds, batch, heads, tiles),
+        totals=float32(kinds, batch, heads, tiles),
+        log_image=float32(batch, heads),
+    )
+
+
+def row_tiles(image: Tensor, classes: int, options: Options) -> int:
+    """T: tiles of score rows of one (image, head), the image query's row included."""
+    config = attention_config(device_of(image), image.dtype, classes, image.shape[-1] // options.num_heads)
+    matrix = options.queries != ("image",)
+    return triton.cdiv(matrix * classes + ("image" in options.queries), config.BM)
+
+
+def mask_attention_fwd(
+    query_image: Tensor,  # [B, D]
+    query_text: Tensor,  # [K, D]
+    projections: Tensor,  # [2 or 3, B, K, D]
+    options: Options,
+    attended: AttendedRows,  # to be filled
+) -> None:
+    """Joint-softmax attention of every (image, head); its form is told by what is to be filled."""
+    _, batch, classes, width = projections.shape
+    heads = options.num_heads
+    head_width = width // heads
+    device = device_of(projections)
+    common = {
+        "query_image": query_image, "query_text": query_text, "projections": projections, "rows": attended.rows,
+        "B": batch, "K": classes, "factor": options.score_factor(width) * math.log2(math.e), "H": heads,
+        "E": head_width, **kind_flags(options), "PRECISION": product_precision(projections.dtype, device),
+        "BE": max(16, next_power(head_width)),
+    }  # fmt: skip
+    if is_direct(attended):
+        config = direct_config(device, projections.dtype, classes, head_width)
+        _mask_attention_direct_fwd_kernel[(batch * heads,)](
+            log_totals=attended.tops, BK=config.BM, **common, **config.launch
+        )
+        return
+    config = attention_config(device, projections.dtype, classes, head_width)
+    _mask_attention_streaming_fwd_kernel[(batch * heads * attended.tops.shape[-1],)](
+        image_row=attended.image_row, tops=attended.tops, totals=attended.totals, log_image=attended.log_image,
+        BM=config.BM, BN=config.BN, **common, **config.launch,
+    )  # fmt: skip
+
+
+def kind_flags(options: Options) -> dict[str, bool]:
+    """The query kinds in use, as the kernels take them."""
+    return {name.upper(): name in options.queries for name in QUERIES}
+
+
+def is_direct(attended: AttendedRows) -> bool:
+    return attended.totals.shape[-1] == 0
