@@ -47,7 +47,11 @@ def _forward_fake(image, text, logit_scale, layers, *packed):
     dtype = accumulation_dtype(image.dtype)
     sums = image.new_empty(image.shape[0], text.shape[0], dtype=dtype)
     deviation = image.new_empty(image.shape[0], dtype=dtype)
-    return sums, deviation, BACKENDS[backend].empty_kept(image, text, _unpack_options(*options), save).tensors()
+    return (
+        sums,
+        deviation,
+        BACKENDS[backend].empty_kept(image, text, _unpack_options(*options), save).tensors(),
+    )
 
 
 @torch.library.impl(LIBRARY, "masked_similarity_backward", "CompositeExplicitAutograd")
@@ -73,7 +77,7 @@ def _backward_fake(grad_sums, grad_deviation, image, text, logit_scale, layers, 
 
 
 def _setup_context(ctx, inputs, output):
-    image, text, logit_scale, layers, *packed, save = inputs
+    image, text, logit_scale, layers, *packed, _ = inputs
     _, _, kept = output
     ctx.set_materialize_grads(False)  # no zeros as large as what is kept
     ctx.packed = packed
@@ -99,9 +103,7 @@ def _autograd(ctx, grad_sums, grad_deviation, _):
     return grad_image, grad_text, None, grad_layers, *[None] * (len(ctx.packed) + 1)
 
 
-torch.library.register_autograd(
-    "rada::masked_similarity", _autograd, setup_context=_setup_context, lib=LIBRARY
-)
+torch.library.register_autograd("rada::masked_similarity", _autograd, setup_context=_setup_context, lib=LIBRARY)
 
 
 def _register_autocast(device_type: str, key: str) -> None:

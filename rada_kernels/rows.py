@@ -18,7 +18,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def inverse_norms(rows: Tensor) -> Tensor:  # [N, D] -> [N]
     """1 / L2 norm of each row in the accumulation dtype, 0 for a zero row. NaN stays NaN in the product."""
     norms = torch.linalg.vector_norm(rows, dim=-1, dtype=accumulation_dtype(rows.dtype))
-    return torch.where(norms < ZERO_NORM, 0.0, norms.reciprocal())
+    zero = norms < ZERO_NORM
+    # Filled before the division too: the gradient of 1 / 0 would be NaN, even where it is not selected.
+    return norms.masked_fill(zero, 1.0).reciprocal().masked_fill(zero, 0.0)
 
 
 def unit_rows(rows: Tensor) -> Tensor:  # [N, D] -> [N, D]

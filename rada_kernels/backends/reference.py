@@ -22,9 +22,7 @@ def mask(image: Tensor, text: Tensor, params: Params, options: Options) -> Tenso
     return _mask(f, h, params, options)
 
 
-def masked_similarity(
-    image: Tensor, text: Tensor, params: Params, options: Options
-) -> tuple[Tensor, Tensor]:
+def masked_similarity(image: Tensor, text: Tensor, params: Params, options: Options) -> tuple[Tensor, Tensor]:
     """Σ_d M R [B, K] and each image's statistic of |M - 1| [B], both in the accumulation dtype."""
     f, h = _features(image, text, options)
     m = _mask(f, h, params, options)

@@ -33,16 +33,17 @@ class Kept:
     """What the three steps leave for the backward pass, for b images and their P = b·H (image, head) pairs.
 
     Of the whole batch, or a view of one chunk of it. What the byte budget had no room for has a second dimension
-    of 0 and is computed again: the weights alone, or everything.
+    of 0 and is computed again: the exponentials alone, or everything.
     """
 
-    lse: Tensor  # [n, P] log-sum-exps, n = 0 to 2 matrix query kinds
+    top: Tensor  # [n, P] the scores' maximum over all pairs of classes, n = 0 to 2 matrix query kinds
+    total: Tensor  # [n, P] the sum of exp(score - maximum)
     peak: Tensor  # [1, b] the first place of the largest |M - 1|
     projections: Tensor  # [N, P, K, E] keys, values, rational queries if in use
     rows: Tensor  # [1, P, K, E] attended rows
     kinds: Tensor  # [n, P, K, E] each kind's attended rows, only where score rows come in several tiles
     change: Tensor  # [1, b, K, D] M - 1, accumulation dtype
-    weights: Tensor  # [n, P, K, K] A_n, accumulation dtype
+    exponentials: Tensor  # [n, P, K, K] exp(score - maximum), accumulation dtype
 
     def tensors(self) -> list[Tensor]:
         return list(vars(self).values())
@@ -61,36 +62,37 @@ class Kept:
 
 
 def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kept:
-    """Uninitialised tensors for what a call keeps, from shapes alone: first rows of width D, then the weights."""
+    """Uninitialised tensors for what a call keeps, from shapes alone: first rows of width D, then the exponentials."""
     (batch, width), classes, heads = image.shape, text.shape[0], options.num_heads
     dtype = accumulation_dtype(image.dtype)
     matrix = len(options.queries) - ("image" in options.queries)
     layers = 2 + ("rational" in options.queries)
-    keep = keep_kinds = keep_weights = False
+    keep = keep_kinds = keep_exponentials = False
     if save:
         whole = Tiling.fit(classes, width, heads, image.dtype, image.device).rows >= classes
         room = budget("RADA_SAVE_BYTES", SAVE_BYTES)
         streamed = 0 if whole else matrix
         row_bytes = batch * classes * width * ((layers + 1 + streamed) * image.dtype.itemsize + dtype.itemsize)
-        weight_bytes = batch * matrix * heads * classes * classes * dtype.itemsize
+        exponential_bytes = batch * matrix * heads * classes * classes * dtype.itemsize
         keep = row_bytes <= room
         keep_kinds = keep and not whole
-        keep_weights = whole and row_bytes + weight_bytes <= room
+        keep_exponentials = whole and row_bytes + exponential_bytes <= room
     pairs = batch * heads
     head_rows = (classes, width // heads)
     return Kept(
-        lse=image.new_empty(matrix, pairs * keep, dtype=dtype),
+        top=image.new_empty(matrix, pairs * keep, dtype=dtype),
+        total=image.new_empty(matrix, pairs * keep, dtype=dtype),
         peak=image.new_empty(1, batch * keep, dtype=torch.int64),
         projections=image.new_empty(layers, pairs * keep, *head_rows),
         rows=image.new_empty(1, pairs * keep, *head_rows),
         kinds=image.new_empty(matrix, pairs * keep_kinds, *head_rows),
         change=image.new_empty(1, batch * keep, classes, width, dtype=dtype),
-        weights=image.new_empty(matrix, pairs * keep_weights, classes, classes, dtype=dtype),
+        exponentials=image.new_empty(matrix, pairs * keep_exponentials, classes, classes, dtype=dtype),
     )
 
 
 class Call:
-    """One call's constants: unit rows, stacked weights, the tiling, and the two queries that need no X."""
+    """One call's constants: unit rows, the tiling, and the two queries that need no X."""
 
     def __init__(self, image: Tensor, text: Tensor, params: Params, options: Options):
         dtype = accumulation_dtype(image.dtype)
@@ -134,7 +136,7 @@ class Call:
         return image, matrix
 
     def forward(self, b: slice, kept: Kept) -> Kept:
-        """The three steps for the images of slice b. Projections and weights are written where they are kept."""
+        """The three steps for the images of slice b. Projections and exponentials are written where they are kept."""
         heads = self.options.num_heads
         x = self.rational_rows(b)
         projections = kept.projections
@@ -145,12 +147,12 @@ class Call:
         for name, out in zip(self.x_layers, projections, strict=True):
             rational_projection.rational_projection(x, *self.layer(name), heads, out)
         image_query, matrix_queries = self.queries(b, projections)
-        rows, lse, kinds = mask_attention.mask_attention(
-            image_query, matrix_queries, *projections[:2], kept.weights, self.factor, self.tiling
+        rows, top, total, kinds = mask_attention.mask_attention(
+            image_query, matrix_queries, *projections[:2], kept.exponentials, self.factor, self.tiling
         )
         change = logit_reduction.mask_change(join_heads(rows, heads), self.params, self.f[b])
         peak = logit_reduction.peak(change)
-        return Kept(lse, peak[None], projections, rows[None], kinds, change[None], kept.weights)
+        return Kept(top, total, peak[None], projections, rows[None], kinds, change[None], kept.exponentials)
 
 
 def forward(
@@ -240,8 +242,8 @@ class GradientSums:
         image_query, matrix_queries = call.queries(b, chunk.projections)
         key, value = chunk.projections[:2]
         grads = mask_attention.mask_attention_backward(
-            grad_rows, image_query, matrix_queries, key, value, chunk.lse, chunk.kinds, chunk.weights, call.factor,
-            call.tiling,
+            grad_rows, image_query, matrix_queries, key, value, chunk.top, chunk.total, chunk.kinds,
+            chunk.exponentials, call.factor, call.tiling,
         )  # fmt: skip
         grad_x_layers = [grads.key, grads.value]
         if "rational" in call.options.queries:
@@ -269,12 +271,13 @@ class GradientSums:
     def finish(self) -> list[Tensor]:
         """The two queries without X, the rows' normalisation, and one rounding to the dtype of the inputs."""
         call, wanted, root = self.call, self.wanted, self.call.scale.sqrt()
-        for name, rows, grad_rows, grad in (
-            ("query_image", call.f, self.f, self.image_query),
-            ("query_text", call.h, self.h, self.text_query),
+        for name, rows, grad_rows, grad, want_rows in (
+            ("query_image", call.f, self.f, self.image_query, wanted.image),
+            ("query_text", call.h, self.h, self.text_query, wanted.text),
         ):
-            if grad is not None:
+            if grad is not None and wanted.layers:
                 self.add_layer(name, grad, root * rows)
+            if grad is not None and want_rows:
                 grad_rows += root * (grad @ call.layer(name)[0].to(grad.dtype))
         grads = []
         for on, grad, unit, index in ((wanted.image, self.f, call.f, 0), (wanted.text, self.h, call.h, 1)):

@@ -15,8 +15,8 @@ def mask_change(rows: Tensor, params: Params, f: Tensor) -> Tensor:
 
 
 def masked_sums(change: Tensor, f: Tensor, h: Tensor) -> Tensor:
-    """Σ_d M[b,k,d] f[b,d] h[k,d] = f·h + Σ_d (M - 1) f h: [b, K]."""
-    return torch.addmm((change * h @ f.unsqueeze(-1)).squeeze(-1), f, h.t())
+    """Σ_d M[b,k,d] f[b,d] h[k,d]: [b, K, D] -> [b, K]. Not f·h + Σ (M - 1) f h, which cancels where M is small."""
+    return (change.add(1).mul_(h) @ f.unsqueeze(-1)).squeeze(-1)
 
 
 def peak(change: Tensor) -> Tensor:  # [b, K, D] -> [b]

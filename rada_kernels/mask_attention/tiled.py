@@ -25,16 +25,11 @@ def _scores(query: Tensor, key: Tensor, factor: float, offset: Tensor | None = N
     return scores if offset is None else scores.add_(offset)
 
 
-def _normalizer(classes: int, lse: Tensor) -> Tensor:
-    """log K - lse, [p] -> [p, 1, 1]: with it added to the scores, exp gives A_n at once."""
-    return (torch.full_like(lse, classes).log() - lse)[:, None, None]
-
-
 def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(scores - top), written over the scores, with top [p, 1, 1] the tile's maximum and the sums [p, 1, 1]."""
-    top = scores.amax((1, 2), keepdim=True)
-    scores.sub_(top).exp_()
-    return scores, top, scores.sum((1, 2), keepdim=True)
+    """exp(score - maximum) [p, r, K], written over the scores, the maximum [p], and the sum of the exponentials [p]."""
+    top = scores.amax((1, 2))
+    scores.sub_(top[:, None, None]).exp_()
+    return scores, top, scores.sum((1, 2))
 
 
 def mask_attention(
@@ -42,58 +37,62 @@ def mask_attention(
     matrix_queries: list[Tensor],  # each [P, K, E]
     key: Tensor,  # [P, K, E]
     value: Tensor,  # [P, K, E]
-    weights: Tensor,  # [matrix kinds, P, K, K] to be filled with A_n, or with P = 0
+    exponentials: Tensor,  # [matrix kinds, P, K, K] to be filled with exp(score - maximum), or with P = 0
     factor: float,
     tiling: Tiling,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Joint-softmax attention, averaged over the query kinds.
 
-    Returns the attended rows [P, K, E]; the log-sum-exps over all pairs of classes [matrix kinds, P]; and each
-    kind's own rows [matrix kinds, P, K, E] where scores came in several row tiles, else [matrix kinds, 0, K, E].
+    Returns the attended rows [P, K, E]; for each matrix kind and pair the scores' maximum over all pairs of classes
+    and the sum of exp(score - maximum), each [matrix kinds, P]; and each kind's own rows [matrix kinds, P, K, E]
+    where scores came in several row tiles, else [matrix kinds, 0, K, E].
 
     One maximum per tile is enough: a pair of classes that underflows against it has no weight in the joint softmax.
     Where one tile holds all rows of a pair, the weights of both kinds are added before one value product. Where the
-    rows come in several tiles, each tile t is softmax attention with a log-sum-exp of its own, and
-    O[t] = K · softmax_t(lse)[t] · o[t] joins them.
+    rows come in several tiles, each tile is softmax attention of its own, weighted at the end by its share of the sum.
     """
     pairs, classes, _ = key.shape
-    dtype = accumulation_dtype(key.dtype)
-    count = len(matrix_queries) + (image_query is not None)
+    kinds_in_use = len(matrix_queries) + (image_query is not None)
     whole = tiling.rows >= classes
-    rows = torch.empty_like(key)
-    lse = key.new_empty(len(matrix_queries), pairs, dtype=dtype)
+    top = key.new_empty(len(matrix_queries), pairs, dtype=accumulation_dtype(key.dtype))
+    total = torch.empty_like(top)
     kinds = key.new_empty(len(matrix_queries), 0 if whole else pairs, *key.shape[1:])
-    if whole:
+    if not matrix_queries:
+        rows = torch.zeros_like(key)
+    elif whole:
+        rows = torch.empty_like(key)
         for p, _ in tiling.tiles(pairs, classes):
             mixed = None
             for n, query in enumerate(matrix_queries):
-                exps, top, total = _exponentials(_scores(query[p], key[p], factor))
-                lse[n, p] = (top + total.log()).flatten()
-                exps.mul_(classes / total)  # A_n
-                if weights.numel():
-                    weights[n, p] = exps
+                exps, top[n, p], total[n, p] = _exponentials(_scores(query[p], key[p], factor))
+                if exponentials.numel():
+                    exponentials[n, p] = exps
+                exps.mul_(_share(classes, total[n, p]))  # A_n
                 mixed = exps if mixed is None else mixed.add_(exps)
-            if mixed is not None:
-                # 1 / count with the product's result: the mixed weights then average 1 / K per kind.
-                rows[p] = torch.bmm(mixed.to(value.dtype), value[p]).div_(count)
-    elif matrix_queries:
+            rows[p] = torch.bmm(mixed.to(value.dtype), value[p]).div_(kinds_in_use)
+    else:
         for n, query in enumerate(matrix_queries):
-            tops = []  # the log-sum-exp of every tile, in the order of the tiles
+            # Each row tile's maximum and sum for all pairs, in the order of the row tiles: [tiles, P].
+            tops, totals = (key.new_empty(-(-classes // tiling.rows), pairs, dtype=top.dtype) for _ in range(2))
             for p, r in tiling.tiles(pairs, classes):
-                exps, top, total = _exponentials(_scores(query[p, r], key[p], factor))
-                tops.append((p, r, top + total.log()))
-                kinds[n, p, r] = torch.bmm(exps.to(value.dtype), value[p]) / total.to(value.dtype)
-            lse[n] = -torch.inf
-            for p, _, tile_lse in tops:
-                lse[n, p] = torch.logaddexp(lse[n, p], tile_lse.flatten())
-            for p, r, tile_lse in tops:
-                share = (tile_lse - lse[n, p, None, None]).exp() * classes
-                kinds[n, p, r] = (kinds[n, p, r] * share).to(key.dtype)
-        rows = kinds.sum(0).div_(count)
+                t = r.start // tiling.rows
+                exps, tops[t, p], totals[t, p] = _exponentials(_scores(query[p, r], key[p], factor))
+                kinds[n, p, r] = (torch.bmm(exps.to(value.dtype), value[p]) / totals[t, p, None, None]).to(value.dtype)
+            top[n] = tops.amax(0)
+            totals *= (tops - top[n]).exp()
+            total[n] = totals.sum(0)
+            for p, r in tiling.tiles(pairs, classes):
+                kinds[n, p, r] *= totals[r.start // tiling.rows, p, None, None] * _share(classes, total[n, p])
+        rows = kinds.sum(0).div_(kinds_in_use)
     if image_query is not None:
-        row = image_row_weights(image_query, key, factor).to(value.dtype) @ value / count  # [P, 1, E]
-        rows = rows + row if matrix_queries else row.expand_as(key)
-    return rows, lse, kinds
+        row = image_row_weights(image_query, key, factor).to(value.dtype) @ value  # [P, 1, E]
+        rows += row / kinds_in_use
+    return rows, top, total, kinds
+
+
+def _share(classes: int, total: Tensor) -> Tensor:
+    """K / total, [p] -> [p, 1, 1]: what turns exponentials into A_n."""
+    return (classes / total)[:, None, None]
 
 
 def image_row_weights(image_query: Tensor, key: Tensor, factor: float) -> Tensor:
@@ -115,39 +114,44 @@ def mask_attention_backward(
     matrix_queries: list[Tensor],
     key: Tensor,
     value: Tensor,
-    lse: Tensor,  # [matrix kinds, P]
+    top: Tensor,  # [matrix kinds, P] as the forward pass returns them
+    total: Tensor,  # [matrix kinds, P]
     kinds: Tensor,  # [matrix kinds, P, K, E], or with P = 0 where one tile holds all rows of a pair
-    weights: Tensor,  # [matrix kinds, P, K, K] A_n, or with P = 0 where it was not kept
+    exponentials: Tensor,  # [matrix kinds, P, K, K], or with P = 0 where they were not kept
     factor: float,
     tiling: Tiling,
 ) -> AttentionGradients:
-    """dS_n = A_n ⊙ (dA - δ_n), dA = grad valueᵀ / kinds, with one δ_n = (1/K) Σ A_n dA per (image, head)."""
+    """dS_n = A_n ⊙ (dA - δ_n), dA = grad valueᵀ / kinds, with one δ_n = (1/K) Σ A_n dA per (image, head).
+
+    A_n stays in two factors, exp(score - maximum) and K / total, so that δ_n is the mean of dA under the very weights
+    that it is subtracted under: what should cancel in the sum over dS_n then does.
+    """
     pairs, classes, _ = key.shape
     dtype = key.dtype
-    count = len(matrix_queries) + (image_query is not None)
-    grad_mean = grad_rows / count
+    grad_mean = grad_rows / (len(matrix_queries) + (image_query is not None))
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
     grad_queries = [torch.empty_like(query) for query in matrix_queries]
     delta = None
     if kinds.numel():
-        delta = (kinds * grad_mean).sum((2, 3), dtype=lse.dtype)[..., None, None] / classes  # [n, P, 1, 1]
+        delta = (kinds * grad_mean).sum((2, 3), dtype=top.dtype) / classes  # [n, P]
     for p, r in tiling.tiles(pairs, classes) if matrix_queries else ():
         grad_weights = _scores(grad_mean[p, r], value[p], 1.0)  # dA: [p, r, K]
-        mixed = None
+        mixed = torch.zeros_like(grad_weights)
         for n, query in enumerate(matrix_queries):
-            if not weights.numel():
-                offset = _normalizer(classes, lse[n, p])
-                a = _scores(query[p, r], key[p], factor, offset).exp_()
+            if exponentials.numel():
+                exps = exponentials[n, p, r]
             else:
-                a = weights[n, p, r]
+                exps = _scores(query[p, r], key[p], factor, -top[n, p, None, None]).exp_()
             if delta is None:
-                d = torch.linalg.vecdot(a.flatten(1), grad_weights.flatten(1))[:, None, None] / classes
+                d = torch.linalg.vecdot(exps.flatten(1), grad_weights.flatten(1)) / total[n, p]
             else:
                 d = delta[n, p]
-            grad_scores = (grad_weights - d).mul_(a).to(dtype)
-            mixed = a if mixed is None else mixed + a
-            grad_key[p].baddbmm_(grad_scores.mT, query[p, r], alpha=factor)
-            grad_queries[n][p, r] = torch.bmm(grad_scores, key[p]).mul_(factor)
+            share = _share(classes, total[n, p])
+            mixed.addcmul_(exps, share)
+            grad_scores = (grad_weights - d[:, None, None]).mul_(exps).to(dtype)  # without its factor
+            share = (factor * share).to(dtype)
+            grad_key[p].baddbmm_(grad_scores.mT, query[p, r] * share)
+            grad_queries[n][p, r] = torch.bmm(grad_scores, key[p]).mul_(share)
         grad_value[p].baddbmm_(mixed.to(dtype).mT, grad_mean[p, r])
     grad_image = None
     if image_query is not None:
