@@ -46,9 +46,7 @@ def save_head(
     safetensors = require("safetensors.torch", "safetensors", "checkpoints")
     weights = _weights_path(path)
     weights.parent.mkdir(parents=True, exist_ok=True)
-    data = safetensors.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    )
+    data = safetensors.save({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()})
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -74,9 +72,7 @@ def load_config(path: str | os.PathLike) -> dict:
     """
     file = _weights_path(path).with_suffix(".json")
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file}: no such file; a checkpoint is a .safetensors file with its .json beside it"
-        )
+        raise FileNotFoundError(f"{file}: no such file; a checkpoint is a .safetensors file with its .json beside it")
     try:
         config = json.loads(file.read_bytes())
     except ValueError as error:
@@ -85,9 +81,7 @@ def load_config(path: str | os.PathLike) -> dict:
         raise ValueError(f"{file}: not a head's configuration, which has the entry format = {FORMAT!r}")
     version = config.get("format_version")
     if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file}: format_version: got {version!r}; this version of rada takes {FORMAT_VERSION}"
-        )
+        raise ValueError(f"{file}: format_version: got {version!r}; this version of rada takes {FORMAT_VERSION}")
     missing = [field for field in ("backbone", "embed_dim", *OPTIONS, "sha256") if field not in config]
     if missing:
         raise ValueError(f"{file}: no entry {missing[0]!r}; it holds {sorted(config)}")
@@ -115,9 +109,7 @@ def load_head(
     config = load_config(path)
     for field, got in (("backbone", backbone), ("embed_dim", embed_dim), ("num_heads", num_heads)):
         if got is not None and got != config[field]:
-            raise ValueError(
-                f"{field}: got {got!r}; the checkpoint {os.fspath(path)} takes {config[field]!r}"
-            )
+            raise ValueError(f"{field}: got {got!r}; the checkpoint {os.fspath(path)} takes {config[field]!r}")
     weights = _weights_path(path)
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file, though its configuration is there")

@@ -141,8 +141,7 @@ class RAdaCLIP(nn.Module):
         size = _vocabulary_size(self.model)
         if size is not None and int(tokens.max()) >= size:
             raise ValueError(
-                f"tokenizer: got token id {int(tokens.max())}; the model takes ids below {size}: pass its "
-                "own tokenizer"
+                f"tokenizer: got token id {int(tokens.max())}; the model takes ids below {size}: pass its own tokenizer"
             )
         self._tokens = tokens.unflatten(0, (len(class_names), len(self.templates)))  # [K, T, L]
         self.class_names = class_names
@@ -151,21 +150,16 @@ class RAdaCLIP(nn.Module):
     def encode_images(self, images: Tensor) -> Tensor:
         """Unit-length image features [B, D], in the head's dtype, of preprocessed images [B, 3, H, W]."""
         if not isinstance(images, Tensor):
-            raise TypeError(
-                f"images: got {type(images).__name__}; it takes a tensor [B, 3, H, W], as preprocess makes"
-            )
+            raise TypeError(f"images: got {type(images).__name__}; it takes a tensor [B, 3, H, W], as preprocess makes")
         if images.dim() != 4 or not images.is_floating_point():
-            raise ValueError(
-                f"images: got {images.dtype} {list(images.shape)}; it takes floating [B, 3, H, W]"
-            )
+            raise ValueError(f"images: got {images.dtype} {list(images.shape)}; it takes floating [B, 3, H, W]")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._visual_trains()):
             features = self.model.encode_image(images.to(_input_dtype(self.model)))
             return F.normalize(features.to(self._dtype), dim=-1)
 
     @property
     def text_features(self) -> Tensor:
-        """Unit-length class features [K, D], in the head's dtype: the normalised mean over the templates of
-        unit vectors.
+        """Unit-length class features [K, D] in the head's dtype: the mean of the templates' unit vectors, normalised.
 
         Kept while the text tower is frozen. While it trains, every access encodes all prompts, with gradients
         where they are enabled; in an evaluation loop take it once. After loading other weights into a frozen
@@ -261,8 +255,7 @@ def _drop_frozen_model(module: RAdaCLIP, state: dict, prefix: str, _) -> None:
 
 
 def _keep_frozen_model(module: RAdaCLIP, state: dict, prefix: str, *_) -> None:
-    """Complete a head-only state dict by the frozen model's own tensors; forget what loaded weights make
-    stale."""
+    """Complete a head-only state dict by the frozen model's own tensors; forget what other weights make stale."""
     given = any(key.startswith(f"{prefix}model.") for key in state)
     if given:
         module._text_features = None
@@ -289,14 +282,13 @@ def _create(name: str, pretrained, precision: str, device, want_tokenizer: bool)
         tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
         if pretrained is None:
             warnings.warn(
-                f"pretrained: got None, so {name} has random weights; it takes a checkpoint's path or one of "
-                f"{tags}",
+                f"pretrained: got None, so {name} has random weights; it takes a checkpoint's path or one of {tags}",
                 stacklevel=3,
             )
-        elif os.path.isfile(pretrained):
-            backbone = f"{name}/{os.path.basename(pretrained)}"
         elif open_clip.is_pretrained_cfg(name.replace("/", "-"), pretrained):
             backbone = f"{name}/{pretrained}"
+        elif os.path.isfile(pretrained):
+            backbone = f"{name}/{os.path.basename(pretrained)}"
         else:
             raise ValueError(
                 f"pretrained: got {pretrained!r}, which is no file and no tag of {name}; it takes a path or "
@@ -323,9 +315,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 def _refuse_with_object(**arguments) -> None:
     for name, value in arguments.items():
         if value is not None:
-            raise ValueError(
-                f"{name}: got {value!r} with a model given as an object; it goes with a model's name only"
-            )
+            raise ValueError(f"{name}: got {value!r} with a model given as an object; it goes with a model's name only")
 
 
 def _transform_of(model: nn.Module) -> Callable | None:
@@ -343,9 +333,7 @@ def _tokenizer_of(model: nn.Module) -> Callable:
             "tokenizer: got None with a model whose vocabulary is not CLIP's; it takes the model's own, "
             "as open_clip.get_tokenizer makes it"
         )
-    return require("open_clip", "open_clip_torch", "models").SimpleTokenizer(
-        context_length=model.context_length
-    )
+    return require("open_clip", "open_clip_torch", "models").SimpleTokenizer(context_length=model.context_length)
 
 
 def _vocabulary_size(model: nn.Module) -> int | None:
@@ -353,8 +341,7 @@ def _vocabulary_size(model: nn.Module) -> int | None:
 
 
 def _input_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that the image tower takes: its first layer's, as norms may keep float32 in half-precision
-    models."""
+    """The dtype that the image tower takes: its first layer's. (Norms may keep float32 beside half precision.)"""
     layers = (module for module in model.visual.modules() if isinstance(module, nn.Conv2d | nn.Linear))
     return next(layers).weight.dtype
 

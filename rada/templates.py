@@ -20,9 +20,7 @@ def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
         raise ValueError("templates: got none; it takes at least one format string")
     for template in templates:
         if not isinstance(template, str):
-            raise TypeError(
-                f"templates: got {template!r}; it takes format strings such as {DEFAULT_TEMPLATES[0]!r}"
-            )
+            raise TypeError(f"templates: got {template!r}; it takes format strings such as {DEFAULT_TEMPLATES[0]!r}")
         try:
             fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
         except ValueError as error:

@@ -77,9 +77,7 @@ def test_missing_files_are_named(tmp_path):
         load_head(tmp_path / "nowhere")
     save_head(tmp_path, trained_head(), backbone="x")
     (tmp_path / "head.safetensors").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"head.safetensors: no such file, though its configuration is"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"head.safetensors: no such file, though its configuration is"):
         load_head(tmp_path)
 
 

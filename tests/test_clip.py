@@ -323,9 +323,7 @@ def test_a_model_by_name_with_a_local_checkpoint(named_model):
 
 @pytest.mark.parametrize("precision", ["bf16", "pure_bf16"])
 def test_precision_is_the_models_and_not_the_heads(named_model, precision):
-    rada = RAdaCLIP.from_open_clip(
-        "tiny-vit", NAMES, pretrained=named_model[1], precision=precision, num_heads=4
-    )
+    rada = RAdaCLIP.from_open_clip("tiny-vit", NAMES, pretrained=named_model[1], precision=precision, num_heads=4)
     images = pixels(rada)
     assert rada.model.visual.conv1.weight.dtype == torch.bfloat16
     assert rada.head.k_proj.weight.dtype == torch.float32

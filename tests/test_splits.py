@@ -76,6 +76,8 @@ def test_train_test_is_a_stratified_partition(counts, seed):
 def test_train_test_refuses_a_class_of_one():
     with pytest.raises(ValueError, match="class 1 has one item"):
         train_test(torch.tensor([0, 0, 1]), 0)
+    with pytest.raises(ValueError, match="labels: got none"):
+        train_test(torch.empty(0, dtype=torch.int64), 0)
 
 
 @pytest.mark.parametrize(("count", "base"), [(2, 1), (3, 2), (10, 5), (11, 6)])

@@ -82,8 +82,7 @@ def feature_shards(path: str | Path) -> list[Tensor]:
             raise ValueError(f"{file}: got {rows.dtype} {list(rows.shape)}; it takes floating [n, D]")
         if shards and rows.shape[1] != shards[0].shape[1]:
             raise ValueError(
-                f"{file}: got width {rows.shape[1]}; it takes {shards[0].shape[1]}, the width of "
-                f"{files[0].name}"
+                f"{file}: got width {rows.shape[1]}; it takes {shards[0].shape[1]}, the width of {files[0].name}"
             )
         shards.append(torch.from_numpy(rows))
     return shards
@@ -102,17 +101,14 @@ def _source(path: Path, entries: Mapping, seed: int) -> Source:
         text = _rows(path, "text_features", text).float()
     names = tuple(map(str, range(len(text)))) if names is None else _names(path, names)
     if text is not None and len(names) != len(text):
-        raise ValueError(
-            f"{path}: class_names: got {len(names)}; it takes {len(text)}, one per row of text_features"
-        )
+        raise ValueError(f"{path}: class_names: got {len(names)}; it takes {len(text)}, one per row of text_features")
 
     def stored(prefix: str, width: int | None) -> tuple[list[Tensor], Tensor]:
         key = f"{prefix}image_features"
         shards = need(key) if isinstance(need(key), _Shards) else [_rows(path, key, need(key))]
         if width not in (None, shards[0].shape[1]):
             raise ValueError(
-                f"{path}: {key}: got width {shards[0].shape[1]}; it takes {width}, the width of "
-                "the other features"
+                f"{path}: {key}: got width {shards[0].shape[1]}; it takes {width}, the width of the other features"
             )
         labels = _labels(path, f"{prefix}labels", need(f"{prefix}labels"), sum(map(len, shards)), len(names))
         return shards, labels
@@ -183,9 +179,7 @@ def _labels(path: Path, key: str, value, count: int, classes: int) -> Tensor:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{path}: {key}: got dtype {labels.dtype}; it takes integers")
     if list(labels.shape) != [count]:
-        raise ValueError(
-            f"{path}: {key}: got shape {list(labels.shape)}; it takes [{count}], one per feature row"
-        )
+        raise ValueError(f"{path}: {key}: got shape {list(labels.shape)}; it takes [{count}], one per feature row")
     labels = labels.long()
     outside = ((labels < 0) | (labels >= classes)).nonzero()
     if len(outside):
@@ -217,15 +211,8 @@ def _scale(path: Path, value) -> float | None:
     if value is None:
         return None
     scale = np.asarray(value)
-    if (
-        scale.size != 1
-        or scale.dtype.kind not in "fiu"
-        or not np.isfinite(scale).all()
-        or not (scale > 0).all()
-    ):
-        raise ValueError(
-            f"{path}: logit_scale: got {value}; it takes one positive number, already exponentiated"
-        )
+    if scale.size != 1 or scale.dtype.kind not in "fiu" or not np.isfinite(scale).all() or not (scale > 0).all():
+        raise ValueError(f"{path}: logit_scale: got {value}; it takes one positive number, already exponentiated")
     return float(scale.reshape(()))
 
 
@@ -266,9 +253,7 @@ def _read_pt(path: Path) -> dict:
     try:
         entries = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle may raise anything
-        raise ValueError(
-            f"{path}: not a readable .pt file of tensors, numbers and strings ({error})"
-        ) from error
+        raise ValueError(f"{path}: not a readable .pt file of tensors, numbers and strings ({error})") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: holds a {type(entries).__name__}; it takes a dict of entries")
     return entries
@@ -294,19 +279,13 @@ def _read_folder(path: Path) -> dict:
         if "label" not in stored:
             raise ValueError(f"{file}: no column 'label'; it holds {stored}")
         if table.num_rows != len(shard):
-            raise ValueError(
-                f"{file}: got {table.num_rows} rows; it takes {len(shard)}, as its shard in img_emb has"
-            )
+            raise ValueError(f"{file}: got {table.num_rows} rows; it takes {len(shard)}, as its shard in img_emb has")
         for name in table.column_names:
             if table[name].null_count:
-                raise ValueError(
-                    f"{file}: column {name}: got {table[name].null_count} empty rows; it takes none"
-                )
+                raise ValueError(f"{file}: column {name}: got {table[name].null_count} empty rows; it takes none")
             columns.setdefault(name, []).extend(table[name].to_pylist())
     if len(columns.get("split", columns["label"])) != len(columns["label"]):
-        raise ValueError(
-            f"{path / 'metadata'}: column split is in some files only; it takes it in all or none"
-        )
+        raise ValueError(f"{path / 'metadata'}: column split is in some files only; it takes it in all or none")
     classes = path / "classes.npz"
     entries = _read_npz(classes) if classes.exists() else {}
     entries["image_features"] = _Shards(shards)
@@ -317,9 +296,7 @@ def _read_folder(path: Path) -> dict:
         position = {name: i for i, name in enumerate(names)}
         unknown = sorted(set(labels.tolist()) - position.keys())
         if unknown:
-            raise ValueError(
-                f"{path}: column label: got {unknown[:8]}; it takes the class_names of {classes.name}"
-            )
+            raise ValueError(f"{path}: column label: got {unknown[:8]}; it takes the class_names of {classes.name}")
         labels = np.array([position[label] for label in labels.tolist()])
     return entries | {"labels": labels}
 

@@ -17,7 +17,7 @@ Either layout:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -73,25 +73,14 @@ def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> S
         one_sided = sorted(files["train"].keys() ^ files["test"].keys())
         if one_sided:
             raise ValueError(
-                f"{root}: {len(one_sided)} classes are in one of {train.name} and {test.name} only, the "
-                "first is "
-                f"{one_sided[0]!r}; both take the same classes"
+                f"{root}: {len(one_sided)} classes are in one of {train.name} and {test.name} only, "
+                f"the first is {one_sided[0]!r}; both take the same classes"
             )
     else:
         files = {"all": _class_files(root)}
     class_names = tuple(sorted(next(iter(files.values()))))
     bad = _unreadable([file for group in files.values() for file in chain(*group.values())], skip_bad)
-    splits = {}
-    for name, group in files.items():
-        kept = {label: [file for file in group[label] if file not in bad] for label in class_names}
-        for label, images in kept.items():
-            if not images:
-                raise ValueError(f"{group[label][0].parent}: a class folder without a readable image")
-        splits[name] = Split(
-            labels=torch.tensor([i for i, label in enumerate(class_names) for _ in kept[label]]),
-            images=ImageFiles([file for label in class_names for file in kept[label]]),
-            names=tuple(file.relative_to(root).as_posix() for label in class_names for file in kept[label]),
-        )
+    splits = {name: _split(root, [group[label] for label in class_names], bad) for name, group in files.items()}
     if "all" in splits:
         every = splits.pop("all")
         try:
@@ -99,7 +88,7 @@ def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> S
         except ValueError as error:
             single = class_names[int(every.labels.bincount().argmin())]
             raise ValueError(
-                f"{root / single}: a class folder with one image; without folders train and test it takes two"
+                f"{root / single}: a class folder with one readable image; without folders train and test it takes two"
             ) from error
         splits = {name: subset(every, part) for name, part in zip(("train", "test"), indices, strict=True)}
     return Source(
@@ -128,6 +117,20 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
                 f"directly in it, or {folder} takes folders train and test (or val) of class folders"
             )
     return files
+
+
+def _split(root: Path, classes: list[list[Path]], bad: Collection[Path]) -> Split:
+    """The images of each class, in the order of the labels, without the bad ones."""
+    kept = [[file for file in files if file not in bad] for files in classes]
+    for files, left in zip(classes, kept, strict=True):
+        if not left:
+            raise ValueError(f"{files[0].parent}: a class folder without a readable image")
+    images = list(chain(*kept))
+    return Split(
+        labels=torch.tensor([label for label, files in enumerate(kept) for _ in files]),
+        images=ImageFiles(images),
+        names=tuple(file.relative_to(root).as_posix() for file in images),
+    )
 
 
 def _unreadable(files: list[Path], skip_bad: bool) -> dict[Path, str]:

@@ -34,8 +34,7 @@ def few_shot(labels: Tensor, shots: int, seed: int) -> Tensor:
         label, count = min(short.items(), key=lambda item: item[1])
         warnings.warn(
             f"shots: got {shots}, but {len(short)} of {len(by_class)} classes have fewer items and give all "
-            "they "
-            f"have (class {label}: {count})",
+            f"they have (class {label}: {count})",
             stacklevel=2,
         )
     picked = [_shuffled(items, seed, label)[:shots] for label, items in by_class.items()]
@@ -43,19 +42,17 @@ def few_shot(labels: Tensor, shots: int, seed: int) -> Tensor:
 
 
 def train_test(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of a stratified split of labels [N], for data that come without one: train [N - M] and test
-    [M].
+    """Train [N - M] and test [M] indices of a stratified split of labels [N], for data that come without one.
 
     Of each class's n items max(1, round(0.3 n)) are drawn for the test split, by seed and label; both index
-    tensors ascend. Raises ValueError for a class with one item, which cannot be on both sides.
+    tensors ascend. Raises ValueError for no labels, and for a class with one item, which cannot be on both sides.
     """
+    if len(labels) == 0:
+        raise ValueError("labels: got none; a split takes at least two items of each class")
     train, test = [], []
     for label, items in _items_by_class(labels).items():
         if len(items) < 2:
-            raise ValueError(
-                f"labels: class {label} has one item; a split into train and test takes at least two of each "
-                "class"
-            )
+            raise ValueError(f"labels: class {label} has one item; a split takes at least two of each class")
         count = max(1, round(TEST_SHARE * len(items)))
         shuffled = _shuffled(items, seed, label)
         test.append(shuffled[:count])
@@ -93,9 +90,7 @@ def select_classes(split: Split, ids: Tensor | Sequence[int]) -> Split:
     """
     ids = torch.as_tensor(ids, dtype=torch.int64)
     if ids.dim() != 1 or len(ids) == 0 or len(ids.unique()) != len(ids) or int(ids.min()) < 0:
-        raise ValueError(
-            f"ids: got {ids.tolist()}; it takes at least one class id, each non-negative and once"
-        )
+        raise ValueError(f"ids: got {ids.tolist()}; it takes at least one class id, each non-negative and once")
     most = max(int(ids.max()), int(split.labels.max()) if len(split) else 0)
     renamed = torch.full((most + 1,), -1)
     renamed[ids] = torch.arange(len(ids))
@@ -125,9 +120,7 @@ class HarmonicMeans(NamedTuple):
 def harmonic_means(base: Sequence[float], new: Sequence[float]) -> HarmonicMeans:
     """Both forms of H of the base and new accuracies of the same runs, in the same order."""
     if len(base) != len(new) or len(base) == 0:
-        raise ValueError(
-            f"base, new: got {len(base)} and {len(new)} runs; they take the same number, at least one"
-        )
+        raise ValueError(f"base, new: got {len(base)} and {len(new)} runs; they take the same number, at least one")
     count = len(base)
     return HarmonicMeans(
         of_means=harmonic_mean(sum(base) / count, sum(new) / count),
