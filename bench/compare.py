@@ -41,9 +41,7 @@ def compare(old: Report, new: Report, margin: float) -> list[Change]:
     ]
 
 
-def print_comparison(
-    old: Report, new: Report, changes: list[Change], margin: float, console: Console
-) -> None:
+def print_comparison(old: Report, new: Report, changes: list[Change], margin: float, console: Console) -> None:
     for name in CONDITIONS:
         if old.environment.get(name) != new.environment.get(name):
             console.print(

@@ -41,9 +41,7 @@ def gemm_rate(dtype: torch.dtype, device: torch.device, clock: Clock) -> dict[st
     return {"size": size, "tflops": 2 * size**3 / statistics.median(times) / 1e12}
 
 
-def _gemm_times(
-    size: int, dtype: torch.dtype, device: torch.device, clock: Clock, repeats: int
-) -> list[float]:
+def _gemm_times(size: int, dtype: torch.dtype, device: torch.device, clock: Clock, repeats: int) -> list[float]:
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(a)

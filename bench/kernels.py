@@ -21,6 +21,7 @@ from floors import floor_flop, gemm_rate
 from measure import Clock, cuda_graph, make_clock, run_rounds, summarize
 from memory import Probe, available_bytes, probe_cpu, probe_cuda
 from methods import Method, choose_methods, why_unusable, work
+from plots import draw
 from report import FAILED, OK, OUT_OF_MEMORY, UNUSABLE, WRONG, Encoder, Report, Row, environment, print_report
 from rich.console import Console
 from workloads import DTYPES, SUITES, WORKLOADS, Cell, choose_cells, make_inputs
@@ -66,8 +67,7 @@ class Bench:
         """
         torch.compiler.reset()
         dtype = DTYPES[cell.dtype]
-        title = f"{cell.workload.name} {cell.mode} {cell.dtype}"
-        self.say(f"{title}: float64 truth")
+        self.say(f"{cell}: float64 truth")
         inputs = make_inputs(cell.workload, cell.mode, dtype, self.device)
         judge = Judge(inputs)
         rows: dict[str, Row] = {}
@@ -84,17 +84,17 @@ class Bench:
                         row.status, row.note = UNUSABLE, reason
                         rows[method.name] = row
                     continue
-                self.say(f"{title}: {method.name}")
+                self.say(f"{cell}: {method.name}")
                 rows[method.name] = row
                 run = self.check(cell, method, inputs, judge, row)
                 if run:
                     runs[method.name] = run
             if (cell.workload.name, cell.mode) == ENCODER_CELL:
-                self.say(f"{title}: {ENCODER_NAME}")
+                self.say(f"{cell}: {ENCODER_NAME}")
                 with contextlib.suppress(ImportError):
                     runs[ENCODER_NAME] = make_encoder(cell.workload.batch, dtype, self.device)
                     runs[ENCODER_NAME]()
-            self.say(f"{title}: rounds")
+            self.say(f"{cell}: rounds")
             run_rounds(runs, samples, self.clock, self.rounds, self.seconds)
         finally:
             self.store(cell, rows, samples)
@@ -140,9 +140,7 @@ class Bench:
         row.worst, row.worst_error, row.worst_limit = verdict.worst, verdict.worst_error, verdict.worst_limit
         if not verdict.right:
             row.status = WRONG
-            row.note = (
-                f"{verdict.worst}: relative error {verdict.worst_error:.1e}, limit {verdict.worst_limit:.1e}"
-            )
+            row.note = f"{verdict.worst}: relative error {verdict.worst_error:.1e}, limit {verdict.worst_limit:.1e}"
             return None
         return run
 
@@ -215,14 +213,10 @@ def fresh_compile_cache() -> Iterator[None]:
 
 def main(
     suite: Annotated[str, typer.Option(help=f"What to measure: {', '.join(SUITES)}.")] = "quick",
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
     workloads: Annotated[
         str | None,
-        typer.Option(
-            help=f"Instead of the suite's: any of {', '.join(WORKLOADS)}, or sizes like b32-k100-d512."
-        ),
+        typer.Option(help=f"Instead of the suite's: any of {', '.join(WORKLOADS)}, or sizes like b32-k100-d512."),
     ] = None,
     methods: Annotated[
         str | None,
@@ -232,9 +226,7 @@ def main(
             help=f"Instead of all: any of {', '.join(m.name for m in choose_methods(None))}.",
         ),
     ] = None,
-    dtypes: Annotated[
-        str | None, typer.Option(help=f"Instead of the suite's: any of {', '.join(DTYPES)}.")
-    ] = None,
+    dtypes: Annotated[str | None, typer.Option(help=f"Instead of the suite's: any of {', '.join(DTYPES)}.")] = None,
     modes: Annotated[
         str | None, typer.Option(help="Instead of the suite's: any of forward, step, step-features.")
     ] = None,
@@ -243,9 +235,7 @@ def main(
         typer.Option(min=1, help="Rounds per cell; by default as many as fit into --seconds, at least 5."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Time for the rounds of one cell.")] = 5.0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; by default torch's choice.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's choice.")] = None,
     memory: Annotated[
         float | None,
         typer.Option(help="GB that one call may take on the CPU; by default what is free, less 2 GiB."),
@@ -253,9 +243,7 @@ def main(
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Time replays of a CUDA graph.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for kernels.json and the plots.")] = None,
     compare: Annotated[Path | None, typer.Option(help="An earlier kernels.json to compare with.")] = None,
-    margin: Annotated[
-        float, typer.Option(help="With --compare: how much slower a row may get, 0.1 = 10 %.")
-    ] = 0.1,
+    margin: Annotated[float, typer.Option(help="With --compare: how much slower a row may get, 0.1 = 10 %.")] = 0.1,
 ) -> None:
     """Measure the head's methods against each other; print a table, write kernels.json and plots.
 
@@ -287,14 +275,21 @@ def main(
         try:
             bench.measure_rates(used_dtypes, "start")
             for cell in cells:
+                start = time.perf_counter()
                 bench.measure_cell(cell, chosen_methods, explicit=methods is not None)
+                console.print(f"{cell} took {time.perf_counter() - start:.0f} s", style="dim", highlight=False)
             bench.measure_rates(used_dtypes, "end")
             report.complete = True
             report.write(path)
         except KeyboardInterrupt:
             interrupted = True
     print_report(report, console)
-    console.print(f"\nwritten: {path}")
+    written = [path]
+    try:
+        written += draw(report, folder)
+    except ImportError as error:
+        console.print(f"[yellow]no plots: {error}[/]")
+    console.print("\nwritten: " + ", ".join(map(str, written)))
     if interrupted:
         console.print("[yellow]interrupted: the file holds what was measured[/]")
         raise typer.Exit(INTERRUPTED)

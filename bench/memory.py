@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -58,21 +59,21 @@ def probe_cpu(cell: Cell, method: Method, threads: int, allowed: int | None) -> 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "rada_kernels", "torch._inductor", "memory"])
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(sender, cell, method.name, threads, allowed), daemon=False)
+    child = context.Process(target=_child, args=(sender, cell, method.name, threads, allowed))
     child.start()
     sender.close()
     try:
-        probe = receiver.recv()
+        return receiver.recv()
     except EOFError:
-        probe = None
-    child.join()
-    if probe is None:
-        signal = f"signal {-child.exitcode}" if child.exitcode < 0 else f"exit status {child.exitcode}"
-        return Probe(None, failure=f"the process of its memory measurement died by {signal}")
-    return probe
+        child.join()
+        return Probe(None, failure=f"the process that measured its memory died: exit code {child.exitcode}")
+    finally:
+        child.kill()  # still there only if this process was interrupted
+        child.join()
 
 
 def _child(sender, cell: Cell, method_name: str, threads: int, allowed: int | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is the parent's to tell of
     torch.set_num_threads(threads)
     try:
         sender.send(_measure(cell, all_methods()[method_name], allowed))

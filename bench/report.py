@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 SCHEMA = 1
@@ -102,9 +103,7 @@ class Report:
         times = {row.key: row.median_ms for row in self.rows if row.median_ms}
         for row in self.rows:
             rates = self.gemm.get(row.dtype, {})
-            rate = max(
-                (rates[when] for when in ("start_tflops", "end_tflops") if rates.get(when)), default=None
-            )
+            rate = max((rates[when] for when in ("start_tflops", "end_tflops") if rates.get(when)), default=None)
             if rate and row.floor_gflop:
                 row.limit_ms = row.floor_gflop / rate
             if row.median_ms:
@@ -221,9 +220,7 @@ def cell_table(rows: list[Row]) -> Table:
     """The rows of one cell."""
     first = rows[0]
     limit = f", limit {_number(first.limit_ms)} ms" if first.limit_ms else ""
-    title = (
-        f"{first.workload}: B{first.batch} K{first.classes} D{first.width} {first.mode} {first.dtype}{limit}"
-    )
+    title = f"{first.workload}: B{first.batch} K{first.classes} D{first.width} {first.mode} {first.dtype}{limit}"
     table = Table(title=title, title_justify="left", title_style="bold cyan", box=None, pad_edge=False)
     table.add_column("method", min_width=18, no_wrap=True)
     for heading in (*COLUMNS, "error", "rounds"):
@@ -236,7 +233,7 @@ def cell_table(rows: list[Row]) -> Table:
             *(_number(getattr(row, name)) for name in COLUMNS.values()),
             "" if error is None else f"{error:.1e}",
             str(row.rounds or ""),
-            "" if row.status == OK else f"[red]{row.status}[/] {row.note}",
+            "" if row.status == OK else f"[red]{row.status}[/] {escape(row.note)}",
         )
     return table
 

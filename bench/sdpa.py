@@ -29,7 +29,8 @@ def sdpa_logits(image: Tensor, text: Tensor, params: Params, options: Options) -
     """
     heads, (classes, width) = options.num_heads, text.shape
     factor = options.score_factor(width)
-    scale = torch.as_tensor(params.logit_scale, dtype=torch.float32, device=image.device).detach()
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    scale = torch.as_tensor(params.logit_scale, dtype=dtype, device=image.device).detach()
 
     f, h = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
     rational = f[:, None, :] * h  # [B, K, D]
@@ -50,12 +51,12 @@ def sdpa_logits(image: Tensor, text: Tensor, params: Params, options: Options) -
     rows, lse = attention_with_lse(query, key, value, factor)
     row_weights = classes * lse.unflatten(-1, (2, classes)).softmax(-1)  # [B, H, 2, K]
     rows = (row_weights.unsqueeze(-1) * rows.unflatten(-2, (2, classes))).sum(-3)  # [B, H, K, E]
-    image_row = (factor * query_image @ key.mT).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    image_row = (factor * query_image @ key.mT).softmax(-1, dtype=dtype).to(value.dtype) @ value
     attended = ((rows + image_row) / 3).to(image.dtype).transpose(1, 2).flatten(-2)  # [B, K, D]
 
     mask = F.relu(1 + F.linear(attended, params.out_weight, params.out_bias))
-    logits = scale * (mask.float() * rational).sum(-1)
-    penalty = (mask.float() - 1).abs().flatten(1).max(-1).values.mean()
+    logits = scale * (mask.to(dtype) * rational).sum(-1)
+    penalty = (mask.to(dtype) - 1).abs().flatten(1).max(-1).values.mean()
     return logits.to(image.dtype), penalty
 
 
@@ -78,9 +79,7 @@ class _FlashAttentionCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, factor):
-        rows, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, scale=factor
-        )
+        rows, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=factor)
         ctx.save_for_backward(query, key, value, rows, lse)
         ctx.factor = factor
         return rows, lse
@@ -88,15 +87,23 @@ class _FlashAttentionCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_rows, grad_lse):
         # The operator's backward forms dS = P ⊙ (dP - grad_rows·rows), row by row. With a gradient of the
-        # log-sum-exps it is P ⊙ (dP - grad_rows·rows + grad_lse): the same with other rows, rows', such that
-        # grad_rows·rows' = grad_rows·rows - grad_lse. A zero row of grad_rows, from which no rows' could give
-        # that, becomes negligibly small instead.
+        # log-sum-exps it is P ⊙ (dP - t), t = grad_rows·rows - grad_lse: the same for other rows, rows', with
+        # grad_rows·rows' = t. The shortest such rows' lies along grad_rows and survives rounding best. A zero
+        # row of grad_rows, from which no rows' could give t, becomes negligibly small instead.
         query, key, value, rows, lse = ctx.saved_tensors
         gradient = grad_rows.to(lse.dtype)
         gradient = torch.where(gradient.norm(dim=-1, keepdim=True) < TINY, TINY, gradient)
-        along = (grad_lse / gradient.square().sum(-1)).unsqueeze(-1)
-        rows = (rows - along * gradient).to(rows.dtype)
+        t = (gradient * rows).sum(-1) - grad_lse
+        rows = (t / gradient.square().sum(-1)).unsqueeze(-1) * gradient
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient.to(rows.dtype), query, key, value, rows, lse, 0.0, False, scale=ctx.factor
+            gradient.to(value.dtype),
+            query,
+            key,
+            value,
+            rows.to(value.dtype),
+            lse,
+            0.0,
+            False,
+            scale=ctx.factor,
         )
         return *grads, None

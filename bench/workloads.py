@@ -20,9 +20,9 @@ DTYPES = {
     "float64": torch.float64,
 }
 LOGIT_SCALE = 100.0  # CLIP's, after training
-# Weights are drawn so that the attention scores spread by about 1 and the mask by a few tenths, as in a head
+# Keys and values spread by about this, attention scores by about 1 and the mask by a tenth or more, as in a head
 # that has learned something. The zero output layer of a fresh head would hide every error before it.
-WEIGHT_GAIN = 4.0
+KEY_SPREAD = 0.8
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ class Cell:
     dtype: str
     compiled: bool = True  # with the compiled baselines, which take a quarter of a minute each to compile
 
+    def __str__(self) -> str:
+        return f"{self.workload.name} {self.mode} {self.dtype}"
 
-def _cells(
-    names: list[str], modes: tuple[str, ...], dtypes: tuple[str, ...], compiled: bool = True
-) -> list[Cell]:
+
+def _cells(names: list[str], modes: tuple[str, ...], dtypes: tuple[str, ...], compiled: bool = True) -> list[Cell]:
     return [
         Cell(load, mode, dtype, compiled)
         for load in map(workload, names)
@@ -127,9 +128,7 @@ def choose_cells(
         modes = modes or list(dict.fromkeys(cell.mode for cell in cells))
         dtypes = dtypes or list(dict.fromkeys(cell.dtype for cell in cells))
         return _cells(workloads, tuple(modes), tuple(dtypes))
-    return [
-        cell for cell in cells if (not modes or cell.mode in modes) and (not dtypes or cell.dtype in dtypes)
-    ]
+    return [cell for cell in cells if (not modes or cell.mode in modes) and (not dtypes or cell.dtype in dtypes)]
 
 
 @dataclass(frozen=True)
@@ -173,8 +172,9 @@ def make_inputs(load: Workload, mode: str, dtype: torch.dtype, device: torch.dev
 
     image, text = normal(load.batch, width), normal(load.classes, width)
     layers = []
-    for gain in (WEIGHT_GAIN,) * 5 + (1.0,):  # the output layer is the last
-        layers += [normal(width, width, std=gain / width**0.5), normal(width, std=0.02)]
+    over_x = KEY_SPREAD * width**0.5 / LOGIT_SCALE  # the elements of X spread by s / D
+    for std in [over_x] * 5 + [width**-0.5]:  # the output layer is the last
+        layers += [normal(width, width, std=std), normal(width, std=0.02)]
     labels = torch.randint(load.classes, (load.batch,), generator=generator).to(device)
     params = Params(*layers, logit_scale=LOGIT_SCALE)
     return Inputs(image, text, params, labels, Options(num_heads=load.heads), mode).to(dtype, mode)
