@@ -106,6 +106,15 @@ def _autograd(ctx, grad_sums, grad_deviation, _):
 torch.library.register_autograd("rada::masked_similarity", _autograd, setup_context=_setup_context, lib=LIBRARY)
 
 
+def _double_backward(ctx, *_):
+    raise RuntimeError(
+        "rada::masked_similarity_backward has no derivative of its own: for second derivatives use backend='reference'"
+    )
+
+
+torch.library.register_autograd("rada::masked_similarity_backward", _double_backward, lib=LIBRARY)
+
+
 def _register_autocast(device_type: str, key: str) -> None:
     """Follow the dtype of the surrounding autocast, whatever it is, and run the operators' bodies outside of it."""
 

@@ -101,7 +101,7 @@ def test_any_size(backend, batch, classes, head_width, heads):
 def test_non_contiguous_and_expanded_inputs(backend):
     case = make_case(3, 7, 16, 4).cast(torch.float32)
     dense = results(case, backend)
-    case.image = case.image.t().contiguous().t()
+    case.image, case.text = (t.t().contiguous().t() for t in (case.image, case.text))
     case.layers = [t.t().contiguous().t() if t.dim() == 2 else t.repeat_interleave(2)[::2] for t in case.layers]
     for name, tensor in results(case, backend).items():
         torch.testing.assert_close(tensor, dense[name], rtol=1e-4, atol=1e-4)

@@ -101,7 +101,7 @@ class Call:
         self.classes = len(text)
         self.scale = params.logit_scale.to(dtype)
         self.inverse = (inverse_norms(image), inverse_norms(text)) if options.normalize else None
-        self.f, self.h = image.to(dtype), text.to(dtype)
+        self.f, self.h = image.to(dtype).contiguous(), text.to(dtype).contiguous()
         if self.inverse:
             self.f, self.h = self.f * self.inverse[0].unsqueeze(-1), self.h * self.inverse[1].unsqueeze(-1)
         self.factor = options.score_factor(self.width)

@@ -49,7 +49,7 @@ def logit_reduction_backward(
         if penalty == "linf":
             place = peak[:, None]
             at_peak = grad_deviation[:, None] * change.flatten(1).gather(-1, place).sign()
-            grad.flatten(1).scatter_add_(-1, place, at_peak)
+            grad.view(len(grad), -1).scatter_add_(-1, place, at_peak)
         else:
             share = (grad_deviation / (change.shape[1] * change.shape[2]))[:, None, None]
             grad += share * change.sign() if penalty == "l1" else 2 * share * change

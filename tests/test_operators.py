@@ -1,0 +1,134 @@
+"""The registered operators inside torch's machinery: opcheck, compile, export, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from rada.fused import RAdaHead
+from rada_kernels import Options
+from rada_kernels.operators import pack_options
+from tests.test_backends import backends, every_backend
+from tests.truth import make_case
+
+
+def operator_arguments(backend, dtype, requires_grad, batch=3, permuted=False, **options):
+    case = make_case(batch, 5, 16, 4, **options).cast(dtype)
+    if permuted:
+        case.image, case.text = (t.t().contiguous().t() for t in (case.image, case.text))
+    features = [t.requires_grad_(requires_grad) for t in (case.image, case.text)]
+    layers = [t.requires_grad_(requires_grad) for t in case.layers]
+    return (*features, case.scale.to(torch.float32), layers, *pack_options(case.options, backend), requires_grad)
+
+
+def head_of(backend, width=16, dtype=None, **options):
+    head = RAdaHead(width, 4, backend=backend, dtype=dtype, **options)
+    torch.nn.init.normal_(head.out_proj.weight, std=0.3)
+    return head
+
+
+@every_backend
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(backend, dtype, requires_grad):
+    opcheck(torch.ops.rada.masked_similarity, operator_arguments(backend, dtype, requires_grad))
+
+
+@every_backend
+def test_opcheck_of_permuted_and_empty_inputs(backend):
+    opcheck(torch.ops.rada.masked_similarity, operator_arguments(backend, torch.float32, True, permuted=True))
+    opcheck(torch.ops.rada.masked_similarity, operator_arguments(backend, torch.float32, False, batch=0))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_opcheck_under_autocast(backend, dtype):
+    with torch.autocast("cpu", dtype=dtype):
+        opcheck(torch.ops.rada.masked_similarity, operator_arguments(backend, torch.float32, True))
+
+
+@pytest.mark.parametrize("backend", ["reference", *backends()])
+def test_compile_fullgraph_with_changing_batch(backend):
+    head = head_of(backend)
+    text = torch.randn(5, 16)
+    compiled = torch.compile(head, fullgraph=True)
+    for batch in (4, 9, 17):
+        image = torch.randn(batch, 16)
+        logits, penalty = compiled(image, text, 20.0, return_penalty=True)
+        (logits.square().sum() + penalty).backward()
+        grads = [p.grad.clone() for p in head.parameters()]
+        head.zero_grad()
+        expected, expected_penalty = head(image, text, 20.0, return_penalty=True)
+        (expected.square().sum() + expected_penalty).backward()
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(penalty, expected_penalty, rtol=1e-4, atol=1e-4)
+        for got, parameter in zip(grads, head.parameters(), strict=True):
+            torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-3)
+        head.zero_grad()
+
+
+@pytest.mark.parametrize("backend", ["reference", *backends()])
+def test_export_with_open_batch(backend):
+    head = head_of(backend).eval()
+    text, image = torch.randn(5, 16), torch.randn(3, 16)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(head, (image, text, 20.0), dynamic_shapes=({0: batch}, None, None))
+    for size in (1, 3, 8):
+        image = torch.randn(size, 16)
+        torch.testing.assert_close(program.module()(image, text, 20.0), head(image, text, 20.0))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_follows_the_users_dtype(backend, dtype):
+    """float32 logits that equal those of inputs rounded to the dtype, eager and compiled; float32 gradients."""
+    head = head_of(backend)
+    image, text = torch.randn(6, 16), torch.randn(5, 16)
+    rounded = head_of(backend, dtype=dtype)
+    rounded.load_state_dict(head.state_dict())
+    expected = rounded(image.to(dtype), text.to(dtype), 20.0)
+    with torch.autocast("cpu", dtype=dtype):
+        logits = head(image, text, 20.0)
+        compiled = torch.compile(head, fullgraph=True)(image, text, 20.0)
+        assert head.backend_for(image) == backend
+    assert logits.dtype == compiled.dtype == torch.float32
+    torch.testing.assert_close(logits.to(dtype), expected, rtol=0, atol=0)
+    torch.testing.assert_close(compiled, logits)
+    logits.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in head.parameters())
+
+
+@pytest.mark.parametrize("backend", backends(torch.float64))
+def test_autocast_leaves_float64_alone(backend):
+    head = head_of(backend, dtype=torch.float64)
+    image, text = torch.randn(6, 16, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = head(image, text, 20.0)
+    assert torch.equal(logits, head(image, text, 20.0))
+
+
+def test_double_backward_is_refused_in_words():
+    head = head_of("torch")
+    image = torch.randn(2, 16, requires_grad=True)
+    (grad,) = torch.autograd.grad(head(image, torch.randn(5, 16), 20.0).sum(), image, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"masked_similarity_backward has no derivative.*backend='reference'"):
+        grad.sum().backward()
+
+
+def test_inference_keeps_nothing():
+    """Without a gradient in sight the operator hands nothing to the backward pass."""
+    *arguments, _ = operator_arguments("torch", torch.float32, False)
+    _, _, kept = torch.ops.rada.masked_similarity(*arguments, False)
+    assert sum(t.numel() for t in kept) == 0
+    _, _, kept = torch.ops.rada.masked_similarity(*arguments, True)
+    assert sum(t.numel() for t in kept) > 0
+
+
+def test_options_survive_the_trip_through_the_schema():
+    from rada_kernels.operators import _unpack_options
+
+    options = Options(2, 0.3, ("rational", "image"), "mse", False)
+    *packed, backend = pack_options(options, "torch")
+    assert backend == "torch"
+    assert _unpack_options(*packed) == options
