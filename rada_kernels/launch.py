@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -173,5 +173,41 @@ def reduction_config(device: Device, dtype: torch.dtype, width: int, head_width:
     return _chosen("reduction", config_key(device, dtype, width, head_width, int(direct)), config)
 
 
-def as_dict(config) -> dict:
-    return asdict(config)
+def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
+    block = max(16, next_power(classes))
+    config = AttentionConfig(block, block, {16: 1, 32: 2, 64: 4}.get(block, 16), 1)
+    return _chosen("direct_bwd", config_key(device, dtype, block, head_width), config)
+
+
+def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
+    return AttentionConfig(64, 64, 4, 2)
+
+
+def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
+    config = AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 2)
+    return _chosen("queries_bwd", config_key(device, dtype, head_width), config)
+
+
+def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
+    config = AttentionConfig(64 if head_width <= 64 else 32, 64, 4, 2)
+    return _chosen("keys_bwd", config_key(device, dtype, head_width), config)
+
+
+def weight_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
+    config = GemmConfig(32, 64, 64, 4, 2)
+    return _chosen("weight_bwd", config_key(device, dtype, width), config)
+
+
+def row_split(rows: int, tiles: int, block: int) -> int:
+    """Rows that one program of the weight gradient sums: enough programs for every multiprocessor, few partial sums."""
+    splits = max(1, min(512 // tiles, rows // (8 * block)))
+    return -(-rows // splits // block) * block
+
+
+def rows_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
+    config = GemmConfig(64, 64, contracted_block(width, 32), 4, 2)
+    return _chosen("rows_bwd", config_key(device, dtype, width), config)
+
+
+def feature_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
+    return GemmConfig(16, 128, 0, 4, 2)

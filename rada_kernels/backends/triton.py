@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rada_kernels.launch import DIRECT_CLASSES, on_device
-from rada_kernels.options import Options, Params
+from rada_kernels.options import Options, Params, Wanted
+from rada_kernels.rows import unit_rows_backward
 from rada_kernels.tiling import SAVE_BYTES, budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,3 +141,81 @@ def forward(
 def _contiguous(image: Tensor, text: Tensor, params: Params) -> tuple[Tensor, Tensor, Params]:
     layers = [layer.contiguous() for layer in params.layers]
     return image.contiguous(), text.contiguous(), Params(*layers, logit_scale=params.logit_scale.to(torch.float32))
+
+
+def backward(
+    grad_sums: Tensor,  # [B, K]
+    grad_deviation: Tensor | None,  # [B]
+    image: Tensor,
+    text: Tensor,
+    params: Params,
+    kept_tensors: list[Tensor],
+    options: Options,
+    wanted: Wanted,
+) -> list[Tensor]:
+    """The gradients that are wanted, in this order: image, text, the twelve layer tensors."""
+    if not len(image):
+        like = [image] * wanted.image + [text] * wanted.text + params.layers * wanted.layers
+        return [torch.zeros_like(tensor) for tensor in like]
+    image, text, params = _contiguous(image, text, params)
+    with on_device(image):
+        kept = Kept(*kept_tensors)
+        if not len(kept.inverse_image):
+            kept = _run(image, text, params, options)[2]
+        grad_sums = grad_sums.contiguous()
+        if grad_deviation is not None:
+            grad_deviation = grad_deviation.contiguous()
+        return _backward(grad_sums, grad_deviation, image, text, params, kept, options, wanted)
+
+
+def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wanted) -> list[Tensor]:
+    from rada_kernels.logit_reduction.triton import logit_reduction_bwd
+    from rada_kernels.mask_attention.triton import AttendedRows, mask_attention_bwd
+    from rada_kernels.rational_projection.triton import (
+        rational_projection_bwd_features,
+        rational_projection_bwd_weights,
+    )
+
+    features = wanted.image or wanted.text
+    attended = AttendedRows(kept.rows, kept.image_row, kept.tops, kept.totals, kept.log_image)
+    inverse = kept.inverse_image, kept.inverse_text
+    grad_out, rows, masked = logit_reduction_bwd(
+        grad_sums, grad_deviation, attended, kept.peak, params, image, text, *inverse, options,
+        layers=wanted.layers, features=features,
+    )  # fmt: skip
+    grad_rows = (grad_out.flatten(0, 1) @ params.out_weight).view_as(grad_out)
+    grad_projections, grad_text_query, grad_image_query = mask_attention_bwd(
+        grad_rows, kept.query_image, kept.query_text, kept.projections, options, attended
+    )
+    grad_text_query = grad_text_query.sum(0, dtype=torch.float32)  # [K, D]
+
+    root = params.logit_scale.sqrt()
+    f, h = (unit.float() * norm[:, None] for unit, norm in ((image, inverse[0]), (text, inverse[1])))
+    direct = {"query_image": (f, grad_image_query), "query_text": (h, grad_text_query)}
+    grads = []
+    if features:
+        grad_f, grad_h = rational_projection_bwd_features(image, text, *inverse, params, grad_projections, masked)
+        for on, kind, unit, grad_unit, norm in (
+            (wanted.image, "query_image", f, grad_f, inverse[0]),
+            (wanted.text, "query_text", h, grad_h, inverse[1]),
+        ):
+            if not on:
+                continue
+            if kind.removeprefix("query_") in options.queries:
+                grad_unit += root * (direct[kind][1] @ getattr(params, f"{kind}_weight").float())
+            grads.append(unit_rows_backward(grad_unit, unit, norm) if options.normalize else grad_unit)
+    if wanted.layers:
+        weights, biases = rational_projection_bwd_weights(image, text, *inverse, params.logit_scale, grad_projections)
+        by_layer = dict(zip(("key", "value", "query_rational"), zip(weights, biases, strict=True), strict=False))
+        for name, (unit, grad) in direct.items():
+            if name.removeprefix("query_") in options.queries:
+                by_layer[name] = grad.t() @ (root * unit), grad.sum(0)
+        by_layer["out"] = (
+            grad_out.flatten(0, 1).t() @ rows.flatten(0, 1),
+            grad_out.sum((0, 1), dtype=torch.float32),
+        )
+        for name in ("query_image", "query_text", "query_rational", "key", "value", "out"):
+            # A query kind that is not in use has no part in the logits.
+            unused = [torch.zeros_like(getattr(params, f"{name}_{part}")) for part in ("weight", "bias")]
+            grads += by_layer.get(name, unused)
+    return [grad.to(image.dtype) for grad in grads]

@@ -19,20 +19,26 @@ from rada_kernels.options import Options, Params
 
 @triton.jit
 def _row_tile(pid, B, K, BR: tl.constexpr, DIRECT: tl.constexpr):
-    """A program's rows: offsets [BR] in B·K, image and class of each [BR], mask, and the first row's image and class.
+    """A program's rows: offsets [BR] in B·K, image and class of each [BR], mask; streaming: the image, the first class.
 
     Direct: rows as they come, of several images where K is small. Streaming: rows of one image.
     """
     if DIRECT:
-        o_r = pid * BR + tl.arange(0, BR)
+        k = pid * BR
+        o_r = (k + tl.arange(0, BR)).to(tl.int64)
         m_r = o_r < B * K
-        o_b = o_r // K
-        return o_r.to(tl.int64), o_b, o_r - o_b * K, m_r, o_b, o_r
-    tiles = tl.cdiv(K, BR)
-    b = pid // tiles
-    k = (pid - b * tiles) * BR
-    o_k = k + tl.arange(0, BR)
-    return b.to(tl.int64) * K + o_k, b + o_k * 0, o_k, o_k < K, b, k
+        o_b = (o_r // K).to(tl.int32)
+        o_k = (o_r - o_b * K).to(tl.int32)
+        b = pid
+    else:
+        tiles = tl.cdiv(K, BR)
+        b = pid // tiles
+        k = (pid - b * tiles) * BR
+        o_k = k + tl.arange(0, BR)
+        m_r = o_k < K
+        o_b = b + o_k * 0
+        o_r = b.to(tl.int64) * K + o_k
+    return o_r, o_b, o_k, m_r, b, k
 
 
 @triton.jit
@@ -40,9 +46,9 @@ def _output_block(
     rows, image_row, tops, totals, weight, bias, o_r, m_r, o_c, b, k, B, K, T,
     H: tl.constexpr, E: tl.constexpr, IMAGE: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr,
     DIRECT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, attended, KEEP: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, attended, m_keep, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """max(O Woᵀ + co, -1) = M - 1 for rows o_r and columns o_c: [BR, BC] float32. KEEP: store O in `attended`."""
+    """max(O Woᵀ + co, -1) = M - 1 for rows o_r and columns o_c: [BR, BC]. KEEP: store O where m_keep."""
     D: tl.constexpr = H * E
     KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
     b_out = tl.zeros([BR, BC], tl.float32)
@@ -75,7 +81,7 @@ def _output_block(
                     b_rows += (b_image * (1.0 / KINDS))[None, :]
                 b_rows = b_rows.to(weight.dtype.element_ty)
                 if KEEP:
-                    store_rows(attended, b_rows, o_r, m_r, o_d, D, D, BD)
+                    store_rows(attended, b_rows, o_r, m_keep, o_d, D, D, BD)
                 b_weight = load_transposed(weight, o_c, o_d, D, BC, BD)
                 b_out = tl.dot(b_rows, b_weight, b_out, input_precision=PRECISION)
     b_out += load_columns(bias, o_c, D, BC)[None, :]
@@ -123,7 +129,7 @@ def _logit_reduction_fwd_kernel(
         o_c = start + tl.arange(0, BC)
         b_change = _output_block(
             rows, image_row, tops, totals, weight, bias, o_r, m_r, o_c, b, k, B, K, T, H, E, IMAGE, TEXT, RATIONAL,
-            DIRECT, PRECISION, BM, BT, BR, BC, BD, rows, False,
+            DIRECT, PRECISION, BM, BT, BR, BC, BD, rows, m_r, False,
         )  # fmt: skip
         b_f = load_rows(image, o_b, m_r, o_c, D, D, BC).to(tl.float32)
         b_h = load_rows(text, o_k, m_r, o_c, D, D, BC).to(tl.float32)
@@ -146,6 +152,75 @@ def _logit_reduction_fwd_kernel(
     tl.store(statistic + o_r, tl.where(b_sum == b_sum, b_statistic, b_sum), mask=m_r)
     if PENALTY == "linf":
         tl.store(place + o_r, b_place, mask=m_r)
+
+
+@triton.jit(do_not_specialize=["B", "K", "T"])
+def _logit_reduction_bwd_kernel(
+    rows,  # as in the forward kernel
+    image_row,
+    tops,
+    totals,
+    weight,  # [D, D]
+    bias,  # [D]
+    image,  # [B, D]
+    text,  # [K, D]
+    inverse_image,  # [B]
+    inverse_text,  # [K]
+    peak,  # [B] int64, "linf"
+    grad_sums,  # [B, K]
+    grad_deviation,  # [B]
+    grad_out,  # [B, K, D] gradient of the output layer's result
+    attended,  # [B, K, D] the output layer's input; streaming, KEEP
+    masked,  # [B, K, D] gradient of R through the sums: grad_sums M; FEATURES
+    B,
+    K,
+    T,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    PENALTY: tl.constexpr,  # "none" without grad_deviation
+    IMAGE: tl.constexpr,
+    TEXT: tl.constexpr,
+    RATIONAL: tl.constexpr,
+    DIRECT: tl.constexpr,
+    KEEP: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+):
+    D: tl.constexpr = H * E
+    columns: tl.constexpr = (D + BC - 1) // BC
+    pid = tl.program_id(0)
+    column = pid % columns
+    o_r, o_b, o_k, m_r, b, k = _row_tile(pid // columns, B, K, BR, DIRECT)
+    o_c = column * BC + tl.arange(0, BC)
+    b_change = _output_block(
+        rows, image_row, tops, totals, weight, bias, o_r, m_r, o_c, b, k, B, K, T, H, E, IMAGE, TEXT, RATIONAL,
+        DIRECT, PRECISION, BM, BT, BR, BC, BD, attended, m_r & (column == 0), KEEP,
+    )  # fmt: skip
+    b_scale = tl.load(inverse_image + o_b, mask=m_r, other=0.0) * tl.load(inverse_text + o_k, mask=m_r, other=0.0)
+    b_upstream = tl.load(grad_sums + o_r, mask=m_r, other=0.0)
+    b_f = load_rows(image, o_b, m_r, o_c, D, D, BC).to(tl.float32)
+    b_h = load_rows(text, o_k, m_r, o_c, D, D, BC).to(tl.float32)
+    b_grad = (b_upstream * b_scale)[:, None] * (b_f * b_h)
+    if PENALTY != "none":
+        b_deviation = tl.load(grad_deviation + o_b, mask=m_r, other=0.0)[:, None]
+        b_sign = tl.where(b_change > 0.0, 1.0, tl.where(b_change < 0.0, -1.0, 0.0))
+        if PENALTY == "linf":
+            b_peak = tl.load(peak + o_b, mask=m_r, other=-1)
+            m_peak = (o_k.to(tl.int64) * D)[:, None] + o_c[None, :] == b_peak[:, None]
+            b_grad += tl.where(m_peak, b_deviation * b_sign, 0.0)
+        elif PENALTY == "l1":
+            b_grad += b_deviation * b_sign / (K * 1.0 * D)
+        else:
+            b_grad += b_deviation * b_change * 2.0 / (K * 1.0 * D)
+    b_grad = tl.where(b_change > -1.0, b_grad, 0.0)  # relu passes none at M = 0
+    store_rows(grad_out, b_grad, o_r, m_r, o_c, D, D, BC)
+    if FEATURES:
+        store_rows(masked, b_upstream[:, None] * (1.0 + b_change), o_r, m_r, o_c, D, D, BC)
 
 
 def logit_reduction_fwd(
@@ -201,3 +276,39 @@ def deviation_and_peak(
         return total, place.new_empty(0, dtype=torch.int64)
     deviation, row = statistic.max(1)
     return deviation, row * width + place.gather(1, row[:, None]).squeeze(1)
+
+
+def logit_reduction_bwd(
+    grad_sums: Tensor,  # [B, K]
+    grad_deviation: Tensor | None,  # [B]
+    attended: AttendedRows,
+    peak: Tensor,  # [B]
+    params: Params,
+    image: Tensor,  # [B, D]
+    text: Tensor,  # [K, D]
+    inverse_image: Tensor,  # [B]
+    inverse_text: Tensor,  # [K]
+    options: Options,
+    *,
+    layers: bool,
+    features: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the output layer's result, that layer's input, and the gradient of R through the sums.
+
+    Each [B, K, D]; the second with B = 0 unless layers, the third with B = 0 unless features.
+    """
+    batch, classes, width = len(image), len(text), image.shape[-1]
+    arguments, config = _common(attended, image, text, options)
+    direct = is_direct(attended)
+    grad_out = image.new_empty(batch, classes, width)
+    combined = attended.rows[0] if direct else image.new_empty(batch * layers, classes, width)
+    masked = image.new_empty(batch * features, classes, width)
+    programs = row_tile_count(batch, classes, config.BR, direct) * triton.cdiv(width, config.BC)
+    _logit_reduction_bwd_kernel[(programs,)](
+        weight=params.out_weight, bias=params.out_bias, image=image, text=text, inverse_image=inverse_image,
+        inverse_text=inverse_text, peak=peak, grad_sums=grad_sums,
+        grad_deviation=grad_sums if grad_deviation is None else grad_deviation, grad_out=grad_out, attended=combined,
+        masked=masked, PENALTY="none" if grad_deviation is None else options.penalty, KEEP=layers and not direct,
+        FEATURES=features, **arguments, **config.blocks, **config.launch,
+    )  # fmt: skip
+    return grad_out, combined, masked

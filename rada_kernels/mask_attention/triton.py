@@ -18,7 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from rada_kernels.blocks import load_rows, store_rows
-from rada_kernels.launch import attention_config, device_of, direct_config, next_power, product_precision
+from rada_kernels.launch import (
+    attention_config,
+    delta_config,
+    device_of,
+    direct_bwd_config,
+    direct_config,
+    keys_bwd_config,
+    next_power,
+    product_precision,
+    queries_bwd_config,
+)
 from rada_kernels.options import QUERIES, Options
 
 
@@ -268,6 +278,349 @@ def _mask_attention_streaming_fwd_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def _joint_backward(b_query, b_key, m_pair, b_grad_weights, log_totals, p_log, factor, K, PRECISION: tl.constexpr):
+    """A_n and dS_n = A_n (dA - δ_n) of one query kind where a block holds all pairs: [BK, BK] each."""
+    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * factor
+    b_share = tl.where(m_pair, tl.exp2(b_scores - tl.load(log_totals + p_log)), 0.0)  # A_n / K
+    b_delta = tl.sum(tl.sum(b_share * b_grad_weights, 1), 0)
+    return b_share * K, (b_share * K * (b_grad_weights - b_delta)).to(b_key.dtype)
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _mask_attention_direct_bwd_kernel(
+    query_image,  # [B, D]
+    query_text,  # [K, D]
+    projections,  # [LAYERS, B, K, D]
+    log_totals,  # [matrix kinds, B, H]
+    grad_rows,  # [B, K, D]
+    grad_projections,  # [LAYERS, B, K, D]
+    grad_text,  # [B, K, D] each image's part
+    grad_image,  # [B, D]
+    B,
+    K,
+    factor,  # log2(e) / (√E τ)
+    grad_factor,  # 1 / (√E τ)
+    H: tl.constexpr,
+    E: tl.constexpr,
+    IMAGE: tl.constexpr,
+    TEXT: tl.constexpr,
+    RATIONAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BK: tl.constexpr,
+    BE: tl.constexpr,
+):
+    D: tl.constexpr = H * E
+    KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
+    pid = tl.program_id(0)  # (image, head)
+    b = pid // H
+    h = pid % H
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
+    m_pair = m_k[:, None] & m_k[None, :]
+    o_e = tl.arange(0, BE)
+    p_rows = b.to(tl.int64) * K * D + h * E
+    p_image = b.to(tl.int64) * D + h * E
+    layer = B.to(tl.int64) * K * D
+    b_key = load_rows(projections + p_rows, o_k, m_k, o_e, D, E, BE)  # [BK, BE]
+    b_value = load_rows(projections + layer + p_rows, o_k, m_k, o_e, D, E, BE)
+    b_grad_rows = load_rows(grad_rows + p_rows, o_k, m_k, o_e, D, E, BE)
+    # dA is the same for every query kind.
+    b_grad_weights = tl.dot(b_grad_rows, tl.trans(b_value), input_precision=PRECISION) * (1.0 / KINDS)  # [BK, BK]
+    b_weights = tl.zeros([BK, BK], tl.float32)
+    b_grad_key = tl.zeros([BK, BE], tl.float32)
+    if TEXT:
+        b_query = load_rows(query_text + h * E, o_k, m_k, o_e, D, E, BE)
+        b_part, b_grad_scores = _joint_backward(
+            b_query, b_key, m_pair, b_grad_weights, log_totals, pid, factor, K, PRECISION
+        )
+        b_weights += b_part
+        b_grad_key = tl.dot(tl.trans(b_grad_scores), b_query, b_grad_key, input_precision=PRECISION)
+        b_grad_query = tl.dot(b_grad_scores, b_key, input_precision=PRECISION) * grad_factor
+        store_rows(grad_text + p_rows, b_grad_query, o_k, m_k, o_e, D, E, BE)
+    if RATIONAL:
+        b_query = load_rows(projections + 2 * layer + p_rows, o_k, m_k, o_e, D, E, BE)
+        b_part, b_grad_scores = _joint_backward(
+            b_query, b_key, m_pair, b_grad_weights, log_totals, TEXT * B * H + pid, factor, K, PRECISION
+        )
+        b_weights += b_part
+        b_grad_key = tl.dot(tl.trans(b_grad_scores), b_query, b_grad_key, input_precision=PRECISION)
+        b_grad_query = tl.dot(b_grad_scores, b_key, input_precision=PRECISION) * grad_factor
+        store_rows(grad_projections + 2 * layer + p_rows, b_grad_query, o_k, m_k, o_e, D, E, BE)
+    if IMAGE:
+        b_row, b_query_row = _image_weights(query_image, b_key, m_k, o_e, p_image, factor, E)
+        b_grad_row = tl.sum(b_grad_weights, 0)  # every class row has the image's weights
+        b_grad_row = b_row * (b_grad_row - tl.sum(b_row * b_grad_row, 0))  # [BK]
+        b_weights += b_row[None, :]
+        b_grad_key += b_grad_row[:, None] * b_query_row[None, :]
+        b_grad_query_row = tl.sum(b_grad_row[:, None] * b_key.to(tl.float32), 0) * grad_factor
+        tl.store(grad_image + p_image + o_e, b_grad_query_row, mask=o_e < E)
+    store_rows(grad_projections + p_rows, b_grad_key * grad_factor, o_k, m_k, o_e, D, E, BE)
+    b_weights = (b_weights * (1.0 / KINDS)).to(b_grad_rows.dtype)
+    b_grad_value = tl.dot(tl.trans(b_weights), b_grad_rows, input_precision=PRECISION)
+    store_rows(grad_projections + layer + p_rows, b_grad_value, o_k, m_k, o_e, D, E, BE)
+
+
+@triton.jit(do_not_specialize=["B", "K", "T"])
+def _mask_attention_delta_kernel(
+    rows,  # [matrix kinds, B, K, D]
+    image_row,  # [B, D]
+    tops,  # [matrix kinds, B, H, T]
+    totals,  # [matrix kinds, B, H, T]
+    log_image,  # [B, H]
+    grad_rows,  # [B, K, D]
+    norms,  # [matrix kinds + 1, B, H] A_n = exp2(score - norm); the image's last
+    deltas,  # [matrix kinds + 1, B, H]
+    upstream,  # [B, D] Σ_i grad_rows[i], what the image's row receives
+    B,
+    K,
+    T,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    IMAGE: tl.constexpr,
+    TEXT: tl.constexpr,
+    RATIONAL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
+):
+    D: tl.constexpr = H * E
+    KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
+    pid = tl.program_id(0)  # (image, head)
+    b = pid // H
+    h = pid % H
+    pairs = B * H
+    o_e = tl.arange(0, BE)
+    p_rows = b.to(tl.int64) * K * D + h * E
+    p_image = b.to(tl.int64) * D + h * E
+    layer = B.to(tl.int64) * K * D
+    b_upstream = tl.zeros([BE], tl.float32)
+    b_first = tl.zeros([BN], tl.float32)
+    b_second = tl.zeros([BN], tl.float32)
+    b_first_log = 0.0
+    b_second_log = 0.0
+    if TEXT or RATIONAL:
+        b_first_log = log_total(tops, totals, pid * T, T, BT)
+    if TEXT and RATIONAL:
+        b_second_log = log_total(tops, totals, (pairs + pid) * T, T, BT)
+    for start in range(0, K, BN):
+        o_k = start + tl.arange(0, BN)
+        m_k = o_k < K
+        b_grad = load_rows(grad_rows + p_rows, o_k, m_k, o_e, D, E, BE).to(tl.float32)  # [BN, BE]
+        b_upstream += tl.sum(b_grad, 0)
+        p_tiles = pid * T + o_k // BM
+        if TEXT or RATIONAL:
+            b_rows = load_rows(rows + p_rows, o_k, m_k, o_e, D, E, BE).to(tl.float32)
+            b_share = tl.exp2(tl.load(tops + p_tiles, mask=m_k, other=float("-inf")) - b_first_log)
+            b_first += b_share * tl.sum(b_rows * b_grad, 1)
+        if TEXT and RATIONAL:
+            b_rows = load_rows(rows + layer + p_rows, o_k, m_k, o_e, D, E, BE).to(tl.float32)
+            b_share = tl.exp2(tl.load(tops + pairs * T + p_tiles, mask=m_k, other=float("-inf")) - b_second_log)
+            b_second += b_share * tl.sum(b_rows * b_grad, 1)
+    if TEXT or RATIONAL:
+        tl.store(norms + pid, b_first_log - tl.log2(K * 1.0))
+        tl.store(deltas + pid, tl.sum(b_first, 0) / KINDS)
+    if TEXT and RATIONAL:
+        tl.store(norms + pairs + pid, b_second_log - tl.log2(K * 1.0))
+        tl.store(deltas + pairs + pid, tl.sum(b_second, 0) / KINDS)
+    if IMAGE:
+        b_image = tl.load(image_row + p_image + o_e, mask=o_e < E, other=0.0).to(tl.float32)
+        tl.store(upstream + p_image + o_e, b_upstream, mask=o_e < E)
+        tl.store(norms + (TEXT + RATIONAL) * pairs + pid, tl.load(log_image + pid))
+        tl.store(deltas + (TEXT + RATIONAL) * pairs + pid, tl.sum(b_upstream * b_image, 0) / KINDS)
+
+
+@triton.jit
+def _row_values(x, p_class, p_image, o_r, K, other, CLASSES: tl.constexpr, WITH_IMAGE: tl.constexpr):
+    """One value per score row [BM]: the class rows', the image row's, and `other` after them."""
+    last = K if CLASSES else 0
+    b_values = o_r * 0.0 + other
+    if CLASSES:
+        b_values = tl.where(o_r < K, tl.load(x + p_class), b_values)
+    if WITH_IMAGE:
+        b_values = tl.where(o_r == last, tl.load(x + p_image), b_values)
+    return b_values
+
+
+@triton.jit
+def _weights_and_gradient(b_query, b_key, b_grad_weights, b_norm, b_delta, o_n, K, factor, PRECISION: tl.constexpr):
+    """A_n and dS_n = A_n (dA - δ_n) of a block: [BM, BN] each; zero past the last class."""
+    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+    b_weights = tl.exp2(b_scores * factor - b_norm[:, None])
+    b_weights = tl.where((o_n < K)[None, :], b_weights, 0.0)
+    return b_weights, (b_weights * (b_grad_weights - b_delta[:, None])).to(b_key.dtype)
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _mask_attention_bwd_queries_kernel(
+    query_image,  # [B, D]
+    query_text,  # [K, D]
+    projections,  # [LAYERS, B, K, D]
+    norms,  # [matrix kinds + 1, B, H]
+    deltas,  # [matrix kinds + 1, B, H]
+    upstream,  # [B, D]
+    grad_rows,  # [B, K, D]
+    grad_projections,  # [LAYERS, B, K, D] the rational queries' part is written
+    grad_text,  # [B, K, D] each image's part
+    grad_image,  # [B, D]
+    B,
+    K,
+    factor,  # log2(e) / (√E τ)
+    grad_factor,  # 1 / (√E τ)
+    H: tl.constexpr,
+    E: tl.constexpr,
+    IMAGE: tl.constexpr,
+    TEXT: tl.constexpr,
+    RATIONAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BE: tl.constexpr,
+):
+    D: tl.constexpr = H * E
+    KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
+    FIRST_TEXT: tl.constexpr = TEXT or not RATIONAL
+    T = tl.cdiv((K if TEXT or RATIONAL else 0) + IMAGE, BM)
+    pid = tl.program_id(0)
+    pair = pid // T  # (image, head)
+    b = pair // H
+    h = pair % H
+    pairs = B * H
+    last = K if TEXT or RATIONAL else 0
+    o_r = (pid - pair * T) * BM + tl.arange(0, BM)
+    o_e = tl.arange(0, BE)
+    p_rows = b.to(tl.int64) * K * D + h * E
+    p_image = b.to(tl.int64) * D + h * E
+    p_norm = (TEXT + RATIONAL) * pairs + pair  # the image's
+    layer = B.to(tl.int64) * K * D
+    b_grad_rows = _load_queries(
+        grad_rows, upstream, p_rows, p_image, o_r, K, o_e, D, E, BE, TEXT or RATIONAL, IMAGE
+    ).to(grad_rows.dtype.element_ty)
+    b_text = _load_queries(query_text, query_image, h * E, p_image, o_r, K, o_e, D, E, BE, TEXT, IMAGE and FIRST_TEXT)
+    b_text_norm = _row_values(norms, pair, p_norm, o_r, K, float("inf"), TEXT, IMAGE and FIRST_TEXT)
+    b_text_delta = _row_values(deltas, pair, p_norm, o_r, K, 0.0, TEXT, IMAGE and FIRST_TEXT)
+    b_rational = b_text
+    b_rational_norm = b_text_norm
+    b_rational_delta = b_text_delta
+    if RATIONAL:
+        IMAGE_HERE: tl.constexpr = IMAGE and not TEXT
+        p_kind = TEXT * pairs + pair
+        b_rational = _load_queries(
+            projections + 2 * layer, query_image, p_rows, p_image, o_r, K, o_e, D, E, BE, True, IMAGE_HERE
+        )
+        b_rational_norm = _row_values(norms, p_kind, p_norm, o_r, K, float("inf"), True, IMAGE_HERE)
+        b_rational_delta = _row_values(deltas, p_kind, p_norm, o_r, K, 0.0, True, IMAGE_HERE)
+    b_grad_text = tl.zeros([BM, BE], tl.float32)
+    b_grad_rational = tl.zeros([BM, BE], tl.float32)
+    for start in range(0, K, BN):
+        o_n = start + tl.arange(0, BN)
+        m_n = o_n < K
+        b_key = load_rows(projections + p_rows, o_n, m_n, o_e, D, E, BE)  # [BN, BE]
+        b_value = load_rows(projections + layer + p_rows, o_n, m_n, o_e, D, E, BE)
+        b_grad_weights = tl.dot(b_grad_rows, tl.trans(b_value), input_precision=PRECISION) * (1.0 / KINDS)
+        if FIRST_TEXT:
+            _, b_grad_scores = _weights_and_gradient(
+                b_text, b_key, b_grad_weights, b_text_norm, b_text_delta, o_n, K, factor, PRECISION
+            )
+            b_grad_text = tl.dot(b_grad_scores, b_key, b_grad_text, input_precision=PRECISION)
+        if RATIONAL:
+            _, b_grad_scores = _weights_and_gradient(
+                b_rational, b_key, b_grad_weights, b_rational_norm, b_rational_delta, o_n, K, factor, PRECISION
+            )
+            b_grad_rational = tl.dot(b_grad_scores, b_key, b_grad_rational, input_precision=PRECISION)
+    b_grad_text *= grad_factor
+    b_grad_rational *= grad_factor
+    if TEXT:
+        store_rows(grad_text + p_rows, b_grad_text, o_r, o_r < K, o_e, D, E, BE)
+    if RATIONAL:
+        store_rows(grad_projections + 2 * layer + p_rows, b_grad_rational, o_r, o_r < K, o_e, D, E, BE)
+    if IMAGE:
+        if FIRST_TEXT:
+            store_rows(grad_image + p_image, b_grad_text, o_r * 0, o_r == last, o_e, D, E, BE)
+        else:
+            store_rows(grad_image + p_image, b_grad_rational, o_r * 0, o_r == last, o_e, D, E, BE)
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _mask_attention_bwd_keys_kernel(
+    query_image,  # [B, D]
+    query_text,  # [K, D]
+    projections,  # [LAYERS, B, K, D]
+    norms,  # [matrix kinds + 1, B, H]
+    deltas,  # [matrix kinds + 1, B, H]
+    upstream,  # [B, D]
+    grad_rows,  # [B, K, D]
+    grad_projections,  # [LAYERS, B, K, D] the keys' and the values' parts are written
+    B,
+    K,
+    factor,  # log2(e) / (√E τ)
+    grad_factor,  # 1 / (√E τ)
+    H: tl.constexpr,
+    E: tl.constexpr,
+    IMAGE: tl.constexpr,
+    TEXT: tl.constexpr,
+    RATIONAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BE: tl.constexpr,
+):
+    D: tl.constexpr = H * E
+    KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
+    FIRST_TEXT: tl.constexpr = TEXT or not RATIONAL
+    IMAGE_HERE: tl.constexpr = IMAGE and not TEXT  # the image's row goes with the rational queries
+    tiles = tl.cdiv(K, BN)
+    pid = tl.program_id(0)
+    pair = pid // tiles  # (image, head)
+    b = pair // H
+    h = pair % H
+    pairs = B * H
+    o_n = (pid - pair * tiles) * BN + tl.arange(0, BN)
+    m_n = o_n < K
+    o_e = tl.arange(0, BE)
+    p_rows = b.to(tl.int64) * K * D + h * E
+    p_image = b.to(tl.int64) * D + h * E
+    p_norm = (TEXT + RATIONAL) * pairs + pair  # the image's
+    p_kind = TEXT * pairs + pair  # the rational kind's
+    layer = B.to(tl.int64) * K * D
+    b_key = load_rows(projections + p_rows, o_n, m_n, o_e, D, E, BE)  # [BN, BE]
+    b_value = load_rows(projections + layer + p_rows, o_n, m_n, o_e, D, E, BE)
+    b_grad_key = tl.zeros([BN, BE], tl.float32)
+    b_grad_value = tl.zeros([BN, BE], tl.float32)
+    for start in range(0, (K if TEXT or RATIONAL else 0) + IMAGE, BM):
+        o_r = start + tl.arange(0, BM)
+        b_grad_rows = _load_queries(
+            grad_rows, upstream, p_rows, p_image, o_r, K, o_e, D, E, BE, TEXT or RATIONAL, IMAGE
+        ).to(grad_rows.dtype.element_ty)  # [BM, BE]
+        b_grad_weights = tl.dot(b_grad_rows, tl.trans(b_value), input_precision=PRECISION) * (1.0 / KINDS)
+        b_weights = tl.zeros([BM, BN], tl.float32)
+        if FIRST_TEXT:
+            b_query = _load_queries(query_text, query_image, h * E, p_image, o_r, K, o_e, D, E, BE, TEXT, IMAGE)
+            b_norm = _row_values(norms, pair, p_norm, o_r, K, float("inf"), TEXT, IMAGE)
+            b_delta = _row_values(deltas, pair, p_norm, o_r, K, 0.0, TEXT, IMAGE)
+            b_part, b_grad_scores = _weights_and_gradient(
+                b_query, b_key, b_grad_weights, b_norm, b_delta, o_n, K, factor, PRECISION
+            )
+            b_weights += b_part
+            b_grad_key = tl.dot(tl.trans(b_grad_scores), b_query, b_grad_key, input_precision=PRECISION)
+        if RATIONAL:
+            b_query = _load_queries(
+                projections + 2 * layer, query_image, p_rows, p_image, o_r, K, o_e, D, E, BE, True, IMAGE_HERE
+            )
+            b_norm = _row_values(norms, p_kind, p_norm, o_r, K, float("inf"), True, IMAGE_HERE)
+            b_delta = _row_values(deltas, p_kind, p_norm, o_r, K, 0.0, True, IMAGE_HERE)
+            b_part, b_grad_scores = _weights_and_gradient(
+                b_query, b_key, b_grad_weights, b_norm, b_delta, o_n, K, factor, PRECISION
+            )
+            b_weights += b_part
+            b_grad_key = tl.dot(tl.trans(b_grad_scores), b_query, b_grad_key, input_precision=PRECISION)
+        b_weights = (b_weights * (1.0 / KINDS)).to(b_grad_rows.dtype)
+        b_grad_value = tl.dot(tl.trans(b_weights), b_grad_rows, b_grad_value, input_precision=PRECISION)
+    store_rows(grad_projections + p_rows, b_grad_key * grad_factor, o_n, m_n, o_e, D, E, BE)
+    store_rows(grad_projections + layer + p_rows, b_grad_value, o_n, m_n, o_e, D, E, BE)
+
+
 class AttendedRows(NamedTuple):
     """What the attention leaves to the next steps. Direct: rows and log_totals; streaming: all but log_totals."""
 
@@ -323,24 +676,83 @@ def mask_attention_fwd(
     _, batch, classes, width = projections.shape
     heads = options.num_heads
     head_width = width // heads
+    common = _common(query_image, query_text, projections, options)
     device = device_of(projections)
-    common = {
-        "query_image": query_image, "query_text": query_text, "projections": projections, "rows": attended.rows,
-        "B": batch, "K": classes, "factor": options.score_factor(width) * math.log2(math.e), "H": heads,
-        "E": head_width, **kind_flags(options), "PRECISION": product_precision(projections.dtype, device),
-        "BE": max(16, next_power(head_width)),
-    }  # fmt: skip
     if is_direct(attended):
         config = direct_config(device, projections.dtype, classes, head_width)
         _mask_attention_direct_fwd_kernel[(batch * heads,)](
-            log_totals=attended.tops, BK=config.BM, **common, **config.launch
+            rows=attended.rows, log_totals=attended.tops, BK=config.BM, **common, **config.launch
         )
         return
     config = attention_config(device, projections.dtype, classes, head_width)
     _mask_attention_streaming_fwd_kernel[(batch * heads * attended.tops.shape[-1],)](
-        image_row=attended.image_row, tops=attended.tops, totals=attended.totals, log_image=attended.log_image,
-        BM=config.BM, BN=config.BN, **common, **config.launch,
+        rows=attended.rows, image_row=attended.image_row, tops=attended.tops, totals=attended.totals,
+        log_image=attended.log_image, BM=config.BM, BN=config.BN, **common, **config.launch,
     )  # fmt: skip
+
+
+def _common(query_image: Tensor, query_text: Tensor, projections: Tensor, options: Options) -> dict:
+    """What every attention kernel that computes scores is launched with."""
+    _, batch, classes, width = projections.shape
+    head_width = width // options.num_heads
+    return {
+        "query_image": query_image, "query_text": query_text, "projections": projections, "B": batch, "K": classes,
+        "factor": options.score_factor(width) * math.log2(math.e), "H": options.num_heads, "E": head_width,
+        **kind_flags(options), "PRECISION": product_precision(projections.dtype, device_of(projections)),
+        "BE": max(16, next_power(head_width)),
+    }  # fmt: skip
+
+
+def mask_attention_bwd(
+    grad_rows: Tensor,  # [B, K, D]
+    query_image: Tensor,  # [B, D]
+    query_text: Tensor,  # [K, D]
+    projections: Tensor,  # [2 or 3, B, K, D]
+    options: Options,
+    attended: AttendedRows,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the projections [2 or 3, B, K, D], of the text query by image [B, K, D], of the image query [B, D].
+
+    The last in float32. What is not in use has B = 0.
+    """
+    _, batch, classes, width = projections.shape
+    heads = options.num_heads
+    head_width = width // heads
+    device = device_of(projections)
+    gradients = {
+        "grad_projections": torch.empty_like(projections),
+        "grad_text": projections.new_empty(batch * ("text" in options.queries), classes, width),
+        "grad_image": projections.new_empty(batch * ("image" in options.queries), width, dtype=torch.float32),
+    }
+    common = _common(query_image, query_text, projections, options)
+    common |= {"grad_rows": grad_rows, "grad_factor": options.score_factor(width)}
+    if is_direct(attended):
+        config = direct_bwd_config(device, projections.dtype, classes, head_width)
+        _mask_attention_direct_bwd_kernel[(batch * heads,)](
+            log_totals=attended.tops, BK=config.BM, **gradients, **common, **config.launch
+        )
+        return tuple(gradients.values())
+    norms, deltas = (attended.log_image.new_empty(len(attended.tops) + 1, batch, heads) for _ in range(2))
+    upstream = norms.new_empty(batch, width)
+    tiles = attended.tops.shape[-1]
+    config = delta_config(device, projections.dtype, head_width)
+    _mask_attention_delta_kernel[(batch * heads,)](
+        **attended._asdict(), grad_rows=grad_rows, norms=norms, deltas=deltas, upstream=upstream, B=batch, K=classes,
+        T=tiles, H=heads, E=head_width, **kind_flags(options),
+        BM=attention_config(device, projections.dtype, classes, head_width).BM, BN=config.BN,
+        BT=min(next_power(tiles), 128), BE=common["BE"], **config.launch,
+    )  # fmt: skip
+    common |= {"norms": norms, "deltas": deltas, "upstream": upstream}
+    config = queries_bwd_config(device, projections.dtype, head_width)
+    rows = (options.queries != ("image",)) * classes + ("image" in options.queries)
+    _mask_attention_bwd_queries_kernel[(batch * heads * triton.cdiv(rows, config.BM),)](
+        BM=config.BM, BN=config.BN, **gradients, **common, **config.launch
+    )
+    config = keys_bwd_config(device, projections.dtype, head_width)
+    _mask_attention_bwd_keys_kernel[(batch * heads * triton.cdiv(classes, config.BN),)](
+        grad_projections=gradients["grad_projections"], BM=config.BM, BN=config.BN, **common, **config.launch
+    )
+    return tuple(gradients.values())
 
 
 def kind_flags(options: Options) -> dict[str, bool]:
