@@ -18,7 +18,7 @@ def make_encoder(batch: int, dtype: torch.dtype, device: torch.device) -> Callab
     import open_clip
 
     torch.manual_seed(0)
-    model = open_clip.create_model(NAME, device=device).to(dtype).eval()
+    model = open_clip.CLIP(**open_clip.get_model_config(NAME)).to(device, dtype).eval()
     images = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device, dtype=dtype)
 
     def encode():

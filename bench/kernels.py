@@ -66,6 +66,8 @@ class Bench:
         explicit: methods were named by the user, so that those which cannot serve the cell get a row as well.
         """
         torch.compiler.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         dtype = DTYPES[cell.dtype]
         self.say(f"{cell}: float64 truth")
         inputs = make_inputs(cell.workload, cell.mode, dtype, self.device)
@@ -232,7 +234,7 @@ def main(
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="Rounds per cell; by default as many as fit into --seconds, at least 5."),
+        typer.Option(min=1, help="Rounds per cell; by default as many as fit into --seconds, at least 3."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Time for the rounds of one cell.")] = 5.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's choice.")] = None,

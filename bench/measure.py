@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
+MIN_ROUNDS, MAX_ROUNDS = 3, 100
 
 
 class Clock:

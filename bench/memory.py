@@ -63,13 +63,16 @@ def probe_cpu(cell: Cell, method: Method, threads: int, allowed: int | None) -> 
     child.start()
     sender.close()
     try:
-        return receiver.recv()
+        probe = receiver.recv()
     except EOFError:
-        child.join()
+        probe = None
+    except KeyboardInterrupt:
+        child.kill()
+        raise
+    child.join()
+    if probe is None:
         return Probe(None, failure=f"the process that measured its memory died: exit code {child.exitcode}")
-    finally:
-        child.kill()  # still there only if this process was interrupted
-        child.join()
+    return probe
 
 
 def _child(sender, cell: Cell, method_name: str, threads: int, allowed: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from workloads import Inputs, Workload
 
 from rada_kernels import BACKENDS, rada_logits, usable_backends
+
+# Every process that compiles would warn of a CUDA toolkit without a device.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 PENALTY_WEIGHT = 0.1  # α of the training objective
 COMPILED = "-compiled"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from floors import floor_flop, gemm_rate
-from measure import MAX_ROUNDS, MIN_ROUNDS, Clock, run_rounds, summarize
+from measure import MAX_ROUNDS, MIN_ROUNDS, Clock, CudaClock, run_rounds, summarize
 from memory import available_bytes, peak_above, probe_cpu
 from methods import choose_methods
 from torch.utils.flop_counter import FlopCounterMode
@@ -97,6 +98,36 @@ def test_floor_is_what_the_reference_computes(size, mode, text_products):
     text = 2 * load.classes * load.width**2
     counted = counted_flop(load, mode, ("text", "rational"))
     assert counted - text_products * text == floor_flop(load, mode)
+
+
+def test_cuda_clock_flushes_before_it_starts(monkeypatch):
+    """Its order of events, with a device that only keeps a log."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 250.0  # ms
+
+    class Flush:
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=64))
+    clock = CudaClock(CPU)
+    assert clock.flush.numel() > 64
+    clock.flush = Flush()
+    assert clock.time(lambda: log.append("run")) == 0.25
+    assert log == ["flush", "record", "run", "record", "synchronize"]
 
 
 def test_gemm_rate_is_plausible():

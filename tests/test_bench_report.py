@@ -166,6 +166,20 @@ def test_command_measures_and_compares(bench, tmp_path):
         assert "of 2 rows slower" in result.output
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graph", [(), ("--cuda-graph",)])
+def test_command_measures_on_cuda(bench, tmp_path, graph):
+    result = bench("--device", "cuda", *SMALL, "--dtypes", "float32,bfloat16", *graph)
+    assert result.exit_code == 0, result.output
+    made = Report.read(tmp_path / "kernels.json")
+    assert made.environment["device"] == "cuda"
+    for r in made.rows:
+        assert r.status == "ok", (r.key, r.note)
+        assert r.median_ms > 0
+        assert r.peak_mb > 0
+
+
 def test_wrong_and_failing_methods_have_no_time(bench, tmp_path, monkeypatch):
     import methods
 
@@ -226,7 +240,7 @@ def test_ctrl_c_ends_the_process(tmp_path):
     command += ["--methods", "torch", "--modes", "forward", "--dtypes", "float32"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        process.communicate(timeout=60)
+        process.communicate(timeout=25)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
