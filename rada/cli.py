@@ -1,0 +1,302 @@
+"""The command line: python -m rada train | evaluate | predict | report | info."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback as tracebacks
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as missing:
+    raise SystemExit(f'rada: error: the command line needs {missing.name}: pip install "rada[demo,plot]"') from missing
+
+from rada.templates import DEFAULT_TEMPLATES
+from rada.tune import Tuning
+from rada_kernels import BACKENDS, PENALTIES, QUERIES, Options
+
+USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
+INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
+
+app = typer.Typer(
+    help="Rational Adaptation of vision-language models: train and use RAda heads.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. Ends the process: 0, 2 for an error of the user's (one line on stderr), 130 for Ctrl-C."""
+    warnings.showwarning = lambda message, *_: print(f"rada: warning: {message}", file=sys.stderr)
+    try:
+        app(arguments)
+    except KeyboardInterrupt:
+        print("rada: stopped; what was finished is kept", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except USER_ERRORS as error:
+        if os.environ.get("RADA_TRACEBACK"):
+            tracebacks.print_exc()
+        else:
+            print(f"rada: error: {' '.join(str(error).split())} (--traceback shows where)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _show_traceback(wanted: bool) -> None:
+    if wanted:
+        os.environ["RADA_TRACEBACK"] = "1"
+
+
+Data = Annotated[str, typer.Option(help="emoji, folder:PATH or features:PATH.")]
+Checkpoint = Annotated[
+    Path, typer.Option(help="The folder of a head (runs/emoji/seed-1), or of a run: its first seed.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu, or auto.")]
+Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per step.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, and count them.")]
+Traceback = Annotated[
+    bool,
+    typer.Option("--traceback", callback=_show_traceback, is_eager=True, help="Show where an error comes from."),
+]
+
+
+@app.command()
+def train(
+    data: Data = "emoji",
+    model: Annotated[
+        str | None, typer.Option(help="A name of open_clip's, local-dir:PATH, or demo (the default for emoji).")
+    ] = None,
+    pretrained: Annotated[str | None, typer.Option(help="A tag of open_clip's or the path of a checkpoint.")] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help=f"A prompt template, may be repeated. [default: {DEFAULT_TEMPLATES[0]}]")
+    ] = None,
+    max_classes: Annotated[
+        int | None, typer.Option(help="So many classes, evenly spaced; 0: all. [default: 200 of emoji, else all]")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=1, help="Training images per base class.")] = 16,
+    seeds: Annotated[str, typer.Option(help="One training run each, separated by commas.")] = "1,2,3",
+    epochs: Annotated[int, typer.Option(min=1)] = Tuning.epochs,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam after the warm-up epoch.")] = Tuning.lr,
+    alpha: Annotated[float, typer.Option(help="Weight of the penalty.")] = Tuning.alpha,
+    weight_decay: Annotated[float, typer.Option()] = Tuning.weight_decay,
+    temperature: Annotated[float, typer.Option(help="Divides the attention scores.")] = Options.temperature,
+    heads: Annotated[int, typer.Option(help="Attention heads; a divisor of the width.")] = Options.num_heads,
+    queries: Annotated[str, typer.Option(help="Query kinds in use, separated by commas.")] = ",".join(QUERIES),
+    penalty: Annotated[str, typer.Option(help=f"{', '.join(PENALTIES)}.")] = Options.penalty,
+    batch_size: BatchSize = Tuning.batch_size,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    seed: Annotated[int, typer.Option(help="Of the data's own randomness: splits, emoji views.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="The run's folder. [default: runs/DATA, runs/DATA-2, ...]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    skip_bad: SkipBad = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files too.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Train heads on a few shots of the base classes; test base and new classes; write a report folder."""
+    from rada.train import Settings, free_output, run
+
+    settings = Settings(
+        data=data,
+        model=model,
+        pretrained=pretrained,
+        templates=tuple(template) if template else DEFAULT_TEMPLATES,
+        max_classes=max_classes,
+        shots=shots,
+        seeds=_integers("seeds", seeds),
+        tuning=Tuning(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, alpha=alpha),
+        head=Options(heads, temperature, tuple(queries.split(",")), penalty),
+        device=device,
+        backend=backend,
+        seed=seed,
+        skip_bad=skip_bad,
+    )
+    if output is None:
+        name = data.partition(":")[2] or data
+        output = free_output(Path("runs") / Path(name).resolve().stem)
+    results = run(settings, output, overwrite=overwrite, tensorboard=tensorboard)
+    print_results(results)
+    _draw(output)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.")],
+    traceback: Traceback = False,
+) -> None:
+    """Print a run's table and draw its figures and page again, from what it stored."""
+    from rada.report import load_results
+
+    print_results(load_results(folder))
+    _draw(folder)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[str | None, typer.Option(help="As for train. [default: what the head was trained on]")] = None,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    seed: Annotated[int, typer.Option(help="As given to train.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
+    skip_bad: SkipBad = False,
+    traceback: Traceback = False,
+) -> None:
+    """Test a head: base among base classes, new among new classes, and all among all; zero-shot beside it."""
+    from rada.evaluate import evaluate_checkpoint
+    from rada.files import write_json
+
+    results = evaluate_checkpoint(checkpoint, data, device=device, backend=backend, seed=seed, skip_bad=skip_bad)
+    table = Table(title=f"{results['data']}: accuracy in % (device {results['device']}, backend {results['backend']})")
+    for heading in ("", "base", "new", "H", "all"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, label in (("zero_shot", "zero-shot"), ("rada", "RAda")):
+        table.add_row(label, *(f"{results[name][column]:.2f}" for column in ("base", "new", "h", "all")))
+    Console().print(table)
+    if results["attribution"]:
+        Console().print(results["attribution"], style="dim", highlight=False)
+    if output is not None:
+        write_json(output, results)
+
+
+@app.command()
+def predict(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option(help="PATH.parquet or PATH.jsonl.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="emoji, folder:PATH or features:PATH (their test split); or features:PATH of bare shards."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="An image, or a folder that is searched for images.")] = None,
+    top_k: Annotated[int, typer.Option(min=1)] = 5,
+    batch_size: BatchSize = 256,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    skip_bad: SkipBad = False,
+    traceback: Traceback = False,
+) -> None:
+    """Write the top-k classes of features or images to Parquet or JSON lines."""
+    from rada.predict import predict_to_file
+
+    done = predict_to_file(
+        checkpoint,
+        output,
+        data=data,
+        images=images,
+        top_k=top_k,
+        batch_size=batch_size,
+        device=device,
+        backend=backend,
+        overwrite=overwrite,
+        skip_bad=skip_bad,
+    )
+    print(
+        f"{done['items']} items to {output} in {done['seconds']:.1f} s, {done['items_per_second']:.0f} images/s "
+        f"(device {done['device']}, backend {done['backend']}), {len(done['skipped'])} skipped"
+    )
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Print versions, devices, backends and environment variables: what a bug report asks for."""
+    from rada.info import EMBED_DIM, NUM_HEADS, backends, environment
+
+    facts, served = environment(), backends()
+    if as_json:
+        print(json.dumps({**facts, "backends": served}, indent=2))
+        return
+    console = Console()
+    table = Table(show_header=False, title="environment")
+    for name in ("rada", "python", "system", "cores", "threads"):
+        table.add_row(name, str(facts[name]))
+    for group in ("packages", "devices", "variables"):
+        missing = "not set" if group == "variables" else "not installed"
+        for name, value in facts[group].items():
+            table.add_row(name, value if value is not None else f"[dim]{missing}[/dim]")
+    console.print(table)
+    table = Table(title=f"backends for a head of width {EMBED_DIM} with {NUM_HEADS} heads, in the order of preference")
+    for heading in ("device", "dtype", "backend", "usable", "why"):
+        table.add_column(heading)
+    for row in served:
+        mark = "[green]yes[/green]" if row["usable"] else "[red]no[/red]"
+        table.add_row(row["device"], row["dtype"], row["backend"], mark, row["reason"])
+    console.print(table)
+
+
+def print_results(results: dict) -> None:
+    """The tables of a run: accuracies, and what a step costs."""
+    console = Console()
+    data, summary = results["data"], results["summary"]
+    console.print(
+        f"{data['name']}: {data['base_classes']} base and {data['new_classes']} new classes, "
+        f"{data['train_images']} training images, tested on {data['base_test_images']} + {data['new_test_images']}; "
+        f"{results['model']['backbone']} on {results['device']}, backend {results['backend']}",
+        highlight=False,
+    )
+    if data["skipped"]:
+        console.print(f"{len(data['skipped'])} unreadable images left out, the first {data['skipped'][0]}")
+    table = Table(title="accuracy in % (H = harmonic mean of base and new)")
+    for heading in ("", "base", "new", "H"):
+        table.add_column(heading, justify="right" if heading else "left")
+    columns = ("base", "new", "h")
+    table.add_row("zero-shot", *(f"{results['zero_shot'][c]:.2f}" for c in columns), end_section=True)
+    for row in results["seeds"]:
+        table.add_row(f"RAda, seed {row['seed']}", *(f"{row[c]:.2f}" for c in columns))
+    if summary:
+        table.add_section()
+        table.add_row("RAda, mean ± std", *(_mean_std(summary[c]) for c in columns), style="bold")
+        table.add_row("RAda, H of the means", "", "", f"{summary['h_of_means']:.2f}")
+    console.print(table)
+    console.print("H of a row is that row's own; its mean ± std is over the seeds' H.", style="dim")
+    if results["step"]:
+        step = results["step"]
+        title = (
+            f"one head step (forward, loss, backward): B={step['batch']}, K={step['classes']}, D={step['embed_dim']}, "
+            f"H={step['num_heads']}, {step['dtype']}, {results['device']}, {step['threads']} threads"
+        )
+        table = Table(title=title)
+        for heading in ("backend", "median ms", "20-80% ms", "peak MB"):
+            table.add_column(heading, justify="left" if heading == "backend" else "right")
+        for cost in step["costs"]:
+            if cost["failure"]:
+                table.add_row(cost["backend"], cost["failure"], "", "")
+            else:
+                peak = "unknown" if cost["peak_mb"] is None else f"{cost['peak_mb']:.0f}"
+                spread = f"{cost['q20_ms']:.1f}-{cost['q80_ms']:.1f}"
+                table.add_row(cost["backend"], f"{cost['median_ms']:.1f}", spread, peak)
+        console.print(table)
+    if data["attribution"]:
+        console.print(data["attribution"], style="dim", highlight=False)
+
+
+def _mean_std(value: dict) -> str:
+    return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
+
+
+def _draw(folder: Path) -> None:
+    from rada.report import write_report
+
+    try:
+        print(f"report: {write_report(folder)}")
+    except ModuleNotFoundError as error:  # the results are there; only the pictures are not
+        print(f'rada: no figures without {error.name}: pip install "rada[plot]"', file=sys.stderr)
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name}: got {text!r}; it takes integers separated by commas, such as 1,2,3") from error

@@ -1,0 +1,255 @@
+"""The figures of a run, from its stored results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from rada.files import replacing
+
+ZERO_SHOT, RADA, TRAIN, INK = "#9aa3ad", "#1f6f8b", "#d98a29", "#22303c"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.edgecolor": "#b8c0c8",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#e6eaee",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+}
+PAIRS_SHOWN = 10
+EXAMPLE_CAPTION = (
+    "One image against two classes. Each class's logit is the sum of D products of features, the row s·R, drawn over "
+    "the D dimensions in one order for all strips: from those that speak most for the true class, left, to those that "
+    "speak most for the confused one, right. The learned mask M weighs them (blue below 1, red above). Below, the sum "
+    "of the differences between both classes, dimension after dimension: where it ends, at the right edge, is the "
+    "margin of the true class, before and after the mask."
+)
+
+
+def draw_figures(folder: Path, results: dict) -> list[dict]:
+    """Write the figures that the results allow to folder/figures; returns file (relative), title, caption of each."""
+    figures = []
+
+    def keep(name: str, figure: Figure, title: str, caption: str) -> None:
+        with replacing(folder / "figures" / name) as partial:
+            FigureCanvasAgg(figure)
+            figure.savefig(partial, format="png", dpi=150, facecolor="white")
+        figures.append({"file": f"figures/{name}", "title": title, "caption": caption})
+
+    with matplotlib.rc_context(STYLE):
+        if results["summary"]:
+            keep(
+                "accuracy.png",
+                accuracy_figure(results),
+                "Base, new and their harmonic mean",
+                "Bars: zero-shot, and the mean over the seeds. Dots: the single seeds. Whiskers: one standard deviation.",
+            )
+        if results.get("epochs"):
+            keep(
+                "epochs.png",
+                epochs_figure(results),
+                "Accuracy per epoch",
+                "Thin lines: the seeds; thick lines: their mean. Epoch 0 is before training, where the head is exactly "
+                "zero-shot. Validation images are training-split images of the base classes outside the few shots; "
+                "nothing is chosen by them. The first epoch is the warm-up at a very small learning rate.",
+            )
+        for number, example in enumerate(results.get("examples") or [], 1):
+            keep(
+                f"example-{number}.png",
+                example_figure(folder, example),
+                f"What the mask does: {example['true']}, not {example['confused']}",
+                EXAMPLE_CAPTION,
+            )
+        if results.get("gain"):
+            keep(
+                "gain.png",
+                gain_figure(results["gain"]),
+                "Where the gain comes from",
+                "Left: how accuracy changes for classes that zero-shot finds rarely and for those it finds often; n "
+                "classes in each group. Right: the confusions that were repaired, and new ones that were made, most "
+                "frequent first, in test images per seed (base and new).",
+            )
+    return figures
+
+
+def accuracy_figure(results: dict) -> Figure:
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    columns = {"base": "base", "new": "new", "h": "H"}
+    at, width = np.arange(len(columns)), 0.36
+    zero_shot = [results["zero_shot"][c] for c in columns]
+    mean = [results["summary"][c]["mean"] for c in columns]
+    std = [results["summary"][c]["std"] or 0 for c in columns]
+    axes.bar(at - width / 2, zero_shot, width, color=ZERO_SHOT, label="zero-shot")
+    axes.bar(at + width / 2, mean, width, color=RADA, label="RAda", yerr=std, capsize=4, ecolor=INK)
+    for i, column in enumerate(columns):
+        values = [row[column] for row in results["seeds"]]
+        offsets = np.linspace(-0.08, 0.08, len(values)) if len(values) > 1 else [0]
+        axes.scatter(i + width / 2 + np.array(offsets), values, s=16, color="white", edgecolor=INK, zorder=3)
+        axes.annotate(
+            f"{zero_shot[i]:.1f}", (i - width / 2, zero_shot[i]), (0, 3), textcoords="offset points", ha="center"
+        )
+        top = max(*values, mean[i] + std[i])
+        axes.annotate(
+            f"{mean[i]:.1f}", (i + width / 2, top), (0, 5), textcoords="offset points", ha="center", weight="bold"
+        )
+    axes.set_xticks(at, columns.values())
+    axes.set_ylabel("accuracy in %")
+    axes.set_ylim(0, min(112, 1.2 * max(*zero_shot, *mean)))
+    axes.grid(axis="y")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return figure
+
+
+def epochs_figure(results: dict) -> Figure:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = results["epochs"]
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+
+    def lines(axes, key: str, colour: str, label: str) -> None:
+        by_epoch: dict[int, list[float]] = {}
+        for seed in seeds:
+            mine = [(r["epoch"], r[key]) for r in rows if r["seed"] == seed and r[key] is not None]
+            if mine:
+                axes.plot(*zip(*mine, strict=True), color=colour, alpha=0.35, linewidth=1)
+            for epoch, value in mine:
+                by_epoch.setdefault(epoch, []).append(value)
+        if by_epoch:
+            means = [fmean(values) for values in by_epoch.values()]
+            axes.plot(by_epoch.keys(), means, color=colour, linewidth=2.2, marker="o", markersize=4, label=label)
+
+    lines(left, "train_accuracy", TRAIN, "training images")
+    lines(left, "val_accuracy", RADA, "validation images")
+    left.set_title("accuracy in %")
+    lines(right, "loss", INK, "loss (cross-entropy + α · penalty)")
+    right.set_title("loss")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.set_xticks(sorted({row["epoch"] for row in rows}))
+        axes.grid()
+        axes.legend()
+    return figure
+
+
+def example_figure(folder: Path, example: dict) -> Figure:
+    with np.load(folder / example["arrays"]) as arrays:
+        rational, mask = arrays["rational"], arrays["mask"]  # [2, D] each: true class, confused class
+    order = np.argsort(rational[1] - rational[0])
+    rational, mask = rational[:, order], mask[:, order]
+    masked = mask * rational
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    grid = figure.add_gridspec(8, 2, width_ratios=(1, 3.6), height_ratios=(1, 1, 1, 0.35, 1, 1, 1, 4))
+    picture = figure.add_subplot(grid[:7, 0])
+    picture.axis("off")
+    if example["image"]:
+        picture.imshow(matplotlib.image.imread(folder / example["image"]))
+        picture.set_title("the image", loc="center")
+    else:
+        picture.text(0.5, 0.5, f"item\n{example['item'] or 'without an image'}", ha="center", va="center")
+    limit = float(np.abs(np.concatenate([rational, masked])).max()) or 1.0
+    spread = float(np.abs(mask - 1).max()) or 1.0
+    row_colours = {"cmap": "PuOr_r", "norm": TwoSlopeNorm(0, -limit, limit)}
+    mask_colours = {"cmap": "RdBu_r", "norm": TwoSlopeNorm(1, 1 - spread, 1 + spread)}
+    strips, masks = [], []
+    for which, (role, name) in enumerate((("true", example["true"]), ("confused", example["confused"]))):
+        before, after = rational[which].sum(), masked[which].sum()
+        for line, (label, values, colours) in enumerate(
+            (
+                ("s·R", rational[which], row_colours),
+                ("M", mask[which], mask_colours),
+                ("M·s·R", masked[which], row_colours),
+            )
+        ):
+            axes = figure.add_subplot(grid[4 * which + line, 1])
+            image = axes.imshow(values[None], aspect="auto", interpolation="nearest", **colours)
+            (masks if label == "M" else strips).append((axes, image))
+            axes.set_yticks([0], [label])
+            axes.set_xticks([])
+            axes.tick_params(length=0)
+            if line == 0:
+                axes.set_title(f"{role} class: {name}      logit {before:.2f} → {after:.2f}")
+    axes_of = [axes for axes, _ in strips[:2]]
+    figure.colorbar(strips[0][1], ax=axes_of + [masks[0][0]], label="s·R, M·s·R", aspect=8)
+    figure.colorbar(masks[0][1], ax=[a for a, _ in strips[2:]] + [masks[1][0]], label="M", aspect=8)
+    sums = figure.add_subplot(grid[7, 1])
+    position = np.arange(1, rational.shape[1] + 1)
+    for label, values, colour in (
+        ("without mask (zero-shot)", rational, ZERO_SHOT),
+        ("with mask (RAda)", masked, RADA),
+    ):
+        total = np.cumsum(values[0] - values[1])
+        sums.plot(position, total, color=colour, linewidth=2.2, label=f"{label}: margin {total[-1]:+.2f}")
+        sums.scatter(position[-1], total[-1], color=colour, zorder=3, clip_on=False)
+    sums.axhline(0, color=INK, linewidth=0.8)
+    sums.set_title("true minus confused, summed from the left")
+    sums.set_xlabel("dimensions, sorted by what they say for the true class without the mask")
+    sums.set_xlim(1, rational.shape[1])
+    sums.grid()
+    sums.legend(loc="best")
+    return figure
+
+
+def gain_figure(gain: dict) -> Figure:
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    edges = ((0, 1e-9, "0"), (1e-9, 50, "0-50"), (50, 75, "50-75"), (75, 100, "75-100"), (100, 101, "100"))
+    colours = {"base": RADA, "new": TRAIN}
+    for shift, (half, colour) in zip((-0.2, 0.2), colours.items(), strict=True):
+        for i, (low, high, _) in enumerate(edges):
+            rows = [r for r in gain["classes"] if r["half"] == half and low <= r["zero_shot"] < high]
+            if not rows:
+                continue
+            change = fmean(r["rada"] - r["zero_shot"] for r in rows)
+            left.bar(
+                i + shift,
+                change,
+                0.36,
+                color=colour,
+                label=half if half not in left.get_legend_handles_labels()[1] else None,
+            )
+            down = change < 0
+            left.annotate(f"{len(rows)}", (i + shift, change), (0, -4 if down else 3), textcoords="offset points",
+                          ha="center", va="top" if down else "bottom", fontsize=8)  # fmt: skip
+    left.axhline(0, color=INK, linewidth=0.8)
+    left.set_xticks(range(len(edges)), [label for *_, label in edges])
+    left.set_xlabel("zero-shot accuracy of the class in % (number: classes)")
+    left.set_title("change of accuracy in points")
+    left.margins(y=0.15)
+    left.grid(axis="y")
+    if left.get_legend_handles_labels()[0]:
+        left.legend()
+    pairs = [(p, 1) for p in gain["repaired"][:PAIRS_SHOWN]] + [(p, -1) for p in gain["broken"][: PAIRS_SHOWN // 2]]
+    for i, (pair, sign) in enumerate(pairs):
+        right.barh(i, sign * pair["images"], 0.7, color=RADA if sign > 0 else "#b5483f")
+    right.set_yticks(
+        range(len(pairs)),
+        [f"{_short(p['name'])} ← {_short(p['taken_for'])} ({p['half']})" for p, _ in pairs],
+        fontsize=8,
+    )
+    right.invert_yaxis()
+    right.axvline(0, color=INK, linewidth=0.8)
+    right.grid(axis="x")
+    right.set_xlabel("test images per seed: repaired (right), newly wrong (left)")
+    right.set_title(
+        f"true ← taken for: {gain['repaired_images']:.0f} images repaired, {gain['broken_images']:.0f} newly wrong"
+    )
+    return figure
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:23]}…"
