@@ -17,14 +17,13 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
 from importlib.resources import files
-from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 from rada.data.source import Source, Split
+from rada.extras import require
 
 ATTRIBUTION = {
     "source": "All emojis designed by OpenMoji, the open-source emoji and icon project, "
@@ -84,7 +83,7 @@ def load_emoji(
         ValueError: an unknown domain, or a size out of range.
     """
     if domain not in ATTRIBUTION:
-        raise ValueError(f"domain is {domain!r}, but it must be one of {', '.join(map(repr, ATTRIBUTION))}")
+        raise ValueError(f"domain: got {domain!r}; it takes one of {tuple(ATTRIBUTION)}")
     for name, value, least in (
         ("image_size", image_size, 16),
         ("train_views", train_views, 1),
@@ -92,7 +91,7 @@ def load_emoji(
         ("seed", seed, 0),
     ):
         if value < least:
-            raise ValueError(f"{name} is {value}, but it must be at least {least}")
+            raise ValueError(f"{name}: got {value!r}; it takes an int of at least {least}")
     classes = emoji_classes()
 
     def split(name: str, views: int) -> Split:
@@ -165,7 +164,7 @@ class EmojiViews(Sequence):
         from PIL import Image
 
         if not -len(self) <= index < len(self):
-            raise IndexError(f"index is {index}, but there are {len(self)} images")
+            raise IndexError(f"index: got {index}; it takes -{len(self)}..{len(self) - 1}")
         label, view = divmod(int(index) % len(self), self.views)
         emoji = self.classes[label]
         # The code point, not the label, seeds the view: another list of classes leaves the images alone.
@@ -236,8 +235,5 @@ def _draw_colour(char: str, size: int):
 
 
 def _require_packages() -> None:
-    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
-    if missing:
-        raise ImportError(f'the emoji data set needs {", ".join(missing)}: pip install "rada[demo]"')
-    for module in PACKAGES:
-        import_module(module)
+    for module, package in PACKAGES.items():
+        require(module, package, "the emoji images")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from rada.extras import require
+
 MODEL_DIR = Path(__file__).parent / "model"
 CHECKPOINT = MODEL_DIR / "open_clip_model.safetensors"
 VOCABULARY = MODEL_DIR / "bpe_vocab.txt.gz"
@@ -27,17 +29,15 @@ def load_demo_model(device: str | torch.device = "cpu", *, pretrained: bool = Tr
         pretrained: load the shipped checkpoint; False leaves the weights random.
 
     Returns:
-        `(model, preprocess, tokenizer)`: an `open_clip.CLIP` in float32; a transform from a PIL image to a tensor
-        [3, 64, 64]; a callable from N strings to int64 token ids [N, 18].
+        `(model, preprocess, tokenizer)`: an `open_clip.CLIP` in float32; a transform from a PIL image to a
+        tensor [3, 32, 32]; a callable from N strings to int64 token ids [N, 18].
 
     Raises:
         ImportError: open_clip is not installed.
-        FileNotFoundError: the checkpoint or the vocabulary is missing; the message names the command that makes it.
+        FileNotFoundError: the checkpoint or the vocabulary is missing; the message names the command that
+            makes it.
     """
-    try:
-        import open_clip
-    except ModuleNotFoundError as error:
-        raise ImportError('the demo model needs open_clip_torch: pip install "rada[demo]"') from error
+    open_clip = require("open_clip", "open_clip_torch", "models")
     for path in (CHECKPOINT, VOCABULARY) if pretrained else (VOCABULARY,):
         if not path.is_file():
             raise FileNotFoundError(f"the demo model's {path} is missing: make it by {PRETRAIN}")

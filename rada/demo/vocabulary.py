@@ -1,4 +1,4 @@
-"""A byte-pair vocabulary sized to a small set of texts, in the file format of open_clip's `SimpleTokenizer`."""
+"""A byte-pair vocabulary sized to a few texts, in the file format of open_clip's `SimpleTokenizer`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from pathlib import Path
 
 
 def learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
-    """The `count` byte-pair merges that shorten `texts` most, in the order in which they apply; ties go by spelling.
+    """The `count` byte-pair merges that shorten `texts` most, in the order they apply; ties go by spelling.
 
     Raises:
         ValueError: the texts run out of pairs before `count` merges are found.
     """
     from open_clip.tokenizer import SimpleTokenizer
 
-    rules = (
-        SimpleTokenizer()
-    )  # only for the way it cleans, splits and spells texts, the same for any vocabulary
+    rules = SimpleTokenizer()  # only for the way it cleans, splits and spells texts, the same for any vocabulary
     words: Counter[tuple[str, ...]] = Counter()
     for text in texts:
         for token in rules.pat.findall(rules.clean_fn(text)):
@@ -32,7 +30,7 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
             for pair in pairwise(word):
                 pairs[pair] += times
         if not pairs:
-            raise ValueError(f"count is {count}, but the texts hold only {len(merges)} merges")
+            raise ValueError(f"count: got {count}; it takes at most {len(merges)}, the merges of these texts")
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         words = Counter({_merge(word, best): times for word, times in words.items()})
@@ -50,6 +48,6 @@ def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def write_merges(merges: Iterable[tuple[str, str]], path: Path) -> None:
-    """Write the merges as `SimpleTokenizer(bpe_path=path)` reads them: gzipped lines after one line of header."""
+    """Write the merges as `SimpleTokenizer(bpe_path=path)` reads them: gzipped lines after a header."""
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     path.write_bytes(gzip.compress("\n".join(lines).encode("utf-8"), mtime=0))

@@ -1,0 +1,134 @@
+"""The small open_clip model of the demo: it loads, knows its source, and carries over to the target."""
+
+from __future__ import annotations
+
+import gzip
+
+import open_clip
+import pytest
+import torch
+
+import rada.demo as demo
+from rada.data.emoji import load_emoji
+from rada.demo import CHECKPOINT, MODEL_DIR, VOCABULARY, load_demo_model
+from rada.demo.pretrain import TEMPLATES, augment, dilated, warp
+from rada.demo.vocabulary import learn_merges, write_merges
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_demo_model()
+
+
+@pytest.fixture(scope="module")
+def text_features(loaded):
+    model, _, tokenizer = loaded
+    names = load_emoji().class_names
+    with torch.no_grad():
+        return model.encode_text(tokenizer([f"a photo of a {name}." for name in names]), normalize=True)
+
+
+def accuracy(loaded, text_features, domain: str, split: str) -> float:
+    """Top-1 among all classes, of one view of every fifth class."""
+    model, preprocess, _ = loaded
+    data = getattr(load_emoji(domain, train_views=1, test_views=1), split)
+    labels = data.labels[::5]
+    images = torch.stack([preprocess(data.images[int(label)]) for label in labels])
+    with torch.no_grad():
+        features = model.encode_image(images, normalize=True)
+    return (features @ text_features.T).argmax(1).eq(labels).float().mean().item()
+
+
+def test_model_is_open_clips_own(loaded):
+    model, preprocess, tokenizer = loaded
+    assert type(model) is open_clip.model.CLIP
+    assert not model.training
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) < 4_000_000
+    assert 10 < model.logit_scale.exp().item() <= 100.001
+    image = load_emoji().test.images[0]
+    assert preprocess(image).shape == (3, 32, 32)
+    tokens = tokenizer(["a photo of a pizza.", "pizza"])
+    assert tokens.shape == (2, model.context_length)
+    assert tokens.dtype == torch.int64
+    assert tokens.max() < model.vocab_size == len(tokenizer.encoder)
+
+
+def test_checkpoint_is_small():
+    assert CHECKPOINT.stat().st_size < 8_000_000
+
+
+def test_open_clip_loads_the_folder_by_itself(loaded):
+    model, _, _ = loaded
+    other = open_clip.create_model(f"local-dir:{MODEL_DIR}")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dict(other.named_parameters())[name]), name
+
+
+def test_no_class_name_is_cut_and_no_two_are_alike(loaded):
+    _, _, tokenizer = loaded
+    names = load_emoji().class_names
+    tokens = tokenizer([f"a photo of a {name}." for name in names])
+    longest = max(len(tokenizer.encode(f"a photo of a {name}.")) + 2 for name in names)
+    assert longest <= tokens.shape[1]
+    assert len(torch.unique(tokens, dim=0)) == len(names)
+
+
+def test_zero_shot_on_the_source(loaded, text_features):
+    assert accuracy(loaded, text_features, "source", "test") > 0.5
+
+
+def test_zero_shot_on_the_target_is_far_above_chance_and_leaves_room(loaded, text_features):
+    assert 40 / len(text_features) < accuracy(loaded, text_features, "target", "test") < 0.6
+
+
+def test_random_weights_know_nothing(text_features):
+    torch.manual_seed(0)
+    untrained = load_demo_model(pretrained=False)
+    assert accuracy(untrained, text_features, "source", "test") < 0.05
+
+
+@pytest.mark.parametrize("missing", ["CHECKPOINT", "VOCABULARY"])
+def test_a_missing_file_names_its_command(monkeypatch, tmp_path, missing):
+    monkeypatch.setattr(demo, missing, tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"nowhere is missing.*python -m rada\.demo\.pretrain"):
+        load_demo_model()
+
+
+def test_vocabulary_is_the_one_its_script_makes(tmp_path):
+    names = load_emoji().class_names
+    texts = [template.format(name) for name in names for template in TEMPLATES]
+    count = len(gzip.decompress(VOCABULARY.read_bytes()).decode().splitlines()) - 1
+    write_merges(learn_merges(texts, count), tmp_path / "bpe.txt.gz")
+    assert gzip.decompress((tmp_path / "bpe.txt.gz").read_bytes()) == gzip.decompress(VOCABULARY.read_bytes())
+
+
+def test_merges_of_a_small_text():
+    assert learn_merges(["lower lowest lot"], 2) == [("l", "o"), ("lo", "w")]
+    with pytest.raises(ValueError, match="count: got 50; it takes at most 2"):
+        learn_merges(["abc"], 50)
+
+
+class TestAugmentation:
+    def drawings(self):
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(8, 3, 64, 64, generator=generator)
+
+    def test_shape_range_and_seed(self):
+        first, again, other = (
+            augment(self.drawings(), 32, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        )
+        assert first.shape == (8, 3, 32, 32)
+        assert first.min() >= -1e-5
+        assert first.max() <= 1 + 1e-5
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+    def test_strength_zero_keeps_the_geometry(self):
+        ink = self.drawings()
+        kept = warp(ink, 64, torch.Generator().manual_seed(0), strength=0.0)
+        torch.testing.assert_close(kept, ink, atol=1e-4, rtol=0)
+
+    def test_dilated_is_the_largest_neighbour(self):
+        x = torch.randn(2, 3, 9, 7)
+        torch.testing.assert_close(dilated(x), torch.nn.functional.max_pool2d(x, 3, 1, 1), atol=0, rtol=0)
