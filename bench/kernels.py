@@ -24,7 +24,7 @@ from methods import Method, choose_methods, why_unusable, work
 from plots import draw
 from report import FAILED, OK, OUT_OF_MEMORY, UNUSABLE, WRONG, Encoder, Report, Row, environment, print_report
 from rich.console import Console
-from workloads import DTYPES, SUITES, WORKLOADS, Cell, choose_cells, make_inputs
+from workloads import DTYPES, MODES, SUITES, WORKLOADS, Cell, choose_cells, make_inputs
 
 # The head beside which the image encoder is timed, in the same rounds.
 ENCODER_CELL = ("imagenet", "forward")
@@ -228,10 +228,8 @@ def main(
             help=f"Instead of all: any of {', '.join(m.name for m in choose_methods(None))}.",
         ),
     ] = None,
-    dtypes: Annotated[str | None, typer.Option(help=f"Instead of the suite's: any of {', '.join(DTYPES)}.")] = None,
-    modes: Annotated[
-        str | None, typer.Option(help="Instead of the suite's: any of forward, step, step-features.")
-    ] = None,
+    dtypes: Annotated[str | None, typer.Option(help=f"Only these: any of {', '.join(DTYPES)}.")] = None,
+    modes: Annotated[str | None, typer.Option(help=f"Only these: any of {', '.join(MODES)}.")] = None,
     rounds: Annotated[
         int | None,
         typer.Option(min=1, help="Rounds per cell; by default as many as fit into --seconds, at least 3."),

@@ -23,6 +23,9 @@ from workloads import DTYPES, Cell, make_inputs
 # What a child may take is what is free, less this.
 RESERVE_BYTES = 2 << 30
 SELF = Path("/proc/self")
+# glibc keeps freed blocks, which of them and how long depending on what was freed before. From this size on, a
+# measured process gives them back at once, so that its resident memory is what is in use.
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def probe_cpu(cell: Cell, method: Method, threads: int, allowed: int | None) -> 
 
 def _child(sender, cell: Cell, method_name: str, threads: int, allowed: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is the parent's to tell of
+    with contextlib.suppress(AttributeError):  # glibc's allocator, not every C library's
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
     torch.set_num_threads(threads)
     try:
         sender.send(_measure(cell, all_methods()[method_name], allowed))
@@ -110,7 +115,8 @@ def _measure(cell: Cell, method: Method, allowed: int | None) -> Probe:
 
 def peak_above(run: Callable) -> int:
     """Bytes by which a call raises this process's resident memory at its highest, its results included."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is used now
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is used now
     before = _kib(SELF / "status", "VmRSS")
     (SELF / "clear_refs").write_text("5")  # the high-water mark starts again from here
     results = run()

@@ -114,9 +114,10 @@ SUITES = {
 def choose_cells(
     suite: str, workloads: list[str] | None, modes: list[str] | None, dtypes: list[str] | None
 ) -> list[Cell]:
-    """The cells of a suite; any of the three lists, where given, takes the place of the suite's own choice.
+    """The cells of a suite. Workloads take the place of the suite's own; modes and dtypes narrow the suite down, or
+    say in what the given workloads are measured.
 
-    Raises ValueError for a name that does not exist, with those that do.
+    Raises ValueError for a name that does not exist, with those that do, and where nothing is left to measure.
     """
     known = {"suite": ([suite], SUITES), "mode": (modes or [], MODES), "dtype": (dtypes or [], DTYPES)}
     for kind, (names, existing) in known.items():
@@ -125,10 +126,13 @@ def choose_cells(
                 raise ValueError(f"{kind}: got {name!r}; it takes one of {', '.join(existing)}")
     cells = SUITES[suite]
     if workloads:
-        modes = modes or list(dict.fromkeys(cell.mode for cell in cells))
-        dtypes = dtypes or list(dict.fromkeys(cell.dtype for cell in cells))
-        return _cells(workloads, tuple(modes), tuple(dtypes))
-    return [cell for cell in cells if (not modes or cell.mode in modes) and (not dtypes or cell.dtype in dtypes)]
+        all_modes = modes or list(dict.fromkeys(cell.mode for cell in cells))
+        all_dtypes = dtypes or list(dict.fromkeys(cell.dtype for cell in cells))
+        cells = _cells(workloads, tuple(all_modes), tuple(all_dtypes))
+    cells = [cell for cell in cells if cell.mode in (modes or MODES) and cell.dtype in (dtypes or DTYPES)]
+    if not cells:
+        raise ValueError(f"modes, dtypes: suite {suite} has nothing of {modes or 'any'}, {dtypes or 'any'}")
+    return cells
 
 
 @dataclass(frozen=True)

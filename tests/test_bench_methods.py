@@ -159,7 +159,6 @@ def test_choices():
         ("b2-k3-d8", "step", "float16"),
     ]
     assert {cell.dtype for cell in choose_cells("paper", None, None, ["bfloat16"])} == {"bfloat16"}
-    assert choose_cells("paper", ["imagenet-large-batch"], ["step"], None) == []
     assert sdpa_logits is all_methods()["sdpa"].head
 
 
@@ -172,6 +171,8 @@ def test_choices():
         (lambda: choose_cells("quick", ["b2-k3-d9"], None, None), "'b2-k3-d9'", "multiple of the 8 heads"),
         (lambda: choose_cells("quick", None, ["backward"], None), "'backward'", "step-features"),
         (lambda: choose_cells("quick", None, None, ["int8"]), "'int8'", "bfloat16"),
+        (lambda: choose_cells("inference", None, ["step"], None), "'step'", "nothing"),
+        (lambda: choose_cells("paper", ["imagenet-large-batch"], ["step"], None), "'step'", "nothing"),
     ],
 )
 def test_unknown_names_list_those_that_exist(choose, named, listed):
