@@ -7,10 +7,10 @@ from types import ModuleType
 
 import torch
 
-from rada_kernels.backends import reference, tiled
+from rada_kernels.backends import cpu, reference, tiled, triton
 
 # In the order in which "auto" prefers them. "reference" is never chosen by "auto" while "torch" is usable.
-BACKENDS: dict[str, ModuleType] = {"torch": tiled, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "torch": tiled, "reference": reference}
 
 
 class BackendChoice(str):

@@ -1,0 +1,65 @@
+// What the operators hand to the loops of one instruction set: plain pointers and sizes, no torch in sight.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rada {
+
+enum Layer { RATIONAL, KEY, VALUE, OUT, LAYERS };  // the layers over [B, K, D] rows
+enum Kind { TEXT_KIND, RATIONAL_KIND, KINDS };     // the query kinds with a row per class
+enum class Penalty { LINF, L1, MSE };
+
+constexpr int64_t SCORE_ROWS = 32;  // score rows per block: each block has a reference maximum of its own
+
+// Runs task(context, i, thread) for every i < tasks, on at most `threads` threads at once.
+struct Pool {
+  int threads;
+  void (*run)(const Pool&, int64_t tasks, void (*task)(void*, int64_t, int), void* context);
+};
+
+// `element` arrays hold floats or bfloat16, as the loops were chosen. A null pointer: not in use or not wanted.
+struct Call {
+  int64_t images, classes, width, heads;
+  float scale;
+  double score_factor;
+  Penalty penalty;
+  const float* f;            // [B, D] unit rows
+  const float* h;            // [K, D]
+  const float* image_query;  // [B, D]
+  const void* text_query;    // [K, D] elements
+  bool rational;
+  const void* weight[LAYERS];  // [D, D] elements
+  const float* bias[LAYERS];   // [D]
+
+  // Kept for the backward pass, or null.
+  void* projection[3];  // [B, K, D] elements: RATIONAL, KEY, VALUE
+  void* attended;       // [B, K, D] elements
+  float* change;        // [B, K, D] M - 1
+  float* reference;     // [KINDS, B·H]: exponentials are 2^(score log2(e) - reference)
+  float* weights;       // [KINDS, B·H, K, K rounded up to 16] exponentials, each block's reference its own
+  float* weight_scale;  // [KINDS, B·H, blocks of SCORE_ROWS]: times weights this is A_n / kinds
+
+  float* sums;       // [B, K]
+  float* deviation;  // [B]
+
+  // Backward only.
+  const float* grad_sums;       // [B, K]
+  const float* grad_deviation;  // [B]
+  float* grad_weight[LAYERS];   // [D, D]
+  float* grad_bias[LAYERS];     // [D]
+  float* grad_image_query;      // [B, D]
+  float* grad_text_query;       // [K, D]
+  float* grad_f;                // [B, D] through X and through the sums
+  float* grad_h;                // [K, D]
+};
+
+// One instruction set's loops for one element type. Workspace sizes are in bytes; workspaces are aligned to 64.
+struct Loops {
+  size_t (*forward_bytes)(const Call&, const Pool&);
+  void (*forward)(const Call&, const Pool&, void* workspace);
+  size_t (*backward_bytes)(const Call&, const Pool&);
+  void (*backward)(const Call&, const Pool&, void* workspace);
+};
+
+}  // namespace rada

@@ -1,0 +1,373 @@
+// The mask attention on the CPU, one (image, head) pair at a time.
+//
+// A block of SCORE_ROWS score rows is exponentiated as its tiles leave the product, against a reference that a
+// block before it has seen; the exponentials of both query kinds stay in memory until the joint normalisers are
+// known, and are then added before the one product with the values.
+#pragma once
+
+#include "../csrc/call.h"
+#include "../csrc/gemm.h"
+
+namespace RADA_ISA {
+
+using rada::KINDS;
+using rada::SCORE_ROWS;
+
+constexpr double LOG2E = 1.4426950408889634;
+// A block whose exponentials add up to more is computed again against its own maximum.
+constexpr float LARGE = 1e30f;
+
+// One pair's rows: [K, E] elements, their rows `ld` elements apart.
+template <class P>
+struct Rows {
+  const typename P::element* at;
+  int64_t ld;
+
+  const word* words(int64_t row) const { return (const word*)(at + row * ld); }
+  int64_t word_ld() const { return ld / P::per_word; }
+};
+
+struct Shape {
+  int64_t classes, width;  // K, E
+  Panels over_classes, over_width;
+  int64_t blocks;
+
+  Shape(int64_t classes, int64_t width)
+      : classes(classes), width(width), over_classes(classes), over_width(width), blocks(ceil_div(classes, SCORE_ROWS)) {}
+  int64_t block_rows(int64_t block) const { return smaller_of(SCORE_ROWS, classes - block * SCORE_ROWS); }
+  int64_t ld() const { return round_up(classes, 16); }  // of a row of scores, in floats: the same for every W
+};
+
+// The exponentials 2^(factor · query keyᵀ - reference) of `rows` score rows; their sum. Padding columns are zero.
+template <class P>
+float exponentials(float* to, const word* query, int64_t query_ld, int64_t rows, const word* keys, const Shape& s,
+                   float factor, float reference) {
+  vec total{};
+  const vec scale = splat(factor), shift = splat(reference);
+  multiply<P, true>(rows, s.width / P::per_word, query, query_ld, keys, s.over_classes,
+                    [&](int64_t row, int count, int64_t column, const auto& c) {
+                      constexpr int N = sizeof(c.at[0]) / sizeof(vec);
+                      const bool last = column + N * W > s.classes;
+                      for (int r = 0; r < count; r++)
+                        for (int v = 0; v < N; v++) {
+                          vec e = exp2(c.at[r][v] * scale - shift);
+                          if (last) e = keep_first(e, s.classes - column - v * W);
+                          total += e;
+                          store(to + (row + r) * s.ld() + column + v * W, e);
+                        }
+                    });
+  return sum(total);
+}
+
+// The same against the block's own maximum, which is written to reference.
+template <class P>
+float exponentials_from_maximum(float* to, const word* query, int64_t query_ld, int64_t rows, const word* keys,
+                                const Shape& s, float factor, float* reference) {
+  vec top = splat(-__builtin_inff());
+  multiply<P, true>(rows, s.width / P::per_word, query, query_ld, keys, s.over_classes,
+                    [&](int64_t row, int count, int64_t column, const auto& c) {
+                      constexpr int N = sizeof(c.at[0]) / sizeof(vec);
+                      for (int r = 0; r < count; r++)
+                        for (int v = 0; v < N; v++) {
+                          const vec x = c.at[r][v];
+                          // Not the padding: its zeros may lie far above every score.
+                          if (column + (v + 1) * W <= s.classes)
+                            top = larger(x, top);
+                          else
+                            for (int64_t i = 0; i < s.classes - column - v * W; i++)
+                              top[i] = x[i] > top[i] ? x[i] : top[i];
+                          store(to + (row + r) * s.ld() + column + v * W, x);
+                        }
+                    });
+  // Subtracted before anything is rounded at the size of a score: a multiply-add, as in exponentials.
+  *reference = largest(top) * factor;
+  const vec scale = splat(factor), shift = splat(*reference);
+  vec total{};
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t j = 0; j < s.ld(); j += W) {
+      const vec e = keep_first(exp2(load(to + r * s.ld() + j) * scale - shift), s.classes - j);
+      total += e;
+      store(to + r * s.ld() + j, e);
+    }
+  return sum(total);
+}
+
+// What a pair's forward pass works in.
+struct AttentionScratch {
+  word* keys;             // keyᵀ panels
+  word* values;           // value panels
+  float* exponentials;    // [KINDS, K, ld]
+  float* block_scale;     // [KINDS, blocks]
+  float* image_row;       // [ld] then [padded E]
+  word* mixed;            // [SCORE_ROWS, ld] elements
+};
+
+// softmax(factor · q keyᵀ) for one query row q [E] (in units of log2); row [ld], padding zero.
+template <class P>
+void image_row_weights(float* row, const float* query, const Rows<P>& key, const Shape& s, float factor) {
+  float top = -__builtin_inff();
+  for (int64_t j = 0; j < s.classes; j++) {
+    vec dot{};
+    for (int64_t e = 0; e < s.width; e += W)
+      dot += load_first(query + e, s.width - e) * P::get_first(key.at + j * key.ld + e, s.width - e);
+    row[j] = sum(dot) * factor;
+    top = row[j] > top ? row[j] : top;
+  }
+  for (int64_t j = s.classes; j < s.ld(); j++) row[j] = 0;
+  vec total{};
+  for (int64_t j = 0; j < s.ld(); j += W) {
+    const vec e = keep_first(exp2(load(row + j) - top), s.classes - j);
+    total += e;
+    store(row + j, e);
+  }
+  const float share = 1 / sum(total);
+  for (int64_t j = 0; j < s.ld(); j += W) store(row + j, load(row + j) * share);
+}
+
+// to [padded E] = row [K] · rows [K, E]
+template <class P>
+void weighted_sum(float* to, const float* row, const Rows<P>& rows, const Shape& s) {
+  for (int64_t e = 0; e < s.width; e += W) {
+    vec total{};
+    for (int64_t j = 0; j < s.classes; j++)
+      total += P::get_first(rows.at + j * rows.ld + e, s.width - e) * row[j];
+    store(to + e, total);
+  }
+}
+
+// Attended rows of one pair. queries[n] null: kind not in use; image_query [E] likewise. reference[n] and
+// block_scale[n] come out as call.h describes them.
+template <class P>
+void attend(typename P::element* attended, int64_t attended_ld, const float* image_query, const Rows<P>* const* queries,
+            const Rows<P>& key, const Rows<P>& value, double score_factor, const Shape& s,
+            const AttentionScratch& scratch, float* const* exps, float* const* block_scale, float* const* references) {
+  const float factor = score_factor * LOG2E;
+  const float count = (image_query != nullptr) + (queries[0] != nullptr) + (queries[1] != nullptr);
+  pack_columns(scratch.keys, key.words(0), key.word_ld(), s.width / P::per_word, s.classes);
+  pack_rows<P>(scratch.values, value.at, value.ld, s.classes, s.width);
+  for (int n = 0; n < KINDS; n++) {
+    if (!queries[n]) continue;
+    float reference = 0, total = 0, top = 0;  // total: all blocks so far, against top
+    for (int64_t block = 0; block < s.blocks; block++) {
+      const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
+      const word* query = queries[n]->words(first);
+      float* to = exps[n] + first * s.ld();
+      float sum = LARGE;
+      if (block)
+        sum = exponentials<P>(to, query, queries[n]->word_ld(), rows, scratch.keys, s, factor, reference);
+      if (!(sum < LARGE))
+        sum = exponentials_from_maximum<P>(to, query, queries[n]->word_ld(), rows, scratch.keys, s, factor, &reference);
+      block_scale[n][block] = reference;
+      if (block == 0 || reference > top) {
+        total = block ? total * __builtin_exp2f(top - reference) : 0;
+        top = reference;
+      }
+      total += sum;  // reference is top: it never falls below a block before it
+    }
+    const float share = s.classes / (count * total);
+    for (int64_t block = 0; block < s.blocks; block++)
+      block_scale[n][block] = share * __builtin_exp2f(block_scale[n][block] - top);
+    *references[n] = top;
+  }
+  float* image_part = scratch.image_row + s.ld();
+  std::memset(image_part, 0, s.over_width.padded() * sizeof(float));
+  if (image_query) {
+    image_row_weights<P>(scratch.image_row, image_query, key, s, factor);
+    weighted_sum<P>(image_part, scratch.image_row, value, s);
+    for (int64_t e = 0; e < s.width; e += W) store(image_part + e, load(image_part + e) * (1 / count));
+  }
+  if (!queries[0] && !queries[1]) {
+    for (int64_t i = 0; i < s.classes; i++)
+      for (int64_t e = 0; e < s.width; e += W) P::put_first(attended + i * attended_ld + e, load(image_part + e), s.width - e);
+    return;
+  }
+  for (int64_t block = 0; block < s.blocks; block++) {
+    const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
+    typename P::element* mixed = (typename P::element*)scratch.mixed;
+    const float a = queries[0] ? block_scale[0][block] : 0, b = queries[1] ? block_scale[1][block] : 0;
+    const float* one = exps[queries[0] ? 0 : 1] + first * s.ld();
+    const float* other = exps[queries[1] ? 1 : 0] + first * s.ld();
+    for (int64_t i = 0; i < rows * s.ld(); i += W) P::put(mixed + i, load(one + i) * a + load(other + i) * b);
+    multiply<P, true>(rows, ceil_div(s.classes, P::per_word), scratch.mixed, s.ld() / P::per_word, scratch.values,
+                      s.over_width, [&](int64_t row, int count, int64_t column, const auto& c) {
+                        constexpr int N = sizeof(c.at[0]) / sizeof(vec);
+                        for (int r = 0; r < count; r++)
+                          for (int v = 0; v < N; v++) {
+                            const int64_t e = column + v * W;
+                            P::put_first(attended + (first + row + r) * attended_ld + e,
+                                         c.at[r][v] + load(image_part + e), s.width - e);
+                          }
+                      });
+  }
+}
+
+struct AttentionBackwardScratch {
+  word *keys, *values;        // keyᵀ and valueᵀ panels
+  word* key_rows;             // key panels
+  float* exponentials;        // [KINDS, K, ld]
+  float* grad_weights;        // [K, ld] dP = dO valueᵀ
+  float *grad_key, *grad_value;  // [K rounded up to MR, padded E]
+  word* grad_scores;          // [SCORE_ROWS, ld] elements
+  word* by_column;            // [SCORE_ROWS / per_word, ld] words
+  word* block_rows;           // panels of SCORE_ROWS rows
+  float* image_row;           // [3 ld]
+};
+
+template <class P>
+struct AttentionGradients {
+  typename P::element *key, *value;       // [K, E], rows ld apart
+  typename P::element* rational;          // null without that kind
+  float* text;                            // [K, E], rows text_ld apart, or null
+  float* image;                           // [E] or null
+  int64_t ld, text_ld;
+};
+
+// The left operand of a product over score rows: A[j, i] = rows[i, j].
+template <class P>
+RADA_INLINE const word* by_column(const typename P::element* rows, int64_t count, int64_t ld, word* scratch) {
+  if constexpr (P::per_word == 1) {
+    return (const word*)rows;
+  } else {
+    for (int64_t i = 0; i < count; i += P::per_word)
+      P::interleave(scratch + i / P::per_word * ld, rows + i * ld, i + 1 < count ? rows + (i + 1) * ld : nullptr, ld);
+    return scratch;
+  }
+}
+
+// grad [K, E] += Aᵀ rows for one block of score rows; A [count, ld] elements, rows [count, E].
+template <class P>
+void add_by_class(float* grad, const word* a, const Rows<P>& rows, int64_t first, int64_t count, const Shape& s,
+                  word* packed) {
+  pack_rows<P>(packed, rows.at + first * rows.ld, rows.ld, count, s.width);
+  const int64_t ld = s.over_width.padded();
+  multiply<P, false>(s.classes, ceil_div(count, P::per_word), a, s.ld(), packed, s.over_width,
+                     [&](int64_t row, int, int64_t column, const auto& c) {
+                       constexpr int N = sizeof(c.at[0]) / sizeof(vec);
+                       for (int r = 0; r < MR; r++)
+                         for (int v = 0; v < N; v++) {
+                           float* at = grad + (row + r) * ld + column + v * W;
+                           store(at, load(at) + c.at[r][v]);
+                         }
+                     });
+}
+
+// dS_n = A_n ⊙ (dA - δ_n) with one δ_n a pair. exps[n], block_scale[n]: kept, or null and computed again against references[n].
+template <class P>
+void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_rows, const float* image_query,
+                     const Rows<P>* const* queries, const Rows<P>& key, const Rows<P>& value, double score_factor,
+                     const Shape& s, const AttentionBackwardScratch& scratch, const float* const* kept,
+                     const float* const* block_scale, const float* const* references) {
+  const float count = (image_query != nullptr) + (queries[0] != nullptr) + (queries[1] != nullptr);
+  const int64_t words = s.width / P::per_word, width_ld = s.over_width.padded();
+  pack_columns(scratch.keys, key.words(0), key.word_ld(), words, s.classes);
+  pack_columns(scratch.values, value.words(0), value.word_ld(), words, s.classes);
+  pack_rows<P>(scratch.key_rows, key.at, key.ld, s.classes, s.width);
+  const int64_t grad_bytes = round_up(s.classes, MR) * width_ld * sizeof(float);
+  std::memset(scratch.grad_key, 0, grad_bytes);
+  std::memset(scratch.grad_value, 0, grad_bytes);
+
+  const float* exps[KINDS] = {};
+  float delta[KINDS] = {};
+  float total[KINDS] = {};  // of the exponentials, where they are computed again
+  for (int n = 0; n < KINDS; n++)
+    if (queries[n]) exps[n] = kept[n] ? kept[n] : scratch.exponentials + n * s.classes * s.ld();
+  if (queries[0] || queries[1])
+    for (int64_t block = 0; block < s.blocks; block++) {
+      const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
+      for (int n = 0; n < KINDS; n++)
+        if (queries[n] && !kept[n])
+          total[n] += exponentials<P>((float*)exps[n] + first * s.ld(), queries[n]->words(first), queries[n]->word_ld(),
+                                      rows, scratch.keys, s, score_factor * LOG2E, *references[n]);
+      vec dots[KINDS] = {};
+      multiply<P, true>(rows, words, grad_rows.words(first), grad_rows.word_ld(), scratch.values, s.over_classes,
+                        [&](int64_t row, int valid, int64_t column, const auto& c) {
+                          constexpr int N = sizeof(c.at[0]) / sizeof(vec);
+                          for (int r = 0; r < valid; r++)
+                            for (int v = 0; v < N; v++) {
+                              const int64_t at = (first + row + r) * s.ld() + column + v * W;
+                              store(scratch.grad_weights + at, c.at[r][v]);
+                              for (int n = 0; n < KINDS; n++)
+                                if (exps[n]) dots[n] += load(exps[n] + at) * c.at[r][v];
+                            }
+                        });
+      for (int n = 0; n < KINDS; n++)
+        if (exps[n]) delta[n] += sum(dots[n]) * (kept[n] ? block_scale[n][block] * count / s.classes : 1);
+    }
+  for (int n = 0; n < KINDS; n++)
+    if (exps[n] && !kept[n]) delta[n] /= total[n];
+  // A_n / kinds = exponentials times this.
+  auto scale_of = [&](int n, int64_t block) {
+    return !exps[n] ? 0 : kept[n] ? block_scale[n][block] : s.classes / (count * total[n]);
+  };
+
+  typename P::element* const dS = (typename P::element*)scratch.grad_scores;
+  const Rows<P>* all_queries[KINDS] = {queries[0], queries[1]};
+  for (int64_t block = 0; block < s.blocks && (queries[0] || queries[1]); block++) {
+    const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
+    const float* dP = scratch.grad_weights + first * s.ld();
+    for (int n = 0; n < KINDS; n++) {
+      if (!exps[n]) continue;
+      const float* a = exps[n] + first * s.ld();
+      // The softmax over a single pair is constant: nothing, and not what rounding leaves of dA - δ.
+      const vec scale = splat(s.classes == 1 ? 0 : scale_of(n, block) * (float)score_factor), offset = splat(delta[n]);
+      for (int64_t i = 0; i < rows * s.ld(); i += W) P::put(dS + i, load(a + i) * scale * (load(dP + i) - offset));
+      multiply<P, true>(rows, ceil_div(s.classes, P::per_word), (const word*)dS, s.ld() / P::per_word, scratch.key_rows,
+                        s.over_width, [&](int64_t row, int valid, int64_t column, const auto& c) {
+                          constexpr int N = sizeof(c.at[0]) / sizeof(vec);
+                          for (int r = 0; r < valid; r++)
+                            for (int v = 0; v < N; v++) {
+                              const int64_t i = first + row + r, e = column + v * W;
+                              if (n == rada::TEXT_KIND)
+                                store_first(grads.text + i * grads.text_ld + e, c.at[r][v], s.width - e);
+                              else
+                                P::put_first(grads.rational + i * grads.ld + e, c.at[r][v], s.width - e);
+                            }
+                        });
+      add_by_class<P>(scratch.grad_key, by_column<P>(dS, rows, s.ld(), scratch.by_column), *all_queries[n], first, rows,
+                      s, scratch.block_rows);
+    }
+    const float a = scale_of(0, block), b = scale_of(1, block);
+    const float* one = exps[exps[0] ? 0 : 1] + first * s.ld();
+    const float* other = exps[exps[1] ? 1 : 0] + first * s.ld();
+    for (int64_t i = 0; i < rows * s.ld(); i += W) P::put(dS + i, load(one + i) * a + load(other + i) * b);
+    add_by_class<P>(scratch.grad_value, by_column<P>(dS, rows, s.ld(), scratch.by_column), grad_rows, first, rows, s,
+                    scratch.block_rows);
+  }
+
+  if (image_query) {
+    float* weights = scratch.image_row;
+    float* grad_row = weights + s.ld();
+    float* upstream = grad_row + s.ld();  // Σ_i dO[i]
+    image_row_weights<P>(weights, image_query, key, s, score_factor * LOG2E);
+    for (int64_t j = 0; j < s.ld(); j++) grad_row[j] = 1;
+    weighted_sum<P>(upstream, grad_row, grad_rows, s);
+    float dot = 0;
+    for (int64_t j = 0; j < s.classes; j++) {
+      vec u{};
+      for (int64_t e = 0; e < s.width; e += W)
+        u += keep_first(load(upstream + e), s.width - e) * P::get_first(value.at + j * value.ld + e, s.width - e);
+      grad_row[j] = sum(u);
+      dot += weights[j] * grad_row[j];
+    }
+    for (int64_t j = 0; j < s.classes; j++) {
+      weights[j] /= count;
+      grad_row[j] = (float)score_factor * weights[j] * (grad_row[j] - dot);
+    }
+    for (int64_t j = 0; j < s.classes; j++)
+      for (int64_t e = 0; e < s.width; e += W) {
+        float* k = scratch.grad_key + j * width_ld + e;
+        float* v = scratch.grad_value + j * width_ld + e;
+        store(k, load(k) + load_first(image_query + e, s.width - e) * grad_row[j]);
+        store(v, load(v) + load(upstream + e) * weights[j]);
+      }
+    weighted_sum<P>(upstream, grad_row, key, s);
+    for (int64_t e = 0; e < s.width; e += W) store_first(grads.image + e, load(upstream + e), s.width - e);
+  }
+  for (int64_t j = 0; j < s.classes; j++)
+    for (int64_t e = 0; e < s.width; e += W) {
+      P::put_first(grads.key + j * grads.ld + e, load(scratch.grad_key + j * width_ld + e), s.width - e);
+      P::put_first(grads.value + j * grads.ld + e, load(scratch.grad_value + j * width_ld + e), s.width - e);
+    }
+}
+
+}  // namespace RADA_ISA
