@@ -32,11 +32,10 @@ STYLE = {
 }
 PAIRS_SHOWN = 10
 EXAMPLE_CAPTION = (
-    "One image against two classes. Each class's logit is the sum of D products of features, the row s·R, drawn over "
-    "the D dimensions in one order for all strips: from those that speak most for the true class, left, to those that "
-    "speak most for the confused one, right. The learned mask M weighs them (blue below 1, red above). Below, the sum "
-    "of the differences between both classes, dimension after dimension: where it ends, at the right edge, is the "
-    "margin of the true class, before and after the mask."
+    "One image against two classes. A class's logit is the sum of D products of features, the row s·R. The learned "
+    "mask M weighs them (red above 1, blue below), which changes each by (M - 1)·s·R. All strips show the D dimensions "
+    "in one order: from those that speak most for the true class, left, to those that speak most for the confused one, "
+    "right. Below, the change of the margin (true minus confused), summed from the left: at the right edge, all of it."
 )
 
 
@@ -56,7 +55,7 @@ def draw_figures(folder: Path, results: dict) -> list[dict]:
                 "accuracy.png",
                 accuracy_figure(results),
                 "Base, new and their harmonic mean",
-                "Bars: zero-shot, and the mean over the seeds. Dots: the single seeds. Whiskers: one standard deviation.",
+                "Bars: zero-shot, and the mean over the seeds. Dots: the single seeds. Whiskers: one std.",
             )
         if results.get("epochs"):
             keep(
@@ -151,56 +150,45 @@ def example_figure(folder: Path, example: dict) -> Figure:
         rational, mask = arrays["rational"], arrays["mask"]  # [2, D] each: true class, confused class
     order = np.argsort(rational[1] - rational[0])
     rational, mask = rational[:, order], mask[:, order]
-    masked = mask * rational
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    grid = figure.add_gridspec(8, 2, width_ratios=(1, 3.6), height_ratios=(1, 1, 1, 0.35, 1, 1, 1, 4))
-    picture = figure.add_subplot(grid[:7, 0])
+    change = (mask - 1) * rational
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    grid = figure.add_gridspec(4, 3, width_ratios=(1, 3.6, 0.06), height_ratios=(3, 3, 0.1, 2.6))
+    picture = figure.add_subplot(grid[:2, 0])
     picture.axis("off")
     if example["image"]:
         picture.imshow(matplotlib.image.imread(folder / example["image"]))
-        picture.set_title("the image", loc="center")
     else:
-        picture.text(0.5, 0.5, f"item\n{example['item'] or 'without an image'}", ha="center", va="center")
-    limit = float(np.abs(np.concatenate([rational, masked])).max()) or 1.0
-    spread = float(np.abs(mask - 1).max()) or 1.0
-    row_colours = {"cmap": "PuOr_r", "norm": TwoSlopeNorm(0, -limit, limit)}
-    mask_colours = {"cmap": "RdBu_r", "norm": TwoSlopeNorm(1, 1 - spread, 1 + spread)}
-    strips, masks = [], []
+        picture.text(0.5, 0.5, "features without an image", ha="center", va="center", transform=picture.transAxes)
+    # Each kind of strip has one scale for both classes.
+    kinds = (("s·R", rational, "PuOr_r", 0), ("M", mask, "RdBu_r", 1), ("(M-1)·s·R", change, "PuOr_r", 0))
     for which, (role, name) in enumerate((("true", example["true"]), ("confused", example["confused"]))):
-        before, after = rational[which].sum(), masked[which].sum()
-        for line, (label, values, colours) in enumerate(
-            (
-                ("s·R", rational[which], row_colours),
-                ("M", mask[which], mask_colours),
-                ("M·s·R", masked[which], row_colours),
-            )
-        ):
-            axes = figure.add_subplot(grid[4 * which + line, 1])
-            image = axes.imshow(values[None], aspect="auto", interpolation="nearest", **colours)
-            (masks if label == "M" else strips).append((axes, image))
+        rows, bars = (grid[which, column].subgridspec(3, 1) for column in (1, 2))
+        for line, (label, values, colours, middle) in enumerate(kinds):
+            axes = figure.add_subplot(rows[line])
+            spread = float(np.abs(values - middle).max()) or 1.0
+            norm = TwoSlopeNorm(middle, middle - spread, middle + spread)
+            strip = axes.imshow(values[which][None], aspect="auto", interpolation="nearest", cmap=colours, norm=norm)
             axes.set_yticks([0], [label])
             axes.set_xticks([])
             axes.tick_params(length=0)
+            bar = figure.colorbar(strip, cax=figure.add_subplot(bars[line]), ticks=(middle - spread, middle + spread))
+            bar.ax.set_yticklabels([f"{middle - spread:.3g}", f"{middle + spread:.3g}"], fontsize=7)
             if line == 0:
-                axes.set_title(f"{role} class: {name}      logit {before:.2f} → {after:.2f}")
-    axes_of = [axes for axes, _ in strips[:2]]
-    figure.colorbar(strips[0][1], ax=axes_of + [masks[0][0]], label="s·R, M·s·R", aspect=8)
-    figure.colorbar(masks[0][1], ax=[a for a, _ in strips[2:]] + [masks[1][0]], label="M", aspect=8)
-    sums = figure.add_subplot(grid[7, 1])
+                before, after = rational[which].sum(), (mask * rational)[which].sum()
+                axes.set_title(f"{role}: {name}      logit {before:.2f} → {after:.2f}")
+    sums = figure.add_subplot(grid[3, 1])
     position = np.arange(1, rational.shape[1] + 1)
-    for label, values, colour in (
-        ("without mask (zero-shot)", rational, ZERO_SHOT),
-        ("with mask (RAda)", masked, RADA),
-    ):
-        total = np.cumsum(values[0] - values[1])
-        sums.plot(position, total, color=colour, linewidth=2.2, label=f"{label}: margin {total[-1]:+.2f}")
-        sums.scatter(position[-1], total[-1], color=colour, zorder=3, clip_on=False)
+    total = np.cumsum(change[0] - change[1])
+    sums.fill_between(position, total, color=RADA, alpha=0.25, linewidth=0)
+    sums.plot(position, total, color=RADA, linewidth=2)
     sums.axhline(0, color=INK, linewidth=0.8)
-    sums.set_title("true minus confused, summed from the left")
-    sums.set_xlabel("dimensions, sorted by what they say for the true class without the mask")
-    sums.set_xlim(1, rational.shape[1])
+    before = (rational[0] - rational[1]).sum()
+    sums.set_title(
+        f"margin {before:+.2f} without the mask, {before + total[-1]:+.2f} with it: the change, summed from the left"
+    )
+    sums.set_xlabel("dimensions, in the order of all strips: for the true class → for the confused class")
+    sums.set_xlim(0.5, rational.shape[1] + 0.5)
     sums.grid()
-    sums.legend(loc="best")
     return figure
 
 
@@ -229,6 +217,7 @@ def gain_figure(gain: dict) -> Figure:
     left.set_xticks(range(len(edges)), [label for *_, label in edges])
     left.set_xlabel("zero-shot accuracy of the class in % (number: classes)")
     left.set_title("change of accuracy in points")
+    left.set_xlim(-0.6, len(edges) - 0.4)
     left.margins(y=0.15)
     left.grid(axis="y")
     if left.get_legend_handles_labels()[0]:

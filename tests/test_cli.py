@@ -1,0 +1,211 @@
+"""The command line, end to end on tiny data."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rada.cli import main
+
+pytest.importorskip("safetensors")
+CLASSES, WIDTH = 6, 16
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """A features file: six classes, whose images lie around their texts, off by what all images share."""
+    rng = torch.Generator().manual_seed(0)
+    text = torch.nn.functional.normalize(torch.randn(CLASSES, WIDTH, generator=rng), dim=-1)
+    labels = torch.arange(CLASSES).repeat_interleave(12)
+    noise = torch.randn(len(labels), WIDTH, generator=rng) + torch.randn(WIDTH, generator=rng)
+    path = tmp_path_factory.mktemp("features") / "tiny.npz"
+    np.savez(path, image_features=text[labels] + 0.2 * noise, labels=labels, text_features=text, logit_scale=20.0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A class folder of plain colours with a little noise."""
+    image = pytest.importorskip("PIL.Image")
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for label in range(CLASSES):
+        folder = root / f"colour {label}"
+        folder.mkdir()
+        for i in range(4):
+            pixels = np.full((20, 20, 3), 40 * label) + rng.integers(0, 30, (20, 20, 3))
+            image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A tiny open_clip model in a folder, as local-dir: takes it."""
+    open_clip = pytest.importorskip("open_clip")
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("model")
+    config = {
+        "embed_dim": WIDTH,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def call(*arguments) -> int:
+    """The exit status of a command."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+TINY = ("--heads", 4, "--shots", 4, "--epochs", 2, "--seeds", "1,2", "--device", "cpu", "--backend", "torch")
+
+
+@pytest.fixture(scope="module")
+def feature_run(features, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "features"
+    assert call("train", "--data", f"features:{features}", "--output", output, *TINY) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def image_run(images, model_dir, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "images"
+    arguments = ("--data", f"folder:{images}", "--model", f"local-dir:{model_dir}", "--output", output)
+    assert call("train", *arguments, *TINY, "--shots", 2) == 0
+    return output
+
+
+def test_train_on_features_writes_a_whole_run(feature_run):
+    results = json.loads((feature_run / "results.json").read_text())
+    assert results["status"] == "complete"
+    assert [row["seed"] for row in results["seeds"]] == [1, 2]
+    assert results["backend"] == "torch"
+    assert len((feature_run / "epochs.csv").read_text().splitlines()) == 1 + 2 * 3  # epochs 0 to 2 of two seeds
+    assert (feature_run / "index.html").is_file()
+    assert {cost["backend"] for cost in results["step"]["costs"]} == {"reference", "torch"}
+    assert all(cost["median_ms"] > 0 for cost in results["step"]["costs"])
+
+
+def test_train_on_a_folder_shows_its_images(image_run):
+    results = json.loads((image_run / "results.json").read_text())
+    assert results["data"]["base_classes"] == results["data"]["new_classes"] == CLASSES // 2
+    assert all((image_run / example["image"]).is_file() for example in results["examples"])
+
+
+def test_a_run_is_not_overwritten_unasked(feature_run, features, capsys):
+    before = (feature_run / "results.json").read_bytes()
+    arguments = ("train", "--data", f"features:{features}", "--output", feature_run, *TINY, "--seeds", "3")
+    assert call(*arguments) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (feature_run / "results.json").read_bytes() == before
+
+
+def test_overwrite_replaces_a_run_and_leaves_other_files(features, tmp_path):
+    output = tmp_path / "run"
+    arguments = ("train", "--data", f"features:{features}", "--output", output, *TINY)
+    assert call(*arguments, "--seeds", "1") == 0
+    (output / "notes.txt").write_text("mine")
+    assert call(*arguments, "--seeds", "2", "--overwrite") == 0
+    assert [path.name for path in output.glob("seed-*")] == ["seed-2"]
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_with_other_files_is_refused(features, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert call("train", "--data", f"features:{features}", "--output", tmp_path, *TINY, "--overwrite") == 2
+    assert "other files" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "nonsense"), "source: got 'nonsense'"),
+        (("--data", "folder:/no/such/folder"), "no such folder"),
+        (("--heads", 5), "num_heads: got 5"),
+        (("--queries", "image,sound"), "queries"),
+        (("--penalty", "l3"), "penalty: got 'l3'"),
+        (("--backend", "magic"), "backend: got 'magic'"),
+        (("--device", "quantum"), "device: got 'quantum'"),
+        (("--seeds", "1,x"), "seeds: got '1,x'"),
+        (("--seeds", "1,1"), "seeds"),
+        (("--lr", -1), "lr: got -1"),
+        (("--temperature", 0), "temperature"),
+        (("--model", "ViT-B-16"), "model: got 'ViT-B-16' with features"),
+    ],
+)
+def test_an_error_is_one_line_and_writes_nothing(features, tmp_path, capsys, arguments, message):
+    output = tmp_path / "run"
+    assert call("train", "--data", f"features:{features}", *TINY, "--output", output, *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("rada: error: ")
+    assert message in error
+    assert not output.exists()
+
+
+def test_traceback_shows_where(features, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RADA_TRACEBACK", "1")
+    assert call("train", "--data", "nonsense", "--output", tmp_path / "run") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_evaluate_agrees_with_training(feature_run, tmp_path):
+    trained = json.loads((feature_run / "results.json").read_text())
+    output = tmp_path / "evaluated.json"
+    assert call("evaluate", "--checkpoint", feature_run / "seed-2", "--output", output, "--device", "cpu") == 0
+    evaluated = json.loads(output.read_text())
+    for half in ("base", "new", "h"):
+        assert evaluated["zero_shot"][half] == pytest.approx(trained["zero_shot"][half])
+        assert evaluated["rada"][half] == pytest.approx(trained["seeds"][1][half])
+
+
+def test_evaluate_on_images_agrees_with_training(image_run, tmp_path):
+    trained = json.loads((image_run / "results.json").read_text())
+    output = tmp_path / "evaluated.json"
+    assert call("evaluate", "--checkpoint", image_run, "--output", output, "--device", "cpu") == 0
+    evaluated = json.loads(output.read_text())
+    assert evaluated["rada"]["base"] == pytest.approx(trained["seeds"][0]["base"])
+
+
+def test_info_tells_of_every_backend(capsys):
+    from rada_kernels import BACKENDS
+
+    assert call("info", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["packages"]["torch"]
+    served = {row["backend"]: row for row in facts["backends"] if (row["device"], row["dtype"]) == ("cpu", "float32")}
+    assert served.keys() == BACKENDS.keys()
+    assert served["reference"]["usable"]
+    assert call("info") == 0
+    assert "reference" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_was_finished(features, tmp_path, monkeypatch, capsys):
+    import rada.train
+
+    tune = rada.train.tune_head
+
+    def stopped_in_the_second_seed(*args, seed, **kwargs):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return tune(*args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(rada.train, "tune_head", stopped_in_the_second_seed)
+    output = tmp_path / "run"
+    assert call("train", "--data", f"features:{features}", "--output", output, *TINY) == 130
+    results = json.loads((output / "results.json").read_text())
+    assert results["status"] == "interrupted"
+    assert [row["seed"] for row in results["seeds"]] == [1]
+    assert (output / "seed-1" / "head.safetensors").is_file()
+    assert call("report", output) == 0
+    assert "not complete" in (output / "index.html").read_text()

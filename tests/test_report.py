@@ -1,0 +1,112 @@
+"""The report: drawn from what is stored, figures with something on them."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jinja2")
+pyplot = pytest.importorskip("matplotlib.image")
+
+from rada.report import load_results, write_report  # noqa: E402
+from rada.train import Settings, run  # noqa: E402
+from rada.tune import Tuning  # noqa: E402
+from rada_kernels import Options  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run on features with confusions to repair, and an image put beside its first example."""
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(12, 16)).astype(np.float32)
+    labels = np.arange(12).repeat(16)
+    noise = rng.normal(size=(len(labels), 16)) * np.where(np.arange(16) < 4, 3, 0.4)
+    root = tmp_path_factory.mktemp("report")
+    np.savez(root / "data.npz", image_features=(text[labels] + noise).astype(np.float32), labels=labels,
+             text_features=text, logit_scale=20.0, class_names=[f"<class> {i}" for i in range(12)])  # fmt: skip
+    settings = Settings(
+        data=f"features:{root / 'data.npz'}",
+        shots=8,
+        seeds=(1, 2),
+        tuning=Tuning(epochs=3),
+        head=Options(num_heads=4),
+        device="cpu",
+        backend="torch",
+    )
+    results = run(settings, root / "run")
+    from PIL import Image
+
+    Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(root / "run" / "examples" / "1.png")
+    results["examples"][0]["image"] = "examples/1.png"
+    (root / "run" / "results.json").write_text(json.dumps(results))
+    return root / "run"
+
+
+def test_every_figure_is_there_and_not_empty(folder):
+    page = write_report(folder).read_text()
+    shown = re.findall(r'<img src="([^"]+)"', page)
+    assert {"accuracy", "epochs", "gain", "example-1"} <= {name[8:-4] for name in shown}
+    for name in shown:
+        pixels = pyplot.imread(folder / name)
+        assert min(pixels.shape[:2]) > 300
+        assert pixels[..., :3].std() > 0.02  # not one colour
+        assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 50
+
+
+def test_the_page_refers_to_nothing_outside_its_folder(folder):
+    page = write_report(folder).read_text()
+    links = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert links
+    assert all((folder / link).is_file() for link in links)
+    assert "http" not in page
+    assert "&lt;class&gt; " in page  # names are escaped
+
+
+def test_the_page_states_the_numbers(folder):
+    page, results = write_report(folder).read_text(), load_results(folder)
+    for row in results["seeds"]:
+        assert f"{row['h']:.2f}" in page
+    assert f"{results['summary']['h_of_means']:.2f}" in page
+    assert results["environment"]["packages"]["torch"] in page
+
+
+def test_an_interrupted_run_has_a_report_too(folder, tmp_path):
+    results = load_results(folder)
+    results.update(status="interrupted", seeds=[], summary=None, step=None)
+    for key in ("epochs", "gain", "examples"):
+        del results[key]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert "not complete" in write_report(tmp_path).read_text()
+
+
+def test_the_stored_mask_explains_the_logit(folder):
+    """The strips of an example add up to the head's own logits."""
+    import torch
+
+    from rada.evaluate import load_trained
+    from rada.train import prepare
+
+    results = load_results(folder)
+    trained = load_trained(folder / "seed-1", device="cpu", backend="reference")
+    settings = Settings(data=results["settings"]["data"], shots=8, seeds=(1,), device="cpu")
+    problem = prepare(settings, torch.device("cpu"))
+    classes = problem.classes.select(problem.halves["base"])
+    with torch.no_grad():
+        logits = trained.head(problem.tests["base"].features, *classes)
+    names = [problem.source.class_names[i] for i in problem.halves["base"]]
+    for example in results["examples"]:
+        arrays = np.load(folder / example["arrays"])
+        pair = [names.index(example["true"]), names.index(example["confused"])]
+        sums = torch.from_numpy((arrays["mask"] * arrays["rational"]).sum(-1))
+        assert (logits[:, pair] - sums).abs().amax(1).min() < 1e-3  # of one of the test images
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": "other"}'])
+def test_a_folder_without_a_run_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"results\.json"):
+        write_report(tmp_path)

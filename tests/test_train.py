@@ -1,0 +1,133 @@
+"""Training on frozen features: the schedule, and that it learns."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rada import RAdaHead
+from rada.train import free_output, restrict, summarise
+from rada.tune import Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
+
+CLASSES, WIDTH = 20, 32
+
+
+def problem(seed: int):
+    """Texts, and images of them in which a quarter of the dimensions says nothing: train and test."""
+    rng = torch.Generator().manual_seed(seed)
+    text = F.normalize(torch.randn(CLASSES, WIDTH, generator=rng), dim=-1)
+    noise = torch.full((WIDTH,), 0.08)
+    noise[:8] = 0.5
+
+    def images(per_class: int) -> Labelled:
+        labels = torch.arange(CLASSES).repeat_interleave(per_class)
+        return Labelled(text[labels] + noise * torch.randn(len(labels), WIDTH, generator=rng), labels)
+
+    return Classes(text, 20.0), images(16), images(20)
+
+
+def test_the_head_learns_which_dimensions_to_trust():
+    classes, train, test = problem(0)
+    head, epochs = RAdaHead(WIDTH, 4, backend="torch"), []
+    zero_shot = accuracy(predict_labels(test.features, classes), test.labels)
+    untrained = accuracy(predict_labels(test.features, classes, head), test.labels)
+    tuning = Tuning(epochs=8, lr=3e-3, alpha=0.01)
+    tune_head(head, train, classes, tuning, seed=1, val=test, on_epoch=epochs.append)
+    assert untrained == zero_shot  # an untrained head is zero-shot
+    assert epochs[0]["val_accuracy"] == zero_shot
+    assert [row["epoch"] for row in epochs] == list(range(9))
+    assert epochs[-1]["loss"] < epochs[1]["loss"]
+    assert epochs[-1]["val_accuracy"] == accuracy(predict_labels(test.features, classes, head), test.labels)
+    assert epochs[-1]["val_accuracy"] > zero_shot + 5
+
+
+def test_a_seed_fixes_a_training_run():
+    classes, train, _ = problem(0)
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(0)
+        head = RAdaHead(WIDTH, 4, backend="torch")
+        tune_head(head, train, classes, Tuning(epochs=2), seed=seed)
+        weights.append(head.out_proj.weight.detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_backends_train_alike():
+    classes, train, _ = problem(0)
+    losses = {}
+    for backend in ("reference", "torch"):
+        torch.manual_seed(0)
+        head, epochs = RAdaHead(WIDTH, 4, backend=backend, dtype=torch.float64), []
+        classes64 = classes._replace(text=classes.text.double())
+        tune_head(head, train, classes64, Tuning(epochs=2), seed=1, on_epoch=epochs.append)
+        losses[backend] = [row["loss"] for row in epochs[1:]]
+    assert losses["torch"] == pytest.approx(losses["reference"], rel=1e-8)
+
+
+def test_the_schedule_warms_up_for_an_epoch_and_then_follows_a_cosine():
+    tuning = Tuning(epochs=5, lr=1e-3, warmup_lr=1e-5)
+    rates = [tuning.lr_at(step, 10) for step in range(50)]
+    assert rates[:10] == [1e-5] * 10
+    assert rates[10] == 1e-3
+    assert rates[30] == pytest.approx(5e-4)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] < 1e-5
+    assert Tuning(epochs=1).lr_at(0, 10) == Tuning.lr
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": math.nan}, {"alpha": -1.0}])
+def test_a_setting_out_of_range_is_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Tuning(**wrong)
+
+
+def test_labels_out_of_range_are_refused():
+    classes, train, _ = problem(0)
+    head = RAdaHead(WIDTH, 4)
+    with pytest.raises(ValueError, match=r"0\.\.19"):
+        tune_head(head, train._replace(labels=train.labels + 1), classes, Tuning(), seed=1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    classes, train, _ = problem(0)
+    train.features[3, 2] = math.nan
+    with pytest.raises(ValueError, match="not finite in epoch 1"):
+        tune_head(RAdaHead(WIDTH, 4, backend="torch"), train, classes, Tuning(), seed=1)
+
+
+def test_the_summary_has_both_forms_of_h():
+    rows = [{"base": 80.0, "new": 40.0, "h": 160 / 3}, {"base": 40.0, "new": 80.0, "h": 160 / 3}]
+    summary = summarise(rows)
+    assert summary["h_of_means"] == pytest.approx(60)
+    assert summary["h"] == {"mean": pytest.approx(160 / 3), "std": pytest.approx(0)}
+    assert summary["base"]["std"] == pytest.approx(800**0.5)
+    assert summarise(rows[:1])["base"]["std"] is None
+
+
+def test_zero_shot_has_the_bias():
+    classes, train, _ = problem(0)
+    biased = classes._replace(logit_bias=-3.0)
+    assert torch.allclose(biased.zero_shot(train.features) + 3, classes.zero_shot(train.features), atol=1e-5)
+
+
+def test_a_limit_takes_classes_evenly_spaced(tmp_path):
+    from rada.data import Source, Split
+
+    split = Split(labels=torch.arange(10).repeat(2), features=torch.arange(20.0)[:, None])
+    names = tuple(map(str, range(10)))
+    source = restrict(Source("ten", names, split, split, text_features=torch.arange(10.0)[:, None]), 4)
+    assert source.class_names == ("0", "2", "5", "7")
+    assert source.train.labels.tolist() == [0, 1, 2, 3] * 2
+    assert source.train.features.flatten().tolist() == [0, 2, 5, 7, 10, 12, 15, 17]
+    assert source.text_features.flatten().tolist() == [0, 2, 5, 7]
+
+
+def test_a_free_folder_is_numbered(tmp_path):
+    assert free_output(tmp_path / "run") == tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run-2").mkdir()
+    assert free_output(tmp_path / "run") == tmp_path / "run-3"
