@@ -20,6 +20,8 @@ SELF = Path("/proc/self")
 # The reference keeps about this many tensors [B, H, K, K] alive; a machine is not filled for a comparison.
 REFERENCE_SCORE_TENSORS = 12
 BUDGET_S = 8.0
+# glibc keeps freed blocks; from this size on, a measured process gives them back at once.
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 18
 ROUNDS = 3, 15  # at least, at most
 
 
@@ -36,8 +38,8 @@ class StepShape:
 class StepCost:
     """One backend's step: forward, loss and backward of the head on frozen features, without the optimizer.
 
-    Times are the median and the 20% and 80% quantiles. peak_mb is what the step adds at its highest, in 2^20
-    bytes, None where the system does not tell. `failure` says why there are no figures.
+    Times are the median and the 20% and 80% quantiles. peak_mb is what the step adds at its highest, in 10^6 bytes,
+    None where the system does not tell. `failure` says why there are no figures.
     """
 
     backend: str
@@ -93,7 +95,7 @@ def measure_step(
                 q20,
                 q80,
                 len(times[backend]),
-                None if peak is None else peak / 2**20,
+                None if peak is None else peak / 1e6,
             )
         )
     return [asdict(cost) for cost in costs]
@@ -152,13 +154,15 @@ def _peak_bytes(backend, shape, options, alpha, device, step) -> int | None:
 
 
 def _child(sender, backend, shape, options, alpha, threads) -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
     torch.set_num_threads(threads)
     device = torch.device("cpu")
     make_step(backend, StepShape(2, 4, shape.embed_dim), options, alpha, device)()  # threads, libraries and code
     step = make_step(backend, shape, options, alpha, device)
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)  # what was freed before must not hide what is used now
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # what was freed before must not hide what is used now
     before = _kib(SELF / "status", "VmRSS")
     (SELF / "clear_refs").write_text("5")  # the high-water mark starts again from here
     step()

@@ -177,6 +177,24 @@ def test_evaluate_on_images_agrees_with_training(image_run, tmp_path):
     assert evaluated["rada"]["base"] == pytest.approx(trained["seeds"][0]["base"])
 
 
+def test_predict_on_images_skips_and_counts_what_is_no_image(image_run, images, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for label in range(CLASSES):
+        (folder / f"{label}.png").write_bytes((images / f"colour {label}" / "0.png").read_bytes())
+    (folder / "broken.png").write_bytes(b"no image")
+    output = tmp_path / "predictions.jsonl"
+    arguments = ("predict", "--checkpoint", image_run, "--images", folder, "--output", output, "--device", "cpu")
+    assert call(*arguments) == 2
+    assert "broken.png" in capsys.readouterr().err
+    assert not output.exists()
+    assert call(*arguments, "--skip-bad", "--top-k", 2) == 0
+    assert "1 skipped" in capsys.readouterr().out
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["item"] for row in rows] == [str(folder / f"{label}.png") for label in range(CLASSES)]
+    assert all(len(row["classes"]) == 2 for row in rows)
+
+
 def test_info_tells_of_every_backend(capsys):
     from rada_kernels import BACKENDS
 

@@ -79,8 +79,8 @@ def draw_figures(folder: Path, results: dict) -> list[dict]:
                 gain_figure(results["gain"]),
                 "Where the gain comes from",
                 "Left: how accuracy changes for classes that zero-shot finds rarely and for those it finds often; n "
-                "classes in each group. Right: the confusions that were repaired, and new ones that were made, most "
-                "frequent first, in test images per seed (base and new).",
+                "classes in each group. Right: true class ← taken for; the confusions that were repaired, "
+                "and new ones that were made, most frequent first, in test images per seed (base and new).",
             )
     return figures
 
@@ -136,12 +136,7 @@ def epochs_figure(results: dict) -> Figure:
     lines(left, "val_accuracy", RADA, "validation images")
     left.set_title("accuracy in %")
     lines(right, "loss", INK, "loss (cross-entropy + α · penalty)")
-    right.set_title("loss")
-    for axes in (left, right):
-        axes.set_xlabel("epoch")
-        axes.set_xticks(sorted({row["epoch"] for row in rows}))
-        axes.grid()
-        axes.legend()
+    right.set_title(f"{gain['repaired_images']:.0f} images repaired, {gain['broken_images']:.0f} newly wrong")
     return figure
 
 
@@ -151,8 +146,11 @@ def example_figure(folder: Path, example: dict) -> Figure:
     order = np.argsort(rational[1] - rational[0])
     rational, mask = rational[:, order], mask[:, order]
     change = (mask - 1) * rational
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    grid = figure.add_gridspec(4, 3, width_ratios=(1, 3.6, 0.06), height_ratios=(3, 3, 0.1, 2.6))
+    figure = Figure(figsize=(11, 6.6))
+    grid = figure.add_gridspec(
+        3, 3, width_ratios=(1, 3.6, 0.05), height_ratios=(3, 3, 2.6), left=0.01, right=0.95, bottom=0.08, top=0.95,
+        wspace=0.18, hspace=0.3,
+    )  # fmt: skip
     picture = figure.add_subplot(grid[:2, 0])
     picture.axis("off")
     if example["image"]:
@@ -162,7 +160,7 @@ def example_figure(folder: Path, example: dict) -> Figure:
     # Each kind of strip has one scale for both classes.
     kinds = (("s·R", rational, "PuOr_r", 0), ("M", mask, "RdBu_r", 1), ("(M-1)·s·R", change, "PuOr_r", 0))
     for which, (role, name) in enumerate((("true", example["true"]), ("confused", example["confused"]))):
-        rows, bars = (grid[which, column].subgridspec(3, 1) for column in (1, 2))
+        rows, bars = (grid[which, column].subgridspec(3, 1, hspace=0.35) for column in (1, 2))
         for line, (label, values, colours, middle) in enumerate(kinds):
             axes = figure.add_subplot(rows[line])
             spread = float(np.abs(values - middle).max()) or 1.0
@@ -171,12 +169,13 @@ def example_figure(folder: Path, example: dict) -> Figure:
             axes.set_yticks([0], [label])
             axes.set_xticks([])
             axes.tick_params(length=0)
-            bar = figure.colorbar(strip, cax=figure.add_subplot(bars[line]), ticks=(middle - spread, middle + spread))
-            bar.ax.set_yticklabels([f"{middle - spread:.3g}", f"{middle + spread:.3g}"], fontsize=7)
+            low = max(0.0, 1 - spread) if values is mask else -spread  # no mask is negative
+            bar = figure.colorbar(strip, cax=figure.add_subplot(bars[line]), ticks=(low, middle + spread))
+            bar.ax.set_yticklabels([f"{low:.2f}", f"{middle + spread:.2f}"], fontsize=6)
             if line == 0:
                 before, after = rational[which].sum(), (mask * rational)[which].sum()
                 axes.set_title(f"{role}: {name}      logit {before:.2f} → {after:.2f}")
-    sums = figure.add_subplot(grid[3, 1])
+    sums = figure.add_subplot(grid[2, 1])
     position = np.arange(1, rational.shape[1] + 1)
     total = np.cumsum(change[0] - change[1])
     sums.fill_between(position, total, color=RADA, alpha=0.25, linewidth=0)
@@ -215,7 +214,7 @@ def gain_figure(gain: dict) -> Figure:
                           ha="center", va="top" if down else "bottom", fontsize=8)  # fmt: skip
     left.axhline(0, color=INK, linewidth=0.8)
     left.set_xticks(range(len(edges)), [label for *_, label in edges])
-    left.set_xlabel("zero-shot accuracy of the class in % (number: classes)")
+    left.set_xlabel("zero-shot accuracy of the class in %")
     left.set_title("change of accuracy in points")
     left.set_xlim(-0.6, len(edges) - 0.4)
     left.margins(y=0.15)
