@@ -114,6 +114,11 @@ class AttentionConfig:
 DIRECT_CLASSES = 128
 
 
+def is_direct(classes: int) -> bool:
+    """Which form of the attention serves K classes."""
+    return classes <= DIRECT_CLASSES
+
+
 def next_power(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 

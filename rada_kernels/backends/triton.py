@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rada_kernels.launch import DIRECT_CLASSES, on_device
+from rada_kernels.launch import on_device
 from rada_kernels.options import Options, Params, Wanted
 from rada_kernels.rows import unit_rows_backward
 from rada_kernels.tiling import SAVE_BYTES, budget
@@ -65,7 +65,8 @@ class Kept:
     image_row: Tensor
     tops: Tensor
     totals: Tensor
-    log_image: Tensor
+    image_top: Tensor
+    image_total: Tensor
     peak: Tensor  # [B] int64, with penalty "linf": the first place of the largest |M - 1|
 
     def tensors(self) -> list[Tensor]:
@@ -88,13 +89,9 @@ def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kep
         inverse_image=image.new_empty(b, dtype=torch.float32),
         inverse_text=image.new_empty(k, dtype=torch.float32),
         projections=image.new_empty(layers, b, classes, width),
-        **empty_attended_rows(image[:b], classes, options, is_direct(classes))._asdict(),
+        **empty_attended_rows(image[:b], classes, options)._asdict(),
         peak=image.new_empty(b * (options.penalty == "linf"), dtype=torch.int64),
     )
-
-
-def is_direct(classes: int) -> bool:
-    return classes <= DIRECT_CLASSES
 
 
 def _run(image: Tensor, text: Tensor, params: Params, options: Options) -> tuple[Tensor, Tensor, Kept]:
@@ -113,7 +110,7 @@ def _run(image: Tensor, text: Tensor, params: Params, options: Options) -> tuple
     layers = 2 + ("rational" in options.queries)
     projections = image.new_empty(layers, len(image), len(text), image.shape[1])
     rational_projection_fwd(image, text, inverse_image, inverse_text, params, projections)
-    attended = empty_attended_rows(image, len(text), options, is_direct(len(text)))
+    attended = empty_attended_rows(image, len(text), options)
     mask_attention_fwd(query_image, query_text, projections, options, attended)
     sums, statistic, place = logit_reduction_fwd(attended, params, image, text, inverse_image, inverse_text, options)
     deviation, peak = deviation_and_peak(statistic, place, image.shape[1], options.penalty)
@@ -177,7 +174,7 @@ def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wan
     )
 
     features = wanted.image or wanted.text
-    attended = AttendedRows(kept.rows, kept.image_row, kept.tops, kept.totals, kept.log_image)
+    attended = AttendedRows(*(getattr(kept, name) for name in AttendedRows._fields))
     inverse = kept.inverse_image, kept.inverse_text
     grad_out, rows, masked = logit_reduction_bwd(
         grad_sums, grad_deviation, attended, kept.peak, params, image, text, *inverse, options,

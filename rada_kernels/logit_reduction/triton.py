@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rada_kernels.blocks import load_columns, load_rows, load_transposed, store_rows
-from rada_kernels.launch import attention_config, device_of, next_power, product_precision, reduction_config
-from rada_kernels.mask_attention.triton import AttendedRows, is_direct, kind_flags, share_of_tile
+from rada_kernels.launch import attention_config, device_of, is_direct, next_power, product_precision, reduction_config
+from rada_kernels.mask_attention.triton import AttendedRows, kind_flags, share_of_tile
 from rada_kernels.options import Options, Params
 
 
@@ -66,9 +66,9 @@ def _output_block(
             b_first = 0.0
             b_second = 0.0
             if TEXT or RATIONAL:
-                b_first = share_of_tile(tops, totals, p_tiles, k // BM, T, K, KINDS, BT)
+                b_first = share_of_tile(tops, totals, p_tiles, k // BM, T, BT) * (K * 1.0 / KINDS)
             if TEXT and RATIONAL:
-                b_second = share_of_tile(tops, totals, kind_tiles + p_tiles, k // BM, T, K, KINDS, BT)
+                b_second = share_of_tile(tops, totals, kind_tiles + p_tiles, k // BM, T, BT) * (K * 1.0 / KINDS)
             for start in tl.static_range(0, E, BD):
                 o_d = h * E + start + tl.arange(0, BD)
                 b_rows = tl.zeros([BR, BD], tl.float32)
@@ -238,7 +238,7 @@ def logit_reduction_fwd(
     linf = options.penalty == "linf"
     place = image.new_empty(batch if linf else 0, classes, dtype=torch.int32)
     arguments, config = _common(attended, image, text, options)
-    tiles = row_tile_count(batch, classes, config.BR, is_direct(attended))
+    tiles = row_tile_count(batch, classes, config.BR, is_direct(classes))
     _logit_reduction_fwd_kernel[(tiles,)](
         weight=params.out_weight, bias=params.out_bias, image=image, text=text, inverse_image=inverse_image,
         inverse_text=inverse_text, sums=sums, statistic=statistic, place=place, PENALTY=options.penalty,
@@ -255,7 +255,7 @@ def row_tile_count(batch: int, classes: int, block: int, direct: bool) -> int:
 def _common(attended: AttendedRows, image: Tensor, text: Tensor, options: Options):
     """What the forward and the backward kernel are both launched with."""
     width, heads = image.shape[-1], options.num_heads
-    device, direct = device_of(image), is_direct(attended)
+    device, direct = device_of(image), is_direct(len(text))
     config = reduction_config(device, image.dtype, width, width // heads, direct)
     tiles = attended.tops.shape[-1]
     arguments = {
@@ -299,7 +299,7 @@ def logit_reduction_bwd(
     """
     batch, classes, width = len(image), len(text), image.shape[-1]
     arguments, config = _common(attended, image, text, options)
-    direct = is_direct(attended)
+    direct = is_direct(classes)
     grad_out = image.new_empty(batch, classes, width)
     combined = attended.rows[0] if direct else image.new_empty(batch * layers, classes, width)
     masked = image.new_empty(batch * features, classes, width)

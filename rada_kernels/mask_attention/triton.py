@@ -24,6 +24,7 @@ from rada_kernels.launch import (
     device_of,
     direct_bwd_config,
     direct_config,
+    is_direct,
     keys_bwd_config,
     next_power,
     product_precision,
@@ -33,39 +34,37 @@ from rada_kernels.options import QUERIES, Options
 
 
 @triton.jit
-def share_of_tile(top, total, p_tiles, tile, T, K, KINDS: tl.constexpr, BT: tl.constexpr):
-    """The factor that turns a row tile's attended rows into its part of O_n / kinds: K exp2(top - TOP) / TOTAL / kinds.
-
-    top, total: [T] at p_tiles, each tile's largest row log-sum-exp and the sum of exp2(row's - largest).
-    """
-    return tl.exp2(tl.load(top + p_tiles + tile) - log_total(top, total, p_tiles, T, BT)) * (K * 1.0 / KINDS)
-
-
-@triton.jit
-def log_total(top, total, p_tiles, T, BT: tl.constexpr):
-    """The log-sum-exp over all pairs of classes, from those of the row tiles."""
+def joint_normaliser(tops, totals, p_tiles, T, BT: tl.constexpr):
+    """The maximum over all pairs of classes and K / the sum of exp2(score - maximum), from those of the row tiles."""
     b_most = tl.full([BT], float("-inf"), tl.float32)
     for start in range(0, T, BT):
         o_t = start + tl.arange(0, BT)
-        b_most = tl.maximum(b_most, tl.load(top + p_tiles + o_t, mask=o_t < T, other=float("-inf")))
+        b_most = tl.maximum(b_most, tl.load(tops + p_tiles + o_t, mask=o_t < T, other=float("-inf")))
     b_top = tl.max(b_most, 0)
     b_sum = tl.zeros([BT], tl.float32)
     for start in range(0, T, BT):
         o_t = start + tl.arange(0, BT)
-        b_share = tl.exp2(tl.load(top + p_tiles + o_t, mask=o_t < T, other=float("-inf")) - b_top)
-        b_sum += b_share * tl.load(total + p_tiles + o_t, mask=o_t < T, other=0.0)
-    return b_top + tl.log2(tl.sum(b_sum, 0))
+        b_share = tl.exp2(tl.load(tops + p_tiles + o_t, mask=o_t < T, other=float("-inf")) - b_top)
+        b_sum += b_share * tl.load(totals + p_tiles + o_t, mask=o_t < T, other=0.0)
+    return b_top, tl.sum(b_sum, 0)
+
+
+@triton.jit
+def share_of_tile(tops, totals, p_tiles, tile, T, BT: tl.constexpr):
+    """The weight of a row tile's attended rows in O_n / K: its part of the sum over all pairs of classes."""
+    b_top, b_total = joint_normaliser(tops, totals, p_tiles, T, BT)
+    return tl.exp2(tl.load(tops + p_tiles + tile) - b_top) * tl.load(totals + p_tiles + tile) / b_total
 
 
 @triton.jit
 def _joint_weights(b_query, b_key, m_pair, factor, K, PRECISION: tl.constexpr):
-    """A_n / K of one query kind where a block holds all pairs, and the pairs' log-sum-exp: [BK, BK], []."""
-    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * factor
+    """A_n of one query kind where a block holds all pairs, the scores' maximum, the sum of exp2(score - maximum)."""
+    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
     b_scores = tl.where(m_pair, b_scores, float("-inf"))
-    b_top = tl.max(tl.max(b_scores, 1), 0)
-    b_exps = tl.exp2(b_scores - b_top)
+    b_top = tl.max(tl.max(b_scores, 1), 0) * factor
+    b_exps = tl.exp2(b_scores * factor - b_top)
     b_total = tl.sum(tl.sum(b_exps, 1), 0)
-    return b_exps * (1.0 / b_total), b_top + tl.log2(b_total)
+    return b_exps * (K / b_total), b_top, b_total
 
 
 @triton.jit
@@ -84,7 +83,8 @@ def _mask_attention_direct_fwd_kernel(
     query_text,  # [K, D]
     projections,  # [LAYERS, B, K, D] keys, values, rational queries
     rows,  # [B, K, D] attended rows, all query kinds together
-    log_totals,  # [matrix kinds, B, H] log-sum-exp over all pairs
+    tops,  # [matrix kinds, B, H] the scores' maximum over all pairs
+    totals,  # [matrix kinds, B, H] the sum of exp2(score - maximum)
     B,
     K,
     factor,  # log2(e) / (√E τ)
@@ -112,14 +112,16 @@ def _mask_attention_direct_fwd_kernel(
     b_weights = tl.zeros([BK, BK], tl.float32)
     if TEXT:
         b_query = load_rows(query_text + h * E, o_k, m_k, o_e, D, E, BE)
-        b_joint, b_log = _joint_weights(b_query, b_key, m_pair, factor, K, PRECISION)
-        b_weights += b_joint * K
-        tl.store(log_totals + pid, b_log)
+        b_joint, b_top, b_total = _joint_weights(b_query, b_key, m_pair, factor, K, PRECISION)
+        b_weights += b_joint
+        tl.store(tops + pid, b_top)
+        tl.store(totals + pid, b_total)
     if RATIONAL:
         b_query = load_rows(projections + 2 * layer + p_rows, o_k, m_k, o_e, D, E, BE)
-        b_joint, b_log = _joint_weights(b_query, b_key, m_pair, factor, K, PRECISION)
-        b_weights += b_joint * K
-        tl.store(log_totals + TEXT * B * H + pid, b_log)
+        b_joint, b_top, b_total = _joint_weights(b_query, b_key, m_pair, factor, K, PRECISION)
+        b_weights += b_joint
+        tl.store(tops + TEXT * B * H + pid, b_top)
+        tl.store(totals + TEXT * B * H + pid, b_total)
     if IMAGE:
         b_image, _ = _image_weights(query_image, b_key, m_k, o_e, b.to(tl.int64) * D + h * E, factor, E)
         b_weights += b_image[None, :]
@@ -156,25 +158,26 @@ def _load_queries(rows, query_image, p_rows, p_image, o_r, K, o_e, D: tl.constex
 
 @triton.jit
 def _store_tile(
-    rows, image_row, tops, totals, log_image, b_top, b_total, b_rows, p_rows, p_image, pair, p_tile, o_r, K, o_e,
+    rows, image_row, tops, totals, image_top, image_total, b_top, b_total, b_rows,
+    p_rows, p_image, pair, p_tile, o_r, K, o_e,
     D: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, CLASSES: tl.constexpr, WITH_IMAGE: tl.constexpr,
 ):  # fmt: skip
     """Finish one query kind's tile: weight its rows against each other and store them; the image's row by itself."""
-    b_log = b_top + tl.log2(b_total)
-    b_rows = b_rows * (1.0 / b_total)[:, None]
     last = 0
     if CLASSES:
         last = K
         m_class = o_r < K
-        b_tile_top = tl.max(tl.where(m_class, b_log, float("-inf")), 0)
-        b_share = tl.where(m_class, tl.exp2(b_log - b_tile_top), 0.0)
+        b_tile_top = tl.max(tl.where(m_class, b_top, float("-inf")), 0)
+        b_share = tl.where(m_class, tl.exp2(b_top - b_tile_top), 0.0)
+        b_tile_total = tl.sum(b_share * b_total, 0)
         tl.store(tops + p_tile, b_tile_top)
-        tl.store(totals + p_tile, tl.sum(b_share, 0))
-        store_rows(rows + p_rows, b_rows * b_share[:, None], o_r, m_class, o_e, D, E, BE)
+        tl.store(totals + p_tile, b_tile_total)
+        store_rows(rows + p_rows, b_rows * (b_share / b_tile_total)[:, None], o_r, m_class, o_e, D, E, BE)
     if WITH_IMAGE:
         m_image = o_r == last
-        tl.store(log_image + pair + o_r * 0, b_log, mask=m_image)
-        store_rows(image_row + p_image, b_rows, o_r * 0, m_image, o_e, D, E, BE)
+        tl.store(image_top + pair + o_r * 0, b_top, mask=m_image)
+        tl.store(image_total + pair + o_r * 0, b_total, mask=m_image)
+        store_rows(image_row + p_image, b_rows / b_total[:, None], o_r * 0, m_image, o_e, D, E, BE)
 
 
 @triton.jit
@@ -193,9 +196,10 @@ def _mask_attention_streaming_fwd_kernel(
     projections,  # [LAYERS, B, K, D] keys, values, rational queries
     rows,  # [matrix kinds, B, K, D] each kind's rows, weighted within their tile
     image_row,  # [B, D]
-    tops,  # [matrix kinds, B, H, T] each tile's largest row log-sum-exp
-    totals,  # [matrix kinds, B, H, T] each tile's sum of exp2(row log-sum-exp - top)
-    log_image,  # [B, H] the image row's log-sum-exp
+    tops,  # [matrix kinds, B, H, T] each row tile's largest score
+    totals,  # [matrix kinds, B, H, T] each row tile's sum of exp2(score - top)
+    image_top,  # [B, H] the same of the image's row
+    image_total,  # [B, H]
     B,
     K,
     factor,  # log2(e) / (√E τ)
@@ -223,8 +227,8 @@ def _mask_attention_streaming_fwd_kernel(
     layer = B.to(tl.int64) * K * D
     # The image's row goes with the first kind in use.
     FIRST_TEXT: tl.constexpr = TEXT or not RATIONAL
-    b_text = _load_queries(query_text, query_image, h * E, p_image, o_r, K, o_e, D, E, BE, TEXT, IMAGE and FIRST_TEXT)
-    b_rational = b_text
+    if FIRST_TEXT:
+        b_text = _load_queries(query_text, query_image, h * E, p_image, o_r, K, o_e, D, E, BE, TEXT, IMAGE)
     if RATIONAL:
         b_rational = _load_queries(
             projections + 2 * layer, query_image, p_rows, p_image, o_r, K, o_e, D, E, BE, True, IMAGE and not TEXT
@@ -268,23 +272,24 @@ def _mask_attention_streaming_fwd_kernel(
             )
     if FIRST_TEXT:
         _store_tile(
-            rows, image_row, tops, totals, log_image, b_text_top, b_text_total, b_text_rows,
+            rows, image_row, tops, totals, image_top, image_total, b_text_top, b_text_total, b_text_rows,
             p_rows, p_image, pair, pid, o_r, K, o_e, D, E, BE, TEXT, IMAGE,
         )  # fmt: skip
     if RATIONAL:
         _store_tile(
-            rows + TEXT * layer, image_row, tops, totals, log_image, b_rational_top, b_rational_total, b_rational_rows,
-            p_rows, p_image, pair, pid + TEXT * B * H * T, o_r, K, o_e, D, E, BE, True, IMAGE and not TEXT,
+            rows + TEXT * layer, image_row, tops, totals, image_top, image_total,
+            b_rational_top, b_rational_total, b_rational_rows, p_rows, p_image, pair, pid + TEXT * B * H * T, o_r, K, o_e, D, E, BE, True, IMAGE and not TEXT,
         )  # fmt: skip
 
 
 @triton.jit
-def _joint_backward(b_query, b_key, m_pair, b_grad_weights, log_totals, p_log, factor, K, PRECISION: tl.constexpr):
+def _joint_backward(b_query, b_key, m_pair, b_grad_weights, tops, totals, p_joint, factor, K, PRECISION: tl.constexpr):
     """A_n and dS_n = A_n (dA - δ_n) of one query kind where a block holds all pairs: [BK, BK] each."""
-    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * factor
-    b_share = tl.where(m_pair, tl.exp2(b_scores - tl.load(log_totals + p_log)), 0.0)  # A_n / K
-    b_delta = tl.sum(tl.sum(b_share * b_grad_weights, 1), 0)
-    return b_share * K, (b_share * K * (b_grad_weights - b_delta)).to(b_key.dtype)
+    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+    b_exps = tl.exp2(b_scores * factor - tl.load(tops + p_joint))
+    b_weights = tl.where(m_pair, b_exps * (K / tl.load(totals + p_joint)), 0.0)
+    b_delta = tl.sum(tl.sum(b_weights * b_grad_weights, 1), 0) / K
+    return b_weights, (b_weights * (b_grad_weights - b_delta)).to(b_key.dtype)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -292,7 +297,8 @@ def _mask_attention_direct_bwd_kernel(
     query_image,  # [B, D]
     query_text,  # [K, D]
     projections,  # [LAYERS, B, K, D]
-    log_totals,  # [matrix kinds, B, H]
+    tops,  # [matrix kinds, B, H]
+    totals,  # [matrix kinds, B, H]
     grad_rows,  # [B, K, D]
     grad_projections,  # [LAYERS, B, K, D]
     grad_text,  # [B, K, D] each image's part
@@ -332,7 +338,7 @@ def _mask_attention_direct_bwd_kernel(
     if TEXT:
         b_query = load_rows(query_text + h * E, o_k, m_k, o_e, D, E, BE)
         b_part, b_grad_scores = _joint_backward(
-            b_query, b_key, m_pair, b_grad_weights, log_totals, pid, factor, K, PRECISION
+            b_query, b_key, m_pair, b_grad_weights, tops, totals, pid, factor, K, PRECISION
         )
         b_weights += b_part
         b_grad_key = tl.dot(tl.trans(b_grad_scores), b_query, b_grad_key, input_precision=PRECISION)
@@ -341,7 +347,7 @@ def _mask_attention_direct_bwd_kernel(
     if RATIONAL:
         b_query = load_rows(projections + 2 * layer + p_rows, o_k, m_k, o_e, D, E, BE)
         b_part, b_grad_scores = _joint_backward(
-            b_query, b_key, m_pair, b_grad_weights, log_totals, TEXT * B * H + pid, factor, K, PRECISION
+            b_query, b_key, m_pair, b_grad_weights, tops, totals, TEXT * B * H + pid, factor, K, PRECISION
         )
         b_weights += b_part
         b_grad_key = tl.dot(tl.trans(b_grad_scores), b_query, b_grad_key, input_precision=PRECISION)
@@ -367,9 +373,11 @@ def _mask_attention_delta_kernel(
     image_row,  # [B, D]
     tops,  # [matrix kinds, B, H, T]
     totals,  # [matrix kinds, B, H, T]
-    log_image,  # [B, H]
+    image_top,  # [B, H]
+    image_total,  # [B, H]
     grad_rows,  # [B, K, D]
-    norms,  # [matrix kinds + 1, B, H] A_n = exp2(score - norm); the image's last
+    joint_tops,  # [matrix kinds + 1, B, H] A_n = scale exp2(score - top); the image's last
+    joint_scales,  # [matrix kinds + 1, B, H]
     deltas,  # [matrix kinds + 1, B, H]
     upstream,  # [B, D] Σ_i grad_rows[i], what the image's row receives
     B,
@@ -398,12 +406,10 @@ def _mask_attention_delta_kernel(
     b_upstream = tl.zeros([BE], tl.float32)
     b_first = tl.zeros([BN], tl.float32)
     b_second = tl.zeros([BN], tl.float32)
-    b_first_log = 0.0
-    b_second_log = 0.0
     if TEXT or RATIONAL:
-        b_first_log = log_total(tops, totals, pid * T, T, BT)
+        b_first_top, b_first_total = joint_normaliser(tops, totals, pid * T, T, BT)
     if TEXT and RATIONAL:
-        b_second_log = log_total(tops, totals, (pairs + pid) * T, T, BT)
+        b_second_top, b_second_total = joint_normaliser(tops, totals, (pairs + pid) * T, T, BT)
     for start in range(0, K, BN):
         o_k = start + tl.arange(0, BN)
         m_k = o_k < K
@@ -412,30 +418,36 @@ def _mask_attention_delta_kernel(
         p_tiles = pid * T + o_k // BM
         if TEXT or RATIONAL:
             b_rows = load_rows(rows + p_rows, o_k, m_k, o_e, D, E, BE).to(tl.float32)
-            b_share = tl.exp2(tl.load(tops + p_tiles, mask=m_k, other=float("-inf")) - b_first_log)
+            b_share = tl.exp2(tl.load(tops + p_tiles, mask=m_k, other=float("-inf")) - b_first_top)
+            b_share *= tl.load(totals + p_tiles, mask=m_k, other=0.0)
             b_first += b_share * tl.sum(b_rows * b_grad, 1)
         if TEXT and RATIONAL:
             b_rows = load_rows(rows + layer + p_rows, o_k, m_k, o_e, D, E, BE).to(tl.float32)
-            b_share = tl.exp2(tl.load(tops + pairs * T + p_tiles, mask=m_k, other=float("-inf")) - b_second_log)
+            b_share = tl.exp2(tl.load(tops + pairs * T + p_tiles, mask=m_k, other=float("-inf")) - b_second_top)
+            b_share *= tl.load(totals + pairs * T + p_tiles, mask=m_k, other=0.0)
             b_second += b_share * tl.sum(b_rows * b_grad, 1)
     if TEXT or RATIONAL:
-        tl.store(norms + pid, b_first_log - tl.log2(K * 1.0))
-        tl.store(deltas + pid, tl.sum(b_first, 0) / KINDS)
+        tl.store(joint_tops + pid, b_first_top)
+        tl.store(joint_scales + pid, K / b_first_total)
+        tl.store(deltas + pid, tl.sum(b_first, 0) / (b_first_total * KINDS))
     if TEXT and RATIONAL:
-        tl.store(norms + pairs + pid, b_second_log - tl.log2(K * 1.0))
-        tl.store(deltas + pairs + pid, tl.sum(b_second, 0) / KINDS)
+        tl.store(joint_tops + pairs + pid, b_second_top)
+        tl.store(joint_scales + pairs + pid, K / b_second_total)
+        tl.store(deltas + pairs + pid, tl.sum(b_second, 0) / (b_second_total * KINDS))
     if IMAGE:
+        p_joint = (TEXT + RATIONAL) * pairs + pid
         b_image = tl.load(image_row + p_image + o_e, mask=o_e < E, other=0.0).to(tl.float32)
         tl.store(upstream + p_image + o_e, b_upstream, mask=o_e < E)
-        tl.store(norms + (TEXT + RATIONAL) * pairs + pid, tl.load(log_image + pid))
-        tl.store(deltas + (TEXT + RATIONAL) * pairs + pid, tl.sum(b_upstream * b_image, 0) / KINDS)
+        tl.store(joint_tops + p_joint, tl.load(image_top + pid))
+        tl.store(joint_scales + p_joint, 1.0 / tl.load(image_total + pid))
+        tl.store(deltas + p_joint, tl.sum(b_upstream * b_image, 0) / KINDS)
 
 
 @triton.jit
-def _row_values(x, p_class, p_image, o_r, K, other, CLASSES: tl.constexpr, WITH_IMAGE: tl.constexpr):
-    """One value per score row [BM]: the class rows', the image row's, and `other` after them."""
+def _row_values(x, p_class, p_image, o_r, K, CLASSES: tl.constexpr, WITH_IMAGE: tl.constexpr):
+    """One value per score row [BM]: the class rows', the image row's, and 0 after them."""
     last = K if CLASSES else 0
-    b_values = o_r * 0.0 + other
+    b_values = o_r * 0.0
     if CLASSES:
         b_values = tl.where(o_r < K, tl.load(x + p_class), b_values)
     if WITH_IMAGE:
@@ -444,10 +456,12 @@ def _row_values(x, p_class, p_image, o_r, K, other, CLASSES: tl.constexpr, WITH_
 
 
 @triton.jit
-def _weights_and_gradient(b_query, b_key, b_grad_weights, b_norm, b_delta, o_n, K, factor, PRECISION: tl.constexpr):
+def _weights_and_gradient(
+    b_query, b_key, b_grad_weights, b_top, b_scale, b_delta, o_n, K, factor, PRECISION: tl.constexpr
+):
     """A_n and dS_n = A_n (dA - δ_n) of a block: [BM, BN] each; zero past the last class."""
     b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
-    b_weights = tl.exp2(b_scores * factor - b_norm[:, None])
+    b_weights = tl.exp2(b_scores * factor - b_top[:, None]) * b_scale[:, None]
     b_weights = tl.where((o_n < K)[None, :], b_weights, 0.0)
     return b_weights, (b_weights * (b_grad_weights - b_delta[:, None])).to(b_key.dtype)
 
@@ -457,7 +471,8 @@ def _mask_attention_bwd_queries_kernel(
     query_image,  # [B, D]
     query_text,  # [K, D]
     projections,  # [LAYERS, B, K, D]
-    norms,  # [matrix kinds + 1, B, H]
+    joint_tops,  # [matrix kinds + 1, B, H]
+    joint_scales,  # [matrix kinds + 1, B, H]
     deltas,  # [matrix kinds + 1, B, H]
     upstream,  # [B, D]
     grad_rows,  # [B, K, D]
@@ -492,25 +507,25 @@ def _mask_attention_bwd_queries_kernel(
     o_e = tl.arange(0, BE)
     p_rows = b.to(tl.int64) * K * D + h * E
     p_image = b.to(tl.int64) * D + h * E
-    p_norm = (TEXT + RATIONAL) * pairs + pair  # the image's
+    p_joint = (TEXT + RATIONAL) * pairs + pair  # the image's
     layer = B.to(tl.int64) * K * D
     b_grad_rows = _load_queries(
         grad_rows, upstream, p_rows, p_image, o_r, K, o_e, D, E, BE, TEXT or RATIONAL, IMAGE
     ).to(grad_rows.dtype.element_ty)
-    b_text = _load_queries(query_text, query_image, h * E, p_image, o_r, K, o_e, D, E, BE, TEXT, IMAGE and FIRST_TEXT)
-    b_text_norm = _row_values(norms, pair, p_norm, o_r, K, float("inf"), TEXT, IMAGE and FIRST_TEXT)
-    b_text_delta = _row_values(deltas, pair, p_norm, o_r, K, 0.0, TEXT, IMAGE and FIRST_TEXT)
-    b_rational = b_text
-    b_rational_norm = b_text_norm
-    b_rational_delta = b_text_delta
+    if FIRST_TEXT:
+        b_text = _load_queries(query_text, query_image, h * E, p_image, o_r, K, o_e, D, E, BE, TEXT, IMAGE)
+        b_text_top = _row_values(joint_tops, pair, p_joint, o_r, K, TEXT, IMAGE)
+        b_text_scale = _row_values(joint_scales, pair, p_joint, o_r, K, TEXT, IMAGE)
+        b_text_delta = _row_values(deltas, pair, p_joint, o_r, K, TEXT, IMAGE)
     if RATIONAL:
         IMAGE_HERE: tl.constexpr = IMAGE and not TEXT
         p_kind = TEXT * pairs + pair
         b_rational = _load_queries(
             projections + 2 * layer, query_image, p_rows, p_image, o_r, K, o_e, D, E, BE, True, IMAGE_HERE
         )
-        b_rational_norm = _row_values(norms, p_kind, p_norm, o_r, K, float("inf"), True, IMAGE_HERE)
-        b_rational_delta = _row_values(deltas, p_kind, p_norm, o_r, K, 0.0, True, IMAGE_HERE)
+        b_rational_top = _row_values(joint_tops, p_kind, p_joint, o_r, K, True, IMAGE_HERE)
+        b_rational_scale = _row_values(joint_scales, p_kind, p_joint, o_r, K, True, IMAGE_HERE)
+        b_rational_delta = _row_values(deltas, p_kind, p_joint, o_r, K, True, IMAGE_HERE)
     b_grad_text = tl.zeros([BM, BE], tl.float32)
     b_grad_rational = tl.zeros([BM, BE], tl.float32)
     for start in range(0, K, BN):
@@ -521,12 +536,21 @@ def _mask_attention_bwd_queries_kernel(
         b_grad_weights = tl.dot(b_grad_rows, tl.trans(b_value), input_precision=PRECISION) * (1.0 / KINDS)
         if FIRST_TEXT:
             _, b_grad_scores = _weights_and_gradient(
-                b_text, b_key, b_grad_weights, b_text_norm, b_text_delta, o_n, K, factor, PRECISION
+                b_text, b_key, b_grad_weights, b_text_top, b_text_scale, b_text_delta, o_n, K, factor, PRECISION
             )
             b_grad_text = tl.dot(b_grad_scores, b_key, b_grad_text, input_precision=PRECISION)
         if RATIONAL:
             _, b_grad_scores = _weights_and_gradient(
-                b_rational, b_key, b_grad_weights, b_rational_norm, b_rational_delta, o_n, K, factor, PRECISION
+                b_rational,
+                b_key,
+                b_grad_weights,
+                b_rational_top,
+                b_rational_scale,
+                b_rational_delta,
+                o_n,
+                K,
+                factor,
+                PRECISION,
             )
             b_grad_rational = tl.dot(b_grad_scores, b_key, b_grad_rational, input_precision=PRECISION)
     b_grad_text *= grad_factor
@@ -547,7 +571,8 @@ def _mask_attention_bwd_keys_kernel(
     query_image,  # [B, D]
     query_text,  # [K, D]
     projections,  # [LAYERS, B, K, D]
-    norms,  # [matrix kinds + 1, B, H]
+    joint_tops,  # [matrix kinds + 1, B, H]
+    joint_scales,  # [matrix kinds + 1, B, H]
     deltas,  # [matrix kinds + 1, B, H]
     upstream,  # [B, D]
     grad_rows,  # [B, K, D]
@@ -581,7 +606,7 @@ def _mask_attention_bwd_keys_kernel(
     o_e = tl.arange(0, BE)
     p_rows = b.to(tl.int64) * K * D + h * E
     p_image = b.to(tl.int64) * D + h * E
-    p_norm = (TEXT + RATIONAL) * pairs + pair  # the image's
+    p_joint = (TEXT + RATIONAL) * pairs + pair  # the image's
     p_kind = TEXT * pairs + pair  # the rational kind's
     layer = B.to(tl.int64) * K * D
     b_key = load_rows(projections + p_rows, o_n, m_n, o_e, D, E, BE)  # [BN, BE]
@@ -597,10 +622,11 @@ def _mask_attention_bwd_keys_kernel(
         b_weights = tl.zeros([BM, BN], tl.float32)
         if FIRST_TEXT:
             b_query = _load_queries(query_text, query_image, h * E, p_image, o_r, K, o_e, D, E, BE, TEXT, IMAGE)
-            b_norm = _row_values(norms, pair, p_norm, o_r, K, float("inf"), TEXT, IMAGE)
-            b_delta = _row_values(deltas, pair, p_norm, o_r, K, 0.0, TEXT, IMAGE)
+            b_top = _row_values(joint_tops, pair, p_joint, o_r, K, TEXT, IMAGE)
+            b_scale = _row_values(joint_scales, pair, p_joint, o_r, K, TEXT, IMAGE)
+            b_delta = _row_values(deltas, pair, p_joint, o_r, K, TEXT, IMAGE)
             b_part, b_grad_scores = _weights_and_gradient(
-                b_query, b_key, b_grad_weights, b_norm, b_delta, o_n, K, factor, PRECISION
+                b_query, b_key, b_grad_weights, b_top, b_scale, b_delta, o_n, K, factor, PRECISION
             )
             b_weights += b_part
             b_grad_key = tl.dot(tl.trans(b_grad_scores), b_query, b_grad_key, input_precision=PRECISION)
@@ -608,10 +634,11 @@ def _mask_attention_bwd_keys_kernel(
             b_query = _load_queries(
                 projections + 2 * layer, query_image, p_rows, p_image, o_r, K, o_e, D, E, BE, True, IMAGE_HERE
             )
-            b_norm = _row_values(norms, p_kind, p_norm, o_r, K, float("inf"), True, IMAGE_HERE)
-            b_delta = _row_values(deltas, p_kind, p_norm, o_r, K, 0.0, True, IMAGE_HERE)
+            b_top = _row_values(joint_tops, p_kind, p_joint, o_r, K, True, IMAGE_HERE)
+            b_scale = _row_values(joint_scales, p_kind, p_joint, o_r, K, True, IMAGE_HERE)
+            b_delta = _row_values(deltas, p_kind, p_joint, o_r, K, True, IMAGE_HERE)
             b_part, b_grad_scores = _weights_and_gradient(
-                b_query, b_key, b_grad_weights, b_norm, b_delta, o_n, K, factor, PRECISION
+                b_query, b_key, b_grad_weights, b_top, b_scale, b_delta, o_n, K, factor, PRECISION
             )
             b_weights += b_part
             b_grad_key = tl.dot(tl.trans(b_grad_scores), b_query, b_grad_key, input_precision=PRECISION)
@@ -622,39 +649,34 @@ def _mask_attention_bwd_keys_kernel(
 
 
 class AttendedRows(NamedTuple):
-    """What the attention leaves to the next steps. Direct: rows and log_totals; streaming: all but log_totals."""
+    """What the attention leaves to the next steps."""
 
-    rows: Tensor  # direct [1, B, K, D], streaming [matrix kinds, B, K, D]
-    image_row: Tensor  # [B, D], direct [0, D]
-    tops: Tensor  # [matrix kinds, B, H, T] float32; direct: [matrix kinds, B, H, 1] the log-sum-exp over all pairs
-    totals: Tensor  # [matrix kinds, B, H, T] float32, direct T = 0
-    log_image: Tensor  # [B, H] float32, direct [0, H]
+    rows: Tensor  # direct: attended rows [1, B, K, D]; streaming: each kind's, weighted in its row tile [n, B, K, D]
+    image_row: Tensor  # streaming: the image query's attended row [B, D]
+    tops: Tensor  # [n, B, H, T] largest score of each row tile, n matrix query kinds; direct: T = 1
+    totals: Tensor  # [n, B, H, T] sum of exp2(score - largest)
+    image_top: Tensor  # streaming: the same of the image's row [B, H]
+    image_total: Tensor  # [B, H]
 
 
-def empty_attended_rows(image: Tensor, classes: int, options: Options, direct: bool) -> AttendedRows:
+def empty_attended_rows(image: Tensor, classes: int, options: Options) -> AttendedRows:
     """Uninitialised tensors for a call's attended rows, from shapes alone."""
     batch, width = image.shape
     heads = options.num_heads
+    direct = is_direct(classes)
     kinds = len(options.queries) - ("image" in options.queries)
+    tiles = 1 if direct else row_tiles(image, classes, options)
 
     def float32(*shape: int) -> Tensor:
         return image.new_empty(shape, dtype=torch.float32)
 
-    if direct:
-        return AttendedRows(
-            rows=image.new_empty(1, batch, classes, width),
-            image_row=image.new_empty(0, width),
-            tops=float32(kinds, batch, heads, 1),
-            totals=float32(kinds, batch, heads, 0),
-            log_image=float32(0, heads),
-        )
-    tiles = row_tiles(image, classes, options)
     return AttendedRows(
-        rows=image.new_empty(kinds, batch, classes, width),
-        image_row=image.new_empty(batch, width),
+        rows=image.new_empty(1 if direct else kinds, batch, classes, width),
+        image_row=image.new_empty(0 if direct else batch, width),
         tops=float32(kinds, batch, heads, tiles),
         totals=float32(kinds, batch, heads, tiles),
-        log_image=float32(batch, heads),
+        image_top=float32(0 if direct else batch, heads),
+        image_total=float32(0 if direct else batch, heads),
     )
 
 
@@ -678,16 +700,15 @@ def mask_attention_fwd(
     head_width = width // heads
     common = _common(query_image, query_text, projections, options)
     device = device_of(projections)
-    if is_direct(attended):
+    if is_direct(classes):
         config = direct_config(device, projections.dtype, classes, head_width)
         _mask_attention_direct_fwd_kernel[(batch * heads,)](
-            rows=attended.rows, log_totals=attended.tops, BK=config.BM, **common, **config.launch
+            rows=attended.rows, tops=attended.tops, totals=attended.totals, BK=config.BM, **common, **config.launch
         )
         return
     config = attention_config(device, projections.dtype, classes, head_width)
     _mask_attention_streaming_fwd_kernel[(batch * heads * attended.tops.shape[-1],)](
-        rows=attended.rows, image_row=attended.image_row, tops=attended.tops, totals=attended.totals,
-        log_image=attended.log_image, BM=config.BM, BN=config.BN, **common, **config.launch,
+        **attended._asdict(), BM=config.BM, BN=config.BN, **common, **config.launch,
     )  # fmt: skip
 
 
@@ -726,23 +747,25 @@ def mask_attention_bwd(
     }
     common = _common(query_image, query_text, projections, options)
     common |= {"grad_rows": grad_rows, "grad_factor": options.score_factor(width)}
-    if is_direct(attended):
+    if is_direct(classes):
         config = direct_bwd_config(device, projections.dtype, classes, head_width)
         _mask_attention_direct_bwd_kernel[(batch * heads,)](
-            log_totals=attended.tops, BK=config.BM, **gradients, **common, **config.launch
+            tops=attended.tops, totals=attended.totals, BK=config.BM, **gradients, **common, **config.launch
         )
         return tuple(gradients.values())
-    norms, deltas = (attended.log_image.new_empty(len(attended.tops) + 1, batch, heads) for _ in range(2))
-    upstream = norms.new_empty(batch, width)
+    joint = {
+        name: attended.tops.new_empty(len(attended.tops) + 1, batch, heads)
+        for name in ("joint_tops", "joint_scales", "deltas")
+    } | {"upstream": attended.tops.new_empty(batch, width)}
     tiles = attended.tops.shape[-1]
     config = delta_config(device, projections.dtype, head_width)
     _mask_attention_delta_kernel[(batch * heads,)](
-        **attended._asdict(), grad_rows=grad_rows, norms=norms, deltas=deltas, upstream=upstream, B=batch, K=classes,
+        **attended._asdict(), grad_rows=grad_rows, **joint, B=batch, K=classes,
         T=tiles, H=heads, E=head_width, **kind_flags(options),
         BM=attention_config(device, projections.dtype, classes, head_width).BM, BN=config.BN,
         BT=min(next_power(tiles), 128), BE=common["BE"], **config.launch,
     )  # fmt: skip
-    common |= {"norms": norms, "deltas": deltas, "upstream": upstream}
+    common |= joint
     config = queries_bwd_config(device, projections.dtype, head_width)
     rows = (options.queries != ("image",)) * classes + ("image" in options.queries)
     _mask_attention_bwd_queries_kernel[(batch * heads * triton.cdiv(rows, config.BM),)](
@@ -758,7 +781,3 @@ def mask_attention_bwd(
 def kind_flags(options: Options) -> dict[str, bool]:
     """The query kinds in use, as the kernels take them."""
     return {name.upper(): name in options.queries for name in QUERIES}
-
-
-def is_direct(attended: AttendedRows) -> bool:
-    return attended.totals.shape[-1] == 0

@@ -1,0 +1,231 @@
+"""The whole operator by Triton kernels, interpreted: values and all gradients, by the one rule of tests/truth.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rada_kernels import Params, rada_logits
+from rada_kernels.backends import triton as backend
+from tests.test_reference import SUBSETS
+from tests.truth import assert_as_good_as_reference, make_case, results
+
+SHAPES = [  # (B, K, D, H)
+    pytest.param(2, 1, 48, 3, id="one class, E = 16"),
+    pytest.param(17, 2, 32, 2, id="rows of several images in a tile"),
+    pytest.param(2, 17, 96, 2, id="E = 48, padded"),
+    pytest.param(1, 64, 64, 2, id="a block of exactly K classes"),
+    pytest.param(2, 65, 64, 1, id="one past a power of two, E = 64"),
+    pytest.param(1, 129, 80, 1, id="streaming, E = 80"),
+    pytest.param(2, 200, 32, 2, id="streaming, several row tiles"),
+    pytest.param(1, 192, 96, 1, id="the image's row alone in its tile, E = 96"),
+    pytest.param(1, 140, 128, 1, id="streaming, E = 128"),
+]
+
+
+@pytest.mark.parametrize(("batch", "classes", "width", "heads"), SHAPES)
+def test_shapes(batch, classes, width, heads, poisoned_empty):
+    assert_as_good_as_reference(make_case(batch, classes, width, heads), "triton", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "classes"), [(2, 17), (2, 140)], ids=["direct", "streaming"])
+def test_16_bits(dtype, batch, classes, poisoned_empty):
+    # Near ties decide which element is the largest, and with it where linf's gradient goes.
+    case = make_case(batch, classes, 64, 2, clear_gates=True, penalty="mse")
+    assert_as_good_as_reference(case, "triton", dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "classes", "width", "heads"), SHAPES)
+def test_16_bits_in_every_shape(dtype, batch, classes, width, heads, poisoned_empty):
+    case = make_case(batch, classes, width, heads, clear_gates=True, penalty="l1")
+    assert_as_good_as_reference(case, "triton", dtype)
+
+
+@pytest.mark.parametrize("classes", [11, 131], ids=["direct", "streaming"])
+@pytest.mark.parametrize("queries", SUBSETS, ids="+".join)
+def test_query_subsets(queries, classes, poisoned_empty):
+    penalty = ("linf", "l1", "mse")[len(queries) % 3]
+    case = make_case(2, classes, 32, 2, queries=queries, penalty=penalty, temperature=0.5)
+    assert_as_good_as_reference(case, "triton", torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [11, 131], ids=["direct", "streaming"])
+@pytest.mark.parametrize("penalty", ["linf", "l1", "mse"])
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
+def test_penalties_and_temperatures(penalty, temperature, classes, poisoned_empty):
+    case = make_case(3, classes, 32, 2, penalty=penalty, temperature=temperature)
+    assert_as_good_as_reference(case, "triton", torch.float32)
+
+
+# Not 1000 for streaming: δ comes from the stored rows there, and where one pair of classes has all the weight the
+# difference dA - δ is what is left of two equal numbers (bench/notes-triton.md).
+@pytest.mark.parametrize(("scale", "classes"), [(1e-3, 19), (1000.0, 19), (1e-3, 131), (200.0, 131)])
+def test_scales(scale, classes, poisoned_empty):
+    """From a nearly uniform attention to one that a single pair of classes, in one of the row tiles, dominates."""
+    assert_as_good_as_reference(make_case(2, classes, 32, 2, scale=scale), "triton", torch.float32)
+
+
+@pytest.mark.parametrize("classes", [19, 131], ids=["direct", "streaming"])
+def test_frozen_features_computed_again_and_unnormalised(classes, monkeypatch, poisoned_empty):
+    monkeypatch.setenv("RADA_SAVE_BYTES", "0")
+    case = make_case(2, classes, 32, 2, scale=0.5, normalize=False)
+    assert_as_good_as_reference(case, "triton", torch.float32, features=False)
+
+
+@pytest.mark.parametrize("classes", [9, 131], ids=["direct", "streaming"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_stay_in_their_image(value, classes):
+    case = make_case(3, classes, 32, 2).cast(torch.float32)
+    params = Params(*case.layers, logit_scale=20.0)
+    clean, _ = rada_logits(case.image, case.text, params, case.options, "triton")
+    image = case.image.clone()
+    image[1, 3] = value
+    logits, penalty = rada_logits(image, case.text, params, case.options, "triton")
+    assert logits[1].isnan().any()
+    assert penalty.isnan()
+    assert torch.equal(logits[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [5, 130], ids=["direct", "streaming"])
+def test_zero_rows_are_finite_with_zero_gradient(dtype, classes, poisoned_empty):
+    case = make_case(3, classes, 32, 2)
+    case.image[1] = 0
+    case.text[2] = 0
+    out = results(case.cast(dtype), "triton")
+    for name, tensor in out.items():
+        assert tensor.isfinite().all(), name
+    assert not out["logits"][1].any()
+    assert not out["logits"][:, 2].any()
+    assert not out["grad image"][1].any()
+    assert not out["grad text"][2].any()
+
+
+def test_large_raw_features_in_float16():
+    """The product of two raw features may exceed float16's largest number; that of two unit features cannot."""
+    case = make_case(2, 5, 32, 2, scale=100.0)
+    case.image, case.text = 900 * case.image, 900 * case.text
+    out = results(case.cast(torch.float16), "triton")
+    truth = results(case.cast(torch.float16).cast(torch.float64), "reference")
+    torch.testing.assert_close(out["logits"].double(), truth["logits"], rtol=2e-2, atol=2e-1)
+
+
+@pytest.mark.parametrize("classes", [7, 130], ids=["direct", "streaming"])
+def test_zero_output_layer_gives_zero_shot_logits(classes):
+    case = make_case(3, classes, 32, 2, scale=100.0).cast(torch.float32)
+    layers = [*case.layers[:10], torch.zeros_like(case.layers[10]), torch.zeros_like(case.layers[11])]
+    params = Params(*layers, logit_scale=100.0)
+    logits, penalty = rada_logits(case.image, case.text, params, case.options, "triton")
+    f, h = (torch.nn.functional.normalize(t.double(), dim=-1) for t in (case.image, case.text))
+    torch.testing.assert_close(logits.double(), 100 * f @ h.t(), rtol=1e-6, atol=2e-5)
+    assert penalty == 0
+
+
+@pytest.mark.parametrize("classes", [7, 130], ids=["direct", "streaming"])
+def test_backward_twice_gives_the_same_bits(classes):
+    case = make_case(2, classes, 32, 2).cast(torch.float32)
+    leaves = [t.requires_grad_() for t in (case.image, case.text, *case.layers)]
+    params = Params(*leaves[2:], logit_scale=20.0)
+    logits, penalty = rada_logits(case.image, case.text, params, case.options, "triton")
+    loss = (logits * case.weight).sum() + penalty
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_empty_batch():
+    case = make_case(2, 5, 32, 2).cast(torch.float32)
+    layers = [t.requires_grad_() for t in case.layers]
+    image = case.image[:0].requires_grad_()
+    logits, penalty = rada_logits(image, case.text, Params(*layers, logit_scale=20.0), case.options, "triton")
+    assert logits.shape == (0, 5)
+    assert penalty == 0
+    for grad in torch.autograd.grad(logits.sum() + penalty, [image, *layers], materialize_grads=True):
+        assert not grad.any()
+
+
+def test_non_contiguous_and_expanded_inputs():
+    case = make_case(3, 7, 32, 2).cast(torch.float32)
+    dense = results(case, "triton")
+    case.image = case.image.t().contiguous().t()
+    case.layers = [t.t().contiguous().t() if t.dim() == 2 else t.repeat_interleave(2)[::2] for t in case.layers]
+    for name, tensor in results(case, "triton").items():
+        assert torch.equal(tensor, dense[name]), name
+    one_image = case.image[:1].expand(4, -1)
+    params = Params(*case.layers, logit_scale=20.0)
+    logits, _ = rada_logits(one_image, case.text, params, case.options, "triton")
+    assert torch.equal(logits, dense["logits"][:1].expand(4, -1))
+
+
+@pytest.mark.parametrize("classes", [5, 131], ids=["direct", "streaming"])
+def test_opcheck(classes):
+    case = make_case(2, classes, 32, 2).cast(torch.float32)
+    arguments = (
+        *(case.image.requires_grad_(), case.text, case.scale.float(), [t.requires_grad_() for t in case.layers]),
+        *(2, 1.0, "image,text,rational", "linf", True, "triton", True),
+    )
+    torch.library.opcheck(torch.ops.rada.masked_similarity, arguments)
+
+
+class Guarded:
+    """Allocations between two walls: reads past a tensor's end meet NaN, writes past it are found by `check`."""
+
+    WALL = 64
+    SENTINEL = 123456789  # of integers
+
+    def __init__(self):
+        self.buffers = []
+
+    def __call__(self, shape, dtype: torch.dtype) -> torch.Tensor:
+        count = torch.Size(shape).numel()
+        wall = float("nan") if dtype.is_floating_point else self.SENTINEL
+        buffer = torch.full((count + 2 * self.WALL,), wall, dtype=dtype)
+        self.buffers.append((buffer, count))
+        return buffer[self.WALL : self.WALL + count].view(shape)
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self(tensor.shape, tensor.dtype).copy_(tensor)
+
+    def check(self) -> int:
+        for buffer, count in self.buffers:
+            walls = torch.cat([buffer[: self.WALL], buffer[self.WALL + count :]])
+            untouched = walls.isnan() if walls.is_floating_point() else walls == self.SENTINEL
+            assert untouched.all()
+        return len(self.buffers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "classes", "width"), [(3, 7, 48), (1, 131, 32)], ids=["direct", "streaming"])
+def test_nothing_outside_the_tensors_is_read_or_written(dtype, batch, classes, width, monkeypatch):
+    case = make_case(batch, classes, width, 1).cast(dtype)
+    plain = results(case, "triton")
+    guarded = Guarded()
+
+    plain_new_empty = torch.Tensor.new_empty
+
+    def new_empty(tensor, *shape, dtype=None, **elsewhere):
+        if elsewhere:  # the interpreter's own
+            return plain_new_empty(tensor, *shape, dtype=dtype, **elsewhere)
+        return guarded(shape[0] if shape and not isinstance(shape[0], int) else shape, dtype or tensor.dtype)
+
+    params = Params(*map(guarded.copy, case.layers), logit_scale=guarded.copy(case.scale.float()))
+    image, text = guarded.copy(case.image), guarded.copy(case.text)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        patch.setattr(torch, "empty_like", lambda tensor: guarded(tensor.shape, tensor.dtype))
+        sums, deviation, kept = backend.forward(image, text, params, case.options, True)
+        grads = backend.backward(
+            guarded.copy(case.scale.float() * case.weight.to(dtype).float()),
+            guarded(deviation.shape, torch.float32).fill_(case.penalty_weight / batch),
+            image, text, params, kept, case.options, backend.Wanted(True, True, True),
+        )  # fmt: skip
+    assert guarded.check() > 30
+    torch.testing.assert_close((case.scale * sums).to(dtype), plain["logits"])
+    names = ["image", "text", *Params._fields[:12]]
+    for name, grad in zip(names, grads, strict=True):
+        torch.testing.assert_close(grad, plain[f"grad {name}"], msg=lambda text, name=name: f"{name}: {text}")
