@@ -66,9 +66,9 @@ class Kept:
     value: Tensor  # [B, K, D]
     attended: Tensor  # [B, K, D]
     change: Tensor  # [B, K, D] M - 1
-    reference: Tensor  # [2, B·H] of the text and the rational kind: exponentials are 2^(score log2(e) - reference)
-    weights: Tensor  # [2, B·H, K, K rounded up to SCORE_COLUMNS] exponentials, each block's reference its own
-    weight_scale: Tensor  # [2, B·H, K / SCORE_ROWS rounded up]: times weights this is A_n / kinds
+    statistics: Tensor  # [2, B·H, 2] text and rational kind: the reference q·k, the sum of exponentials against it
+    weights: Tensor  # [2, B·H, K, K rounded up to SCORE_COLUMNS] exponentials e^(score - reference of their block)
+    weight_scale: Tensor  # [2, B·H, K / SCORE_ROWS rounded up]: from the block's reference to the pair's
 
     def tensors(self) -> list[Tensor]:
         return list(vars(self).values())
@@ -98,7 +98,7 @@ def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kep
         value=empty(rows, *row_shape, dtype=element),
         attended=empty(rows, *row_shape, dtype=element),
         change=empty(rows, *row_shape),
-        reference=empty(rows, 2, batch * heads),
+        statistics=empty(rows, 2, batch * heads, 2),
         weights=empty(weights, 2, batch * heads, classes, columns),
         weight_scale=empty(weights, 2, batch * heads, blocks),
     )

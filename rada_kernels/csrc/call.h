@@ -36,9 +36,9 @@ struct Call {
   void* projection[3];  // [B, K, D] elements: RATIONAL, KEY, VALUE
   void* attended;       // [B, K, D] elements
   float* change;        // [B, K, D] M - 1
-  float* reference;     // [KINDS, B·H]: exponentials are 2^(score log2(e) - reference)
-  float* weights;       // [KINDS, B·H, K, K rounded up to 16] exponentials, each block's reference its own
-  float* weight_scale;  // [KINDS, B·H, blocks of SCORE_ROWS]: times weights this is A_n / kinds
+  float* statistics;    // [KINDS, B·H, 2]: the reference q·k, and the sum of all exponentials against it
+  float* weights;       // [KINDS, B·H, K, K rounded up to 16] exponentials e^(score - reference of their block)
+  float* weight_scale;  // [KINDS, B·H, blocks of SCORE_ROWS]: from the block's reference to the pair's
 
   float* sums;       // [B, K]
   float* deviation;  // [B]

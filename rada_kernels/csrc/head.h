@@ -60,7 +60,7 @@ class Head {
     attended = c.attended ? nullptr : arena.take<element>(rows * c.width);
     if (again) {
       statistic = arena.take<float>(rows);
-      if (!c.reference) reference = arena.take<float>(rada::KINDS * pairs);
+      if (!c.statistics) statistics = arena.take<float>(2 * rada::KINDS * pairs);
     }
     if (backward) {
       if (!c.change) change = arena.take<float>(rows * c.width);
@@ -161,9 +161,9 @@ class Head {
   element* projected(int l) const { return wave(c.projection[l], projection[l]); }
   element* attended_rows() const { return wave(c.attended, attended); }
   float* change_rows() const { return c.change ? c.change + first * c.classes * c.width : change; }
-  float* reference_of(int kind, int64_t pair) const {
-    return c.reference ? c.reference + kind * c.images * c.heads + first * c.heads + pair
-                   : reference + kind * wave_images * c.heads + pair;
+  float* statistics_of(int kind, int64_t pair) const {
+    return c.statistics ? c.statistics + 2 * ((kind * c.images + first) * c.heads + pair)
+                        : statistics + 2 * (kind * wave_images * c.heads + pair);
   }
   float* kept_weights(int kind, int64_t pair) const {
     return c.weights + ((kind * c.images + first) * c.heads + pair) * c.classes * shape.ld();
@@ -235,15 +235,15 @@ class Head {
     AttentionScratch s = attention;
     s.keys = mine(s.keys, thread), s.values = mine(s.values, thread), s.mixed = mine(s.mixed, thread);
     s.image_row = mine(s.image_row, thread);
-    float *exps[rada::KINDS], *scale[rada::KINDS], *references[rada::KINDS];
+    float *exps[rada::KINDS], *scale[rada::KINDS], *stats[rada::KINDS];
     for (int n = 0; n < rada::KINDS; n++) {
       exps[n] = c.weights ? kept_weights(n, pair) : mine(s.exponentials, thread) + n * c.classes * shape.ld();
       scale[n] = c.weights ? kept_scale(n, pair) : mine(s.block_scale, thread) + n * shape.blocks;
-      references[n] = reference_of(n, pair);
+      stats[n] = statistics_of(n, pair);
     }
     attend<P>(attended_rows() + start, c.width, c.image_query ? c.image_query + (first + b) * c.width + column : nullptr,
               queries, {projected(rada::KEY) + start, c.width}, {projected(rada::VALUE) + start, c.width}, c.score_factor,
-              shape, s, exps, scale, references);
+              shape, s, exps, scale, stats);
   }
 
   // The three steps backward for one wave.
@@ -294,11 +294,11 @@ class Head {
     float** const floats[] = {&s.exponentials, &s.grad_weights, &s.grad_key, &s.grad_value, &s.image_row};
     for (word** p : words) *p = mine(*p, thread);
     for (float** p : floats) *p = mine(*p, thread);
-    const float *kept[rada::KINDS], *scale[rada::KINDS], *references[rada::KINDS];
+    const float *kept[rada::KINDS], *scale[rada::KINDS], *stats[rada::KINDS];
     for (int n = 0; n < rada::KINDS; n++) {
       kept[n] = c.weights ? kept_weights(n, pair) : nullptr;
       scale[n] = c.weights ? kept_scale(n, pair) : nullptr;
-      references[n] = reference_of(n, pair);
+      stats[n] = statistics_of(n, pair);
     }
     const int64_t image_at = (first + b) * c.width + column;
     const AttentionGradients<P> grads{grad_rows[rada::KEY] + start,
@@ -310,7 +310,7 @@ class Head {
                                       c.width};
     attend_backward<P>(grads, {grad_attended + start, c.width}, c.image_query ? c.image_query + image_at : nullptr,
                        queries, {projected(rada::KEY) + start, c.width}, {projected(rada::VALUE) + start, c.width},
-                       c.score_factor, shape, s, kept, scale, references);
+                       c.score_factor, shape, s, kept, scale, stats);
   }
 
   // Adds the wave's part of every weight's gradient: Σ_rows grad[row, e] input[row, d].
@@ -415,7 +415,7 @@ class Head {
   word* weight_back[rada::LAYERS] = {};
   element* projection[3];
   element *attended, *grad_attended, *grad_rows[rada::LAYERS];
-  float *statistic = nullptr, *reference = nullptr, *change = nullptr, *text_rows = nullptr, *grad_r = nullptr;
+  float *statistic = nullptr, *statistics = nullptr, *change = nullptr, *text_rows = nullptr, *grad_r = nullptr;
   int64_t* peak = nullptr;
   word* operands[2] = {};
   size_t thread_bytes;

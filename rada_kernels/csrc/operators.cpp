@@ -152,14 +152,14 @@ Call make_call(const Arguments& a, ScalarType dtype) {
   for (int l = 0; l < 3; l++) call.projection[l] = pointer<void>("kept projection", a.kept[l], rows, dtype);
   call.attended = pointer<void>("kept attended", a.kept[3], rows, dtype);
   call.change = pointer<float>("kept change", a.kept[4], rows, ScalarType::Float);
-  call.reference = pointer<float>("kept reference", a.kept[5], rada::KINDS * pairs, ScalarType::Float);
+  call.statistics = pointer<float>("kept statistics", a.kept[5], 2 * rada::KINDS * pairs, ScalarType::Float);
   const int64_t ld = a.kept[6].numel() / (rada::KINDS * pairs * call.classes);
   STD_TORCH_CHECK(ld == 0 || ld == (call.classes + 15) / 16 * 16, "kept weights: they take [2, B·H, K, K rounded up to 16]");
   call.weights = pointer<float>("kept weights", a.kept[6], rada::KINDS * pairs * call.classes * ld, ScalarType::Float);
   const int64_t blocks = (call.classes + rada::SCORE_ROWS - 1) / rada::SCORE_ROWS;
   call.weight_scale = pointer<float>("kept weight_scale", a.kept[7], rada::KINDS * pairs * blocks, ScalarType::Float);
   const bool rows_kept = call.attended != nullptr;
-  STD_TORCH_CHECK(rows_kept == (call.change != nullptr) && rows_kept == (call.reference != nullptr) &&
+  STD_TORCH_CHECK(rows_kept == (call.change != nullptr) && rows_kept == (call.statistics != nullptr) &&
                       rows_kept == (call.projection[rada::KEY] != nullptr) &&
                       rows_kept == (call.projection[rada::VALUE] != nullptr) &&
                       (rows_kept && a.rational) == (call.projection[rada::RATIONAL] != nullptr) &&

@@ -38,7 +38,8 @@ struct Shape {
   int64_t ld() const { return round_up(classes, 16); }  // of a row of scores, in floats: the same for every W
 };
 
-// The exponentials 2^(factor · query keyᵀ - reference) of `rows` score rows; their sum. Padding columns are zero.
+// The exponentials 2^(factor · (query keyᵀ - reference)) of `rows` score rows; their sum. Padding columns are zero.
+// The reference is subtracted from the bare product, so that the largest exponential is exactly 1.
 template <class P>
 float exponentials(float* to, const word* query, int64_t query_ld, int64_t rows, const word* keys, const Shape& s,
                    float factor, float reference) {
@@ -50,7 +51,7 @@ float exponentials(float* to, const word* query, int64_t query_ld, int64_t rows,
                       const bool last = column + N * W > s.classes;
                       for (int r = 0; r < count; r++)
                         for (int v = 0; v < N; v++) {
-                          vec e = exp2(c.at[r][v] * scale - shift);
+                          vec e = exp2((c.at[r][v] - shift) * scale);
                           if (last) e = keep_first(e, s.classes - column - v * W);
                           total += e;
                           store(to + (row + r) * s.ld() + column + v * W, e);
@@ -79,13 +80,12 @@ float exponentials_from_maximum(float* to, const word* query, int64_t query_ld, 
                           store(to + (row + r) * s.ld() + column + v * W, x);
                         }
                     });
-  // Subtracted before anything is rounded at the size of a score: a multiply-add, as in exponentials.
-  *reference = largest(top) * factor;
+  *reference = largest(top);
   const vec scale = splat(factor), shift = splat(*reference);
   vec total{};
   for (int64_t r = 0; r < rows; r++)
     for (int64_t j = 0; j < s.ld(); j += W) {
-      const vec e = keep_first(exp2(load(to + r * s.ld() + j) * scale - shift), s.classes - j);
+      const vec e = keep_first(exp2((load(to + r * s.ld() + j) - shift) * scale), s.classes - j);
       total += e;
       store(to + r * s.ld() + j, e);
     }
@@ -135,12 +135,12 @@ void weighted_sum(float* to, const float* row, const Rows<P>& rows, const Shape&
   }
 }
 
-// Attended rows of one pair. queries[n] null: kind not in use; image_query [E] likewise. reference[n] and
+// Attended rows of one pair. queries[n] null: kind not in use; image_query [E] likewise. statistics[n] and
 // block_scale[n] come out as call.h describes them.
 template <class P>
 void attend(typename P::element* attended, int64_t attended_ld, const float* image_query, const Rows<P>* const* queries,
             const Rows<P>& key, const Rows<P>& value, double score_factor, const Shape& s,
-            const AttentionScratch& scratch, float* const* exps, float* const* block_scale, float* const* references) {
+            const AttentionScratch& scratch, float* const* exps, float* const* block_scale, float* const* statistics) {
   const float factor = score_factor * LOG2E;
   const float count = (image_query != nullptr) + (queries[0] != nullptr) + (queries[1] != nullptr);
   pack_columns(scratch.keys, key.words(0), key.word_ld(), s.width / P::per_word, s.classes);
@@ -159,15 +159,15 @@ void attend(typename P::element* attended, int64_t attended_ld, const float* ima
         sum = exponentials_from_maximum<P>(to, query, queries[n]->word_ld(), rows, scratch.keys, s, factor, &reference);
       block_scale[n][block] = reference;
       if (block == 0 || reference > top) {
-        total = block ? total * __builtin_exp2f(top - reference) : 0;
+        total = block ? total * __builtin_exp2f((top - reference) * factor) : 0;
         top = reference;
       }
       total += sum;  // reference is top: it never falls below a block before it
     }
-    const float share = s.classes / (count * total);
     for (int64_t block = 0; block < s.blocks; block++)
-      block_scale[n][block] = share * __builtin_exp2f(block_scale[n][block] - top);
-    *references[n] = top;
+      block_scale[n][block] = __builtin_exp2f((block_scale[n][block] - top) * factor);
+    statistics[n][0] = top;
+    statistics[n][1] = total;
   }
   float* image_part = scratch.image_row + s.ld();
   std::memset(image_part, 0, s.over_width.padded() * sizeof(float));
@@ -181,10 +181,13 @@ void attend(typename P::element* attended, int64_t attended_ld, const float* ima
       for (int64_t e = 0; e < s.width; e += W) P::put_first(attended + i * attended_ld + e, load(image_part + e), s.width - e);
     return;
   }
+  auto share_of = [&](int n, int64_t block) {
+    return queries[n] ? block_scale[n][block] * (s.classes / (count * statistics[n][1])) : 0;
+  };
   for (int64_t block = 0; block < s.blocks; block++) {
     const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
     typename P::element* mixed = (typename P::element*)scratch.mixed;
-    const float a = queries[0] ? block_scale[0][block] : 0, b = queries[1] ? block_scale[1][block] : 0;
+    const float a = share_of(0, block), b = share_of(1, block);
     const float* one = exps[queries[0] ? 0 : 1] + first * s.ld();
     const float* other = exps[queries[1] ? 1 : 0] + first * s.ld();
     for (int64_t i = 0; i < rows * s.ld(); i += W) P::put(mixed + i, load(one + i) * a + load(other + i) * b);
@@ -251,12 +254,12 @@ void add_by_class(float* grad, const word* a, const Rows<P>& rows, int64_t first
                      });
 }
 
-// dS_n = A_n ⊙ (dA - δ_n) with one δ_n a pair. exps[n], block_scale[n]: kept, or null and computed again against references[n].
+// dS_n = A_n ⊙ (dA - δ_n) with one δ_n a pair. exps[n], block_scale[n]: kept, or null and computed again.
 template <class P>
 void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_rows, const float* image_query,
                      const Rows<P>* const* queries, const Rows<P>& key, const Rows<P>& value, double score_factor,
                      const Shape& s, const AttentionBackwardScratch& scratch, const float* const* kept,
-                     const float* const* block_scale, const float* const* references) {
+                     const float* const* block_scale, const float* const* statistics) {
   const float count = (image_query != nullptr) + (queries[0] != nullptr) + (queries[1] != nullptr);
   const int64_t words = s.width / P::per_word, width_ld = s.over_width.padded();
   pack_columns(scratch.keys, key.words(0), key.word_ld(), words, s.classes);
@@ -268,16 +271,19 @@ void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_row
 
   const float* exps[KINDS] = {};
   float delta[KINDS] = {};
-  float total[KINDS] = {};  // of the exponentials, where they are computed again
+  float total[KINDS] = {};
   for (int n = 0; n < KINDS; n++)
-    if (queries[n]) exps[n] = kept[n] ? kept[n] : scratch.exponentials + n * s.classes * s.ld();
+    if (queries[n]) {
+      exps[n] = kept[n] ? kept[n] : scratch.exponentials + n * s.classes * s.ld();
+      total[n] = kept[n] ? statistics[n][1] : 0;
+    }
   if (queries[0] || queries[1])
     for (int64_t block = 0; block < s.blocks; block++) {
       const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
       for (int n = 0; n < KINDS; n++)
         if (queries[n] && !kept[n])
           total[n] += exponentials<P>((float*)exps[n] + first * s.ld(), queries[n]->words(first), queries[n]->word_ld(),
-                                      rows, scratch.keys, s, score_factor * LOG2E, *references[n]);
+                                      rows, scratch.keys, s, score_factor * LOG2E, statistics[n][0]);
       vec dots[KINDS] = {};
       multiply<P, true>(rows, words, grad_rows.words(first), grad_rows.word_ld(), scratch.values, s.over_classes,
                         [&](int64_t row, int valid, int64_t column, const auto& c) {
@@ -291,13 +297,13 @@ void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_row
                             }
                         });
       for (int n = 0; n < KINDS; n++)
-        if (exps[n]) delta[n] += sum(dots[n]) * (kept[n] ? block_scale[n][block] * count / s.classes : 1);
+        if (exps[n]) delta[n] += sum(dots[n]) * (kept[n] ? block_scale[n][block] : 1);
     }
   for (int n = 0; n < KINDS; n++)
-    if (exps[n] && !kept[n]) delta[n] /= total[n];
+    if (exps[n]) delta[n] /= total[n];
   // A_n / kinds = exponentials times this.
   auto scale_of = [&](int n, int64_t block) {
-    return !exps[n] ? 0 : kept[n] ? block_scale[n][block] : s.classes / (count * total[n]);
+    return exps[n] ? (kept[n] ? block_scale[n][block] : 1) * (s.classes / (count * total[n])) : 0;
   };
 
   typename P::element* const dS = (typename P::element*)scratch.grad_scores;
@@ -308,8 +314,7 @@ void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_row
     for (int n = 0; n < KINDS; n++) {
       if (!exps[n]) continue;
       const float* a = exps[n] + first * s.ld();
-      // The softmax over a single pair is constant: nothing, and not what rounding leaves of dA - δ.
-      const vec scale = splat(s.classes == 1 ? 0 : scale_of(n, block) * (float)score_factor), offset = splat(delta[n]);
+      const vec scale = splat(scale_of(n, block) * (float)score_factor), offset = splat(delta[n]);
       for (int64_t i = 0; i < rows * s.ld(); i += W) P::put(dS + i, load(a + i) * scale * (load(dP + i) - offset));
       multiply<P, true>(rows, ceil_div(s.classes, P::per_word), (const word*)dS, s.ld() / P::per_word, scratch.key_rows,
                         s.over_width, [&](int64_t row, int valid, int64_t column, const auto& c) {
