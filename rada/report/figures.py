@@ -136,7 +136,12 @@ def epochs_figure(results: dict) -> Figure:
     lines(left, "val_accuracy", RADA, "validation images")
     left.set_title("accuracy in %")
     lines(right, "loss", INK, "loss (cross-entropy + α · penalty)")
-    right.set_title(f"{gain['repaired_images']:.0f} images repaired, {gain['broken_images']:.0f} newly wrong")
+    right.set_title("loss")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.set_xticks(sorted({row["epoch"] for row in rows}))
+        axes.grid()
+        axes.legend()
     return figure
 
 
@@ -233,9 +238,7 @@ def gain_figure(gain: dict) -> Figure:
     right.axvline(0, color=INK, linewidth=0.8)
     right.grid(axis="x")
     right.set_xlabel("test images per seed: repaired (right), newly wrong (left)")
-    right.set_title(
-        f"true ← taken for: {gain['repaired_images']:.0f} images repaired, {gain['broken_images']:.0f} newly wrong"
-    )
+    right.set_title(f"{gain['repaired_images']:.0f} images repaired, {gain['broken_images']:.0f} newly wrong")
     return figure
 
 
