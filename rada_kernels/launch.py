@@ -57,7 +57,23 @@ def _cuda_device(index: int) -> Device:
     return Device(f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin)
 
 
+_planned: Device | None = None
+
+
+@contextlib.contextmanager
+def planning_for(device: Device):
+    """Within it, every launch is configured for this device instead of the tensors' own."""
+    global _planned
+    before, _planned = _planned, device
+    try:
+        yield
+    finally:
+        _planned = before
+
+
 def device_of(tensor: Tensor) -> Device:
+    if _planned:
+        return _planned
     return _cuda_device(tensor.device.index) if tensor.is_cuda else INTERPRETER
 
 
@@ -110,8 +126,14 @@ class AttentionConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# Up to here one program holds all pairs of classes of an (image, head).
-DIRECT_CLASSES = 128
+# Up to here one program holds all pairs of classes of an (image, head). Two blocks of 128 x 128 float32 scores would
+# fill a multiprocessor's whole register file: no second program to hide latencies, and spills on sm_80 and sm_120.
+DIRECT_CLASSES = 64
+
+
+def tile_block(tiles: int) -> int:
+    """BT: row tiles that are normalised at a time. Up to 32 the reduction stays within a warp."""
+    return 32 if tiles <= 32 else 128
 
 
 def is_direct(classes: int) -> bool:
@@ -174,7 +196,7 @@ def direct_config(device: Device, dtype: torch.dtype, classes: int, head_width: 
 
 def reduction_config(device: Device, dtype: torch.dtype, width: int, head_width: int, direct: bool) -> GemmConfig:
     block = contracted_block(width if direct else head_width, 64)
-    config = GemmConfig(64, 128, block, 4, 2)
+    config = GemmConfig(64, 128, block, 8, 2)
     return _chosen("reduction", config_key(device, dtype, width, head_width, int(direct)), config)
 
 

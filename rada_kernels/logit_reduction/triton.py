@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rada_kernels.blocks import load_columns, load_rows, load_transposed, store_rows
-from rada_kernels.launch import attention_config, device_of, is_direct, next_power, product_precision, reduction_config
+from rada_kernels.launch import attention_config, device_of, is_direct, product_precision, reduction_config, tile_block
 from rada_kernels.mask_attention.triton import AttendedRows, kind_flags, share_of_tile
 from rada_kernels.options import Options, Params
 
@@ -262,7 +262,7 @@ def _common(attended: AttendedRows, image: Tensor, text: Tensor, options: Option
         "rows": attended.rows, "image_row": attended.image_row, "tops": attended.tops, "totals": attended.totals,
         "B": len(image), "K": len(text), "T": tiles, "H": heads, "E": width // heads, **kind_flags(options),
         "DIRECT": direct, "PRECISION": product_precision(image.dtype, device),
-        "BM": attention_config(device, image.dtype, len(text), width // heads).BM, "BT": min(next_power(tiles), 128),
+        "BM": attention_config(device, image.dtype, len(text), width // heads).BM, "BT": tile_block(tiles),
     }  # fmt: skip
     return arguments, config
 

@@ -29,6 +29,7 @@ from rada_kernels.launch import (
     next_power,
     product_precision,
     queries_bwd_config,
+    tile_block,
 )
 from rada_kernels.options import QUERIES, Options
 
@@ -145,15 +146,15 @@ def _online_softmax(b_scores, b_top, b_total, b_rows, b_value, factor, PRECISION
 def _load_queries(rows, query_image, p_rows, p_image, o_r, K, o_e, D: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
                   CLASSES: tl.constexpr, WITH_IMAGE: tl.constexpr):  # fmt: skip
     """Score rows o_r: K class rows if CLASSES, then the image's if WITH_IMAGE; zero after them: [BM, BE]."""
-    last = K if CLASSES else 0
     if CLASSES:
         b_rows = load_rows(rows + p_rows, o_r, o_r < K, o_e, D, E, BE)
         if WITH_IMAGE:
             # A stride of 0: only one row is the image's.
-            b_image = load_rows(query_image + p_image, o_r * 0, o_r == last, o_e, D, E, BE)
-            b_rows = tl.where((o_r == last)[:, None], b_image.to(b_rows.dtype), b_rows)
-        return b_rows
-    return load_rows(query_image + p_image, o_r * 0, o_r == last, o_e, D, E, BE)
+            b_image = load_rows(query_image + p_image, o_r * 0, o_r == K, o_e, D, E, BE)
+            b_rows = tl.where((o_r == K)[:, None], b_image.to(b_rows.dtype), b_rows)
+    else:
+        b_rows = load_rows(query_image + p_image, o_r * 0, o_r == 0, o_e, D, E, BE).to(rows.dtype.element_ty)
+    return b_rows
 
 
 @triton.jit
@@ -278,7 +279,8 @@ def _mask_attention_streaming_fwd_kernel(
     if RATIONAL:
         _store_tile(
             rows + TEXT * layer, image_row, tops, totals, image_top, image_total,
-            b_rational_top, b_rational_total, b_rational_rows, p_rows, p_image, pair, pid + TEXT * B * H * T, o_r, K, o_e, D, E, BE, True, IMAGE and not TEXT,
+            b_rational_top, b_rational_total, b_rational_rows,
+            p_rows, p_image, pair, pid + TEXT * B * H * T, o_r, K, o_e, D, E, BE, True, IMAGE and not TEXT,
         )  # fmt: skip
 
 
@@ -509,9 +511,7 @@ def _mask_attention_bwd_queries_kernel(
     p_image = b.to(tl.int64) * D + h * E
     p_joint = (TEXT + RATIONAL) * pairs + pair  # the image's
     layer = B.to(tl.int64) * K * D
-    b_grad_rows = _load_queries(
-        grad_rows, upstream, p_rows, p_image, o_r, K, o_e, D, E, BE, TEXT or RATIONAL, IMAGE
-    ).to(grad_rows.dtype.element_ty)
+    b_grad_rows = _load_queries(grad_rows, upstream, p_rows, p_image, o_r, K, o_e, D, E, BE, TEXT or RATIONAL, IMAGE)
     if FIRST_TEXT:
         b_text = _load_queries(query_text, query_image, h * E, p_image, o_r, K, o_e, D, E, BE, TEXT, IMAGE)
         b_text_top = _row_values(joint_tops, pair, p_joint, o_r, K, TEXT, IMAGE)
@@ -617,7 +617,7 @@ def _mask_attention_bwd_keys_kernel(
         o_r = start + tl.arange(0, BM)
         b_grad_rows = _load_queries(
             grad_rows, upstream, p_rows, p_image, o_r, K, o_e, D, E, BE, TEXT or RATIONAL, IMAGE
-        ).to(grad_rows.dtype.element_ty)  # [BM, BE]
+        )  # [BM, BE]
         b_grad_weights = tl.dot(b_grad_rows, tl.trans(b_value), input_precision=PRECISION) * (1.0 / KINDS)
         b_weights = tl.zeros([BM, BN], tl.float32)
         if FIRST_TEXT:
@@ -763,7 +763,7 @@ def mask_attention_bwd(
         **attended._asdict(), grad_rows=grad_rows, **joint, B=batch, K=classes,
         T=tiles, H=heads, E=head_width, **kind_flags(options),
         BM=attention_config(device, projections.dtype, classes, head_width).BM, BN=config.BN,
-        BT=min(next_power(tiles), 128), BE=common["BE"], **config.launch,
+        BT=tile_block(tiles), BE=common["BE"], **config.launch,
     )  # fmt: skip
     common |= joint
     config = queries_bwd_config(device, projections.dtype, head_width)
