@@ -58,7 +58,9 @@ def test_queries_and_penalties(backend, queries, penalty, poisoned_empty):
 @pytest.mark.parametrize("scale", [1e-3, 100.0, 1000.0])
 def test_scales(backend, scale, poisoned_empty):
     """From a nearly uniform attention to one that a single pair of classes dominates."""
-    assert_as_good_as_reference(make_case(3, 19, 32, 4, scale=scale), backend, torch.float32)
+    # Pooled: a saturated softmax amplifies single roundings.
+    cases = [make_case(3, 19, 32, 4, scale=scale, seed=seed) for seed in range(6)]
+    assert_as_good_as_reference(cases, backend, torch.float32)
 
 
 @every_backend

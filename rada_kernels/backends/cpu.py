@@ -7,6 +7,7 @@ bfloat16 elsewhere, in float32 with one rounding at the end.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from rada_kernels.rows import inverse_norms, unit_rows_backward
 from rada_kernels.tiling import SAVE_BYTES, budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LIBRARY = Path(__file__).parent.parent / "rada_cpu.so"
+# RADA_CPU_LIBRARY: another build of it, such as the one that `make sanitize` tests.
+LIBRARY = Path(os.environ.get("RADA_CPU_LIBRARY") or Path(__file__).parent.parent / "rada_cpu.so")
 
 # As in csrc/call.h: rows of scores per block, and the floats that a row of scores is rounded up to.
 SCORE_ROWS = 32

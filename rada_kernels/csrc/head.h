@@ -25,7 +25,7 @@ struct Arena {
 
   template <class T>
   T* take(int64_t count) {
-    T* at = (T*)(base + used);
+    T* at = (T*)((uintptr_t)base + used);
     used += (count * sizeof(T) + 63) / 64 * 64;
     return at;
   }
@@ -151,7 +151,7 @@ class Head {
 
   template <class T>
   T* mine(T* scratch, int thread) const {
-    return (T*)((char*)scratch + thread * thread_bytes);
+    return (T*)((uintptr_t)scratch + thread * thread_bytes);
   }
 
   // The wave's rows of a [B, K, D] array: kept for the whole batch, or the wave's own.
@@ -229,15 +229,15 @@ class Head {
   void attend_pair(int64_t pair, int thread) {
     const int64_t b = pair / c.heads, column = pair % c.heads * shape.width;
     const int64_t start = b * c.classes * c.width + column;
-    const Rows<P> text{(const element*)c.text_query + column, c.width};
-    const Rows<P> rational{projected(rada::RATIONAL) + start, c.width};
+    const Rows<P> text{c.text_query ? (const element*)c.text_query + column : nullptr, c.width};
+    const Rows<P> rational{c.rational ? projected(rada::RATIONAL) + start : nullptr, c.width};
     const Rows<P>* queries[] = {c.text_query ? &text : nullptr, c.rational ? &rational : nullptr};
     AttentionScratch s = attention;
     s.keys = mine(s.keys, thread), s.values = mine(s.values, thread), s.mixed = mine(s.mixed, thread);
     s.image_row = mine(s.image_row, thread);
     float *exps[rada::KINDS], *scale[rada::KINDS], *stats[rada::KINDS];
     for (int n = 0; n < rada::KINDS; n++) {
-      exps[n] = c.weights ? kept_weights(n, pair) : mine(s.exponentials, thread) + n * c.classes * shape.ld();
+      exps[n] = c.weights ? kept_weights(n, pair) : mine(attention.exponentials, thread) + n * c.classes * shape.ld();
       scale[n] = c.weights ? kept_scale(n, pair) : mine(s.block_scale, thread) + n * shape.blocks;
       stats[n] = statistics_of(n, pair);
     }
@@ -286,8 +286,8 @@ class Head {
   void attend_pair_backward(int64_t pair, int thread) {
     const int64_t b = pair / c.heads, column = pair % c.heads * shape.width;
     const int64_t start = b * c.classes * c.width + column;
-    const Rows<P> text{(const element*)c.text_query + column, c.width};
-    const Rows<P> rational{projected(rada::RATIONAL) + start, c.width};
+    const Rows<P> text{c.text_query ? (const element*)c.text_query + column : nullptr, c.width};
+    const Rows<P> rational{c.rational ? projected(rada::RATIONAL) + start : nullptr, c.width};
     const Rows<P>* queries[] = {c.text_query ? &text : nullptr, c.rational ? &rational : nullptr};
     AttentionBackwardScratch s = attention_backward;
     word** const words[] = {&s.keys, &s.values, &s.key_rows, &s.grad_scores, &s.by_column, &s.block_rows};

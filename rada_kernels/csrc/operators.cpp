@@ -8,6 +8,9 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -101,6 +104,19 @@ const InstructionSet& instruction_set() {
 std::string describe() { return instruction_set().name; }
 bool has_bfloat16() { return instruction_set().bfloat16_loops; }
 
+// ---- memory
+
+// Large arrays that are about to be written for the first time: in huge pages they fault and miss the TLB less.
+void advise_huge_pages(void* at, size_t bytes) {
+#if defined(__linux__)
+  constexpr size_t page = size_t(2) << 20;
+  const uintptr_t first = ((uintptr_t)at + page - 1) & ~(page - 1), end = ((uintptr_t)at + bytes) & ~(page - 1);
+  if (at && end > first) madvise((void*)first, end - first, MADV_HUGEPAGE);
+#else
+  (void)at, (void)bytes;
+#endif
+}
+
 // ---- arguments
 
 template <class T>
@@ -174,6 +190,7 @@ struct Free {
 
 std::unique_ptr<void, Free> workspace(size_t bytes) {
   std::unique_ptr<void, Free> memory(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+  advise_huge_pages(memory.get(), bytes);
   STD_TORCH_CHECK(memory, "out of memory: the CPU operators need ", bytes >> 20, " MiB to work in");
   return memory;
 }
@@ -196,6 +213,8 @@ void forward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensors 
   call.sums = pointer<float>("sums", sums, call.images * call.classes, ScalarType::Float);
   call.deviation = pointer<float>("deviation", deviation, call.images, ScalarType::Float);
   STD_TORCH_CHECK(call.sums && call.deviation, "sums, deviation: they take [B, K] and [B]");
+  for (const Tensor& tensor : kept)
+    if (tensor.numel()) advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
   const Pool pool = threads();
   loops.forward(call, pool, workspace(loops.forward_bytes(call, pool)).get());
 }

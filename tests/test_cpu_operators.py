@@ -1,0 +1,282 @@
+"""What is particular to the C++ operators. Values and gradients at all the usual shapes stand in test_backends."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from rada.fused import RAdaHead
+from rada_kernels import Params, rada_logits
+from rada_kernels.backends import cpu
+from tests.truth import assert_as_good_as_reference, make_case, results
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING)
+
+
+def instruction_sets() -> list[str]:
+    """Those of this machine, best first."""
+    if not cpu.INSTRUCTION_SET:
+        return []
+    known = ["avx512_bf16", "avx512", "avx2", "generic"]
+    return known[known.index(cpu.INSTRUCTION_SET) :]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("save_bytes", ["0", "1200000", "100000000"], ids=["nothing", "rows", "rows and weights"])
+@pytest.mark.parametrize(
+    ("batch", "classes", "width", "heads"),
+    [
+        pytest.param(3, 97, 32, 2, id="several score blocks, the last one partial"),
+        pytest.param(70, 31, 24, 2, id="several waves, rows of many images in a block"),
+        pytest.param(2, 65, 130, 2, id="width and head width past whole panels"),
+    ],
+)
+def test_blocks_waves_and_what_is_kept(save_bytes, batch, classes, width, heads, monkeypatch, poisoned_empty):
+    monkeypatch.setenv("RADA_SAVE_BYTES", save_bytes)
+    case = make_case(batch, classes, width, heads)
+    assert_as_good_as_reference(case, "cpu", torch.float32)
+    assert_as_good_as_reference(
+        make_case(batch, classes, width, heads, clear_gates=True, penalty="mse"), "cpu", torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_that_outgrow_the_first_block(dtype):
+    """Later blocks of score rows exceed the first one's maximum by far more than float32's range of exponentials."""
+    case = make_case(2, 96, 16, 2, scale=400.0, clear_gates=True, penalty="mse")
+    case.text[:32] *= 1e-3  # with normalize=False: small scores in the first block
+    case.options = type(case.options)(2, normalize=False, penalty="mse")
+    case.text[32:] /= case.text[32:].norm(dim=-1, keepdim=True)
+    case.image /= case.image.norm(dim=-1, keepdim=True)
+    logits = results(case.cast(dtype), "cpu")["logits"]
+    assert logits.isfinite().all()
+    assert_as_good_as_reference(case, "cpu", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "classes"), [(1, 70), (1, 1), (9, 70), (5, 3)])
+def test_same_bits_again_at_every_thread_count(batch, classes, dtype, threads):
+    case = make_case(batch, classes, 32, 4).cast(dtype)
+    for count in (1, 2, 3):
+        threads(count)
+        once = results(case, "cpu")
+        for name, tensor in results(case, "cpu").items():
+            assert torch.equal(tensor, once[name]), (name, count)
+        if dtype == torch.float32:
+            assert_as_good_as_reference(case, "cpu", dtype)
+
+
+def test_the_operator_does_not_depend_on_the_thread_count(threads):
+    arguments = operator_arguments(batch=7, classes=70)
+    outcomes = []
+    for count in (1, 2, 3):
+        threads(count)
+        torch.ops.rada_cpu.forward(*arguments)
+        outcomes.append([t.clone() for t in (*arguments[5], *arguments[-2:])])
+    for outcome in outcomes[1:]:
+        for tensor, once in zip(outcome, outcomes[0], strict=True):
+            assert torch.equal(tensor, once)
+
+
+@pytest.mark.parametrize("queries", [("image",), ("text", "rational"), ("image", "text", "rational")], ids="+".join)
+def test_gradients_against_central_differences(queries):
+    """In float32, by one direction through all inputs: steps of 1e-3, agreement to 1% of the derivative's size."""
+    case = make_case(2, 9, 16, 2, queries=queries, penalty="mse", clear_gates=True).cast(torch.float32)
+    case.weight = case.weight.float()
+    grads = results(case, "cpu")
+    names = ["image", "text", *(n for n in Params._fields[:12])]
+    generator = torch.Generator().manual_seed(1)
+    for name, leaf in zip(names, (case.image, case.text, *case.layers), strict=True):
+        direction = torch.randn(leaf.shape, generator=generator)
+        slope = (grads[f"grad {name}"].double() * direction).sum().item()
+        size = grads[f"grad {name}"].double().norm().item()
+        ends = []
+        for step in (1e-3, -1e-3):
+            kept = leaf.clone()
+            leaf += step * direction
+            params = Params(*case.layers, logit_scale=20.0)
+            logits, penalty = rada_logits(case.image, case.text, params, case.options, "cpu")
+            ends.append((case.weight.double() * logits).sum().item() + case.penalty_weight * penalty.item())
+            leaf.copy_(kept)
+        assert (ends[0] - ends[1]) / 2e-3 == pytest.approx(slope, abs=1e-2 * max(size, 1.0)), name
+
+
+CHECK = """
+import torch
+from rada_kernels.backends import cpu
+from tests.truth import assert_as_good_as_reference, make_case
+assert cpu.INSTRUCTION_SET == {isa!r}, cpu.INSTRUCTION_SET
+for shape in ((3, 37, 35, 5), (2, 97, 64, 2), (1, 1, 8, 1)):
+    assert_as_good_as_reference(make_case(*shape), "cpu", torch.float32)
+    assert_as_good_as_reference(make_case(*shape, clear_gates=True, penalty="mse"), "cpu", torch.bfloat16)
+"""
+
+
+@pytest.mark.parametrize("isa", instruction_sets()[1:])
+def test_other_instruction_sets(isa):
+    """One build serves older machines: every set of loops that this one can run."""
+    subprocess.run([sys.executable, "-c", CHECK.format(isa=isa)], check=True, env=os.environ | {"RADA_CPU_ISA": isa})
+
+
+def test_unknown_instruction_set_is_named():
+    code = "from rada_kernels.backends import cpu; print(cpu.MISSING)"
+    environment = os.environ | {"RADA_CPU_ISA": "avx1024"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "avx1024" in out.stdout
+    assert "generic" in out.stdout
+
+
+def test_missing_library_is_said():
+    code = "from rada_kernels import usable_backends; import torch\n"
+    code += "print(usable_backends(torch.float32, torch.device('cpu'), 64, 8)['cpu'])"
+    environment = os.environ | {"RADA_CPU_LIBRARY": "no_such_library.so"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "(False, 'no_such_library.so was not built" in out.stdout
+
+
+def test_double_and_other_devices_are_left_to_others():
+    assert cpu.usable(torch.float64, CPU, 64, 8) == (
+        False,
+        "dtype torch.float64: it takes one of torch.float32, torch.bfloat16, torch.float16",
+    )
+    assert not cpu.usable(torch.float32, torch.device("cuda"), 64, 8)[0]
+
+
+def test_several_python_threads_at_once():
+    case = make_case(4, 40, 32, 4).cast(torch.float32)
+    expected = results(case, "cpu")
+    failures = []
+
+    def work():
+        for _ in range(5):
+            for name, tensor in results(case, "cpu").items():
+                if not torch.equal(tensor, expected[name]):
+                    failures.append(name)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def test_the_gil_is_released(threads):
+    threads(1)
+    case = make_case(16, 300, 128, 4).cast(torch.float32)
+    params = Params(*case.layers, logit_scale=20.0)
+    ticks = []
+
+    def call():
+        for _ in range(3):
+            rada_logits(case.image, case.text, params, case.options, "cpu")
+
+    worker = threading.Thread(target=call)
+    worker.start()
+    while worker.is_alive():
+        ticks.append(time.perf_counter())
+        time.sleep(1e-4)
+    # Were the lock held, this thread would have stood still for as long as a call takes.
+    gaps = [b - a for a, b in itertools.pairwise(ticks)]
+    assert len(ticks) > 20
+    assert sorted(gaps)[len(gaps) // 2] < 0.02
+
+
+def _work_in_child(arguments, case, queue):
+    torch.ops.rada_cpu.forward(*arguments)  # at the parent's thread count
+    torch.set_num_threads(1)  # as DataLoader workers do: torch's own products wait forever without it
+    params = Params(*case.layers, logit_scale=20.0)
+    logits = rada_logits(case.image, case.text, params, case.options, "cpu")[0]
+    queue.put((arguments[-2].numpy(), logits.numpy()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_after_fork(threads):
+    """The parent's threads do not exist in the child; the call must not wait for them."""
+    threads(2)
+    arguments = operator_arguments(classes=70)
+    torch.ops.rada_cpu.forward(*arguments)
+    sums = arguments[-2].clone()
+    case = make_case(4, 40, 32, 4).cast(torch.float32)
+    expected = rada_logits(case.image, case.text, Params(*case.layers, logit_scale=20.0), case.options, "cpu")[0]
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_work_in_child, args=(arguments, case, queue))
+    child.start()
+    child.join(30)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+    assert child.exitcode == 0
+    child_sums, logits = map(torch.from_numpy, queue.get())
+    assert torch.equal(child_sums, sums)
+    torch.testing.assert_close(logits, expected)
+
+
+def operator_arguments(batch=3, classes=5, width=16, heads=4):
+    case = make_case(batch, classes, width, heads).cast(torch.float32)
+    call = cpu.Call(case.image, case.text, Params(*case.layers, case.scale.float()), case.options)
+    kept = cpu.empty_kept(case.image, case.text, case.options, save=True).tensors()
+    return [*call.arguments(kept), torch.empty(batch, classes), torch.empty(batch)]
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "name"),
+    [
+        (0, torch.randn(3, 32)[:, ::2], "f:"),
+        (1, torch.randn(5, 8), "h:"),
+        (1, torch.empty(0, 16), "f, h:"),
+        (2, torch.randn(2, 16), "image_query"),
+        (3, torch.randn(5, 16, dtype=torch.float64), "text_query"),
+        (4, [torch.randn(16, 16)], "layers"),
+        (5, [torch.empty(0)] * 7, "kept"),
+        (5, [torch.empty(0)] * 4 + [torch.empty(3, 5, 16)] + [torch.empty(0)] * 3, "kept"),
+        (6, 5, "num_heads"),
+        (10, 3, "penalty"),
+        (11, torch.empty(3, 4), "sums"),
+        (12, torch.empty(3, dtype=torch.float64), "deviation"),
+    ],
+)
+def test_bad_arguments_are_named(position, wrong, name):
+    arguments = operator_arguments()
+    arguments[position] = wrong
+    with pytest.raises(RuntimeError, match=name):
+        torch.ops.rada_cpu.forward(*arguments)
+
+
+def test_training_follows_the_reference():
+    """Same seed, with and without the kernels: equal loss curves and parameters."""
+    curves, heads = {}, {}
+    for backend in ("reference", "cpu"):
+        torch.manual_seed(0)
+        head = RAdaHead(32, 4, backend=backend, penalty="mse")
+        optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
+        image, text, label = torch.randn(64, 32), torch.randn(10, 32), torch.randint(10, (64,))
+        curves[backend] = []
+        for _ in range(40):
+            logits, penalty = head(image, text, 20.0, return_penalty=True)
+            loss = torch.nn.functional.cross_entropy(logits, label) + penalty
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curves[backend].append(loss.item())
+        heads[backend] = head
+    assert curves["cpu"][-1] < 0.8 * curves["cpu"][0]
+    torch.testing.assert_close(curves["cpu"], curves["reference"], rtol=1e-3, atol=1e-3)
+    for mine, plain in zip(heads["cpu"].parameters(), heads["reference"].parameters(), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=2e-2, atol=2e-3)
