@@ -4,6 +4,13 @@ import pytest
 import torch
 
 
+def pytest_configure():
+    # Inductor's cache on disk does not know an operator's fake: after a change of what is kept it would serve old code.
+    import torch._inductor.config
+
+    torch._inductor.config.force_disable_caches = True
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

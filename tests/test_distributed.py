@@ -1,4 +1,4 @@
-"""DistributedDataParallel with two gloo processes: the gradients are those of the whole batch in one process."""
+"""DDP and FSDP2 with two gloo processes: the gradients are those of the whole batch in one process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from rada.fused import RAdaHead
@@ -31,26 +32,31 @@ def _loss(head, image, text, labels):
     return F.cross_entropy(logits, labels) + penalty
 
 
-def _worker(rank, store, queries, result):
+def _worker(rank, store, wrap, queries, result):
     os.environ.update(MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     image, text, labels = _inputs()
     half = slice(4 * rank, 4 * rank + 4)
-    model = DistributedDataParallel(_head(queries))
+    head = _head(queries)
+    model = DistributedDataParallel(head) if wrap == "ddp" else fully_shard(head)
     for _ in range(2):  # a parameter left unused in the first step fails in the second
         model.zero_grad()
         _loss(model, image[half], text, labels[half]).backward()
+    grads = {name: p.grad for name, p in head.named_parameters() if p.requires_grad}
+    if wrap == "fsdp2":
+        grads = {name: grad.full_tensor() for name, grad in grads.items()}
     if rank == 0:
-        torch.save({n: p.grad for n, p in model.module.named_parameters() if p.requires_grad}, result)
+        torch.save(grads, result)
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("queries", [("image", "text", "rational"), ("text",)], ids="+".join)
-def test_ddp_gradients_equal_one_process(queries, tmp_path):
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_gradients_equal_one_process(wrap, queries, tmp_path):
     result = tmp_path / "gradients.pt"
-    mp.spawn(_worker, args=(tmp_path / "store", queries, result), nprocs=2)
+    mp.spawn(_worker, args=(tmp_path / "store", wrap, queries, result), nprocs=2)
     gradients = torch.load(result)
     head = _head(queries)
     _loss(head, *_inputs()).backward()

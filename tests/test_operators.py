@@ -42,6 +42,16 @@ def test_opcheck_of_permuted_and_empty_inputs(backend):
 
 
 @every_backend
+@pytest.mark.parametrize("save", [False, True])
+def test_opcheck_of_the_backward_operator(backend, save):
+    image, text, scale, layers, *packed, _ = operator_arguments(backend, torch.float32, False)
+    sums, deviation, kept = torch.ops.rada.masked_similarity(image, text, scale, layers, *packed, save)
+    grads = torch.randn_like(sums), torch.randn_like(deviation)
+    arguments = (*grads, image, text, scale, layers, kept, *packed, True, True, True)
+    opcheck(torch.ops.rada.masked_similarity_backward, arguments)
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_opcheck_under_autocast(backend, dtype):
     with torch.autocast("cpu", dtype=dtype):
