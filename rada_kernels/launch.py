@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -126,9 +126,10 @@ class AttentionConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# Up to here one program holds all pairs of classes of an (image, head). Two blocks of 128 x 128 float32 scores would
-# fill a multiprocessor's whole register file: no second program to hide latencies, and spills on sm_80 and sm_120.
-DIRECT_CLASSES = 64
+# Up to here one program holds all pairs of classes of an (image, head). At 64 the backward kernel, with five blocks of
+# pairs alive, spills 456 bytes a thread on sm_80; at 128 two blocks of scores fill half of the registers in the forward
+# kernel already, and no second program fits to hide latencies.
+DIRECT_CLASSES = 32
 
 
 def tile_block(tiles: int) -> int:
@@ -172,51 +173,110 @@ def config_key(device: Device, dtype: torch.dtype, *sizes: int) -> str:
     return "-".join([device.arch, str(dtype).removeprefix("torch."), *map(str, sizes)])
 
 
+def _has_wide_products(device: Device) -> bool:
+    """Whether operands come from shared memory (wgmma, tcgen05), not from every warp's own registers (mma)."""
+    return device.arch in ("sm_90", "sm_100", "sm_103")
+
+
 def query_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
     """A few thousand rows at most: small blocks, so that there are enough programs."""
     return _chosen("query", config_key(device, dtype, width), GemmConfig(32, 64, contracted_block(width, 64), 4, 2))
 
 
 def projection_config(device: Device, dtype: torch.dtype, width: int, layers: int) -> GemmConfig:
+    # Three accumulators of 64 x 64 take 96 registers a thread: 166 to 168 in all, three programs a multiprocessor. With
+    # BD = 32 the blocks of two stages stay below 48 KiB, so that two programs fit where there are 100 KiB.
     config = GemmConfig(64, 64, contracted_block(width, 32), 4, 2)
     return _chosen("projection", config_key(device, dtype, width, layers), config)
 
 
 def attention_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     """Of the streaming form."""
-    config = AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 2)
-    return _chosen("attention", config_key(device, dtype, head_width), config)
+    many = classes > 512
+    if device == INTERPRETER:
+        config = AttentionConfig(64, 64, 4, 1)  # large blocks: what takes time is numpy's calls
+    elif device.arch == "gfx1100":
+        config = AttentionConfig(64, 16, 4, 1)  # BN = 32 spills 256 bytes: operands lie twice in a wave of 32
+    elif dtype == torch.float32:
+        config = AttentionConfig(64 if head_width <= 64 else 32, 16, 4, 1)  # operands take twice the registers
+    elif device.arch == "gfx942":
+        config = AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 1)  # one stage: 64 KiB of shared memory
+    elif _has_wide_products(device):
+        if head_width <= 64:
+            # Twice the rows halve what is read of keys and values; with few classes two small programs are better.
+            config = AttentionConfig(128, 64, 8, 2) if many else AttentionConfig(64, 64, 4, 2)
+        else:
+            config = AttentionConfig(64, 32, 8, 2)  # 4 warps spill
+    elif head_width <= 64:
+        config = AttentionConfig(64, 32, 4, 1 if device.arch == "sm_120" else 2)  # BN = 64 spills 24 bytes
+    else:
+        config = AttentionConfig(32, 16, 4, 1)  # BM = 64 spills 1 KiB, 32 x 32 spills 80 bytes
+    return _chosen("attention", config_key(device, dtype, head_width, int(many)), config)
 
 
 def direct_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
-    config = AttentionConfig(block, block, {16: 1, 32: 2, 64: 4}.get(block, 8), 1)
+    config = AttentionConfig(block, block, block // 16, 1)  # 16 rows a warp: what one instruction takes
     return _chosen("direct", config_key(device, dtype, block, head_width), config)
 
 
-def reduction_config(device: Device, dtype: torch.dtype, width: int, head_width: int, direct: bool) -> GemmConfig:
-    block = contracted_block(width if direct else head_width, 64)
-    config = GemmConfig(64, 128, block, 8, 2)
-    return _chosen("reduction", config_key(device, dtype, width, head_width, int(direct)), config)
+def reduction_config(
+    device: Device, dtype: torch.dtype, classes: int, width: int, head_width: int, direct: bool
+) -> GemmConfig:
+    block = contracted_block(width if direct else head_width, 64 if dtype.itemsize == 2 else 32)
+    many = classes > 256
+    if device.arch == "gfx1100":
+        config = GemmConfig(32, 64, block, 4, 1)
+    elif many and head_width <= 128 and dtype.itemsize == 2:
+        config = GemmConfig(64, 128, block, 8, 2)  # fewer passes over the rows; 173 to 206 registers, one program
+    else:
+        config = GemmConfig(64, 64, block, 4, 2)  # 142 to 214 registers: two programs
+    rows = attention_config(device, dtype, classes, head_width).BM
+    if rows < config.BR and not direct:  # a tile's rows share their tile of the attention
+        config = replace(config, BR=rows)
+    return _chosen("reduction", config_key(device, dtype, width, head_width, int(many), int(direct)), config)
 
 
 def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
-    config = AttentionConfig(block, block, {16: 1, 32: 2, 64: 4}.get(block, 16), 1)
+    config = AttentionConfig(block, block, block // 16, 1)
     return _chosen("direct_bwd", config_key(device, dtype, block, head_width), config)
 
 
 def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
-    return AttentionConfig(64, 64, 4, 2)
+    return AttentionConfig(64, 32, 4, 2)
 
 
 def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
-    config = AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 2)
+    if device == INTERPRETER:
+        config = AttentionConfig(64, 64, 4, 1)
+    elif device.arch == "gfx1100":
+        config = AttentionConfig(64, 16, 4, 1)
+    elif dtype == torch.float32:
+        config = AttentionConfig(64 if head_width <= 64 else 32, 16, 4, 1)
+    elif device.arch == "gfx942":
+        config = AttentionConfig(64, 32, 4, 1)
+    elif _has_wide_products(device):
+        config = AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 2)  # 198 and 240 registers
+    elif head_width <= 64:
+        config = AttentionConfig(64, 16, 4, 1) if device.arch == "sm_120" else AttentionConfig(64, 32, 4, 2)
+    else:
+        config = AttentionConfig(64, 64, 8, 2)  # 4 warps spill 32 to 80 bytes, whatever BN
     return _chosen("queries_bwd", config_key(device, dtype, head_width), config)
 
 
 def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
-    config = AttentionConfig(64 if head_width <= 64 else 32, 64, 4, 2)
+    if device == INTERPRETER:
+        config = AttentionConfig(64, 64, 4, 1)
+    elif device.arch == "gfx1100" or dtype == torch.float32:
+        config = AttentionConfig(32, 32, 4, 1)
+    elif device.arch == "gfx942":
+        config = AttentionConfig(64, 32, 4, 1)
+    elif _has_wide_products(device):
+        # A second stage makes the narrow heads spill; the wide ones spill 360 bytes with BM = 64.
+        config = AttentionConfig(64, 64, 4, 1) if head_width <= 64 else AttentionConfig(32, 64, 8, 1)
+    else:
+        config = AttentionConfig(64, 32, 4, 1) if head_width <= 64 else AttentionConfig(32, 32, 4, 1)
     return _chosen("keys_bwd", config_key(device, dtype, head_width), config)
 
 

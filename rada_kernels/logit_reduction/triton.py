@@ -256,7 +256,7 @@ def _common(attended: AttendedRows, image: Tensor, text: Tensor, options: Option
     """What the forward and the backward kernel are both launched with."""
     width, heads = image.shape[-1], options.num_heads
     device, direct = device_of(image), is_direct(len(text))
-    config = reduction_config(device, image.dtype, width, width // heads, direct)
+    config = reduction_config(device, image.dtype, len(text), width, width // heads, direct)
     tiles = attended.tops.shape[-1]
     arguments = {
         "rows": attended.rows, "image_row": attended.image_row, "tops": attended.tops, "totals": attended.totals,

@@ -14,11 +14,12 @@ SHAPES = [  # (B, K, D, H)
     pytest.param(2, 1, 48, 3, id="one class, E = 16"),
     pytest.param(17, 2, 32, 2, id="rows of several images in a tile"),
     pytest.param(2, 17, 96, 2, id="E = 48, padded"),
-    pytest.param(1, 64, 64, 2, id="a block of exactly K classes"),
-    pytest.param(2, 65, 64, 1, id="one past a power of two, E = 64"),
+    pytest.param(2, 32, 64, 2, id="a block of exactly K classes"),
+    pytest.param(1, 64, 64, 2, id="streaming, the image's row alone in its tile"),
+    pytest.param(2, 65, 64, 1, id="streaming, one past a power of two, E = 64"),
     pytest.param(1, 129, 80, 1, id="streaming, E = 80"),
     pytest.param(2, 200, 32, 2, id="streaming, several row tiles"),
-    pytest.param(1, 192, 96, 1, id="the image's row alone in its tile, E = 96"),
+    pytest.param(1, 192, 96, 1, id="streaming, E = 96"),
     pytest.param(1, 140, 128, 1, id="streaming, E = 128"),
 ]
 

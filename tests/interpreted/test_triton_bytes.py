@@ -1,0 +1,78 @@
+"""The bytes of a forward pass, counted where the interpreted kernels load and store, against those from the shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from compile_report import Launch, bytes_of
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+
+from rada_kernels import Params
+from rada_kernels.backends import triton as backend
+from tests.truth import make_case
+
+
+class Traffic:
+    """For each launch: distinct bytes loaded, distinct bytes stored, all bytes asked for."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.launches: list[tuple[Launch, int, int]] = []
+        load, store, run = (
+            InterpreterBuilder.create_masked_load,
+            InterpreterBuilder.create_masked_store,
+            InterpretedFunction.run,
+        )
+
+        def note(kind, pointers, mask, width):
+            addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
+            addresses = addresses[np.broadcast_to(mask.data, addresses.shape)]
+            self.seen[kind].append(np.unique(addresses))
+            self.widths.update(dict.fromkeys(np.unique(addresses).tolist(), width))
+            self.asked += addresses.size * width
+
+        def masked_load(builder, pointers, mask, *rest, **named):
+            note("load", pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
+            return load(builder, pointers, mask, *rest, **named)
+
+        def masked_store(builder, pointers, value, mask, *rest, **named):
+            note("store", pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
+            return store(builder, pointers, value, mask, *rest, **named)
+
+        def counted(function, *args, grid, warmup, **arguments):
+            self.seen, self.widths, self.asked = {"load": [], "store": []}, {}, 0
+            run(function, *args, grid=grid, warmup=warmup, **arguments)
+            distinct = 0
+            for addresses in self.seen.values():
+                if addresses:
+                    distinct += sum(map(self.widths.get, np.unique(np.concatenate(addresses)).tolist()))
+            self.launches.append((Launch(function, grid, arguments), distinct, self.asked))
+
+        patch.setattr(InterpreterBuilder, "create_masked_load", masked_load)
+        patch.setattr(InterpreterBuilder, "create_masked_store", masked_store)
+        patch.setattr(InterpretedFunction, "run", counted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "classes"), [(8, 10), (2, 130)], ids=["direct", "streaming"])
+def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
+    case = make_case(batch, classes, 64, 2).cast(dtype)
+    params = Params(*case.layers, logit_scale=case.scale.float())
+    with monkeypatch.context() as patch:
+        traffic = Traffic(patch)
+        kept = backend.forward(case.image, case.text, params, case.options, True)[2]
+    counted = sum(distinct for _, distinct, _ in traffic.launches)
+    by_formula = sum(bytes_of(launch) for launch, _, _ in traffic.launches)
+    assert len(traffic.launches) == 5
+    assert counted == pytest.approx(by_formula, rel=0.03)
+
+    # The least: weights, features and logits once, one write and one read of what is passed between launches.
+    kept = backend.Kept(*kept)
+    inputs = [case.image, case.text, *params.layers]
+    between = [kept.projections, kept.rows, kept.query_image, kept.query_text, kept.image_row]
+    least = sum(t.numel() * t.element_size() for t in inputs) + 4 * batch * classes
+    least += 2 * sum(t.numel() * t.element_size() for t in between)
+    print(f"counted {counted}, formula {by_formula}, least {least}: {counted / least:.3f}")
+    assert counted <= 1.25 * least
+    wide = [t for t in (*kept.tensors(),) if t.dtype == torch.float32 and t.numel() >= batch * classes * 64]
+    assert dtype == torch.float32 or not wide, "a float32 [B, K, D]"
