@@ -58,8 +58,8 @@ def test_queries_and_penalties(backend, queries, penalty, poisoned_empty):
 @pytest.mark.parametrize("scale", [1e-3, 100.0, 1000.0])
 def test_scales(backend, scale, poisoned_empty):
     """From a nearly uniform attention to one that a single pair of classes dominates."""
-    # Pooled: a saturated softmax amplifies single roundings.
-    cases = [make_case(3, 19, 32, 4, scale=scale, seed=seed) for seed in range(6)]
+    # Pooled: a saturated softmax amplifies single roundings, and the worst case of a few decides.
+    cases = [make_case(3, 19, 32, 4, scale=scale, seed=seed) for seed in range(16)]
     assert_as_good_as_reference(cases, backend, torch.float32)
 
 

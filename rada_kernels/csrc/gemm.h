@@ -93,17 +93,40 @@ void pack_rows(word* to, const typename P::element* rows, int64_t ld, int64_t k,
   }
 }
 
+// Transposes W rows of W words in registers: in stage `step`, rows i and i + step exchange blocks of `step` words.
+RADA_INLINE void transpose(vec (&rows)[W]) {
+#pragma GCC unroll 8
+  for (int step = 1; step < W; step *= 2) {
+    ivec low, high;
+    for (int j = 0; j < W; j++) {
+      low[j] = j & step ? W + j - step : j;
+      high[j] = j & step ? W + j : j + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+      if (!(i & step)) {
+        const vec a = rows[i], b = rows[i + step];
+        rows[i] = __builtin_shuffle(a, b, low);
+        rows[i + step] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
 // B[k, n] = rows[n, k], packed: the transpose of a matrix of words, so k counts words and so does ld.
 inline void pack_columns(word* to, const word* rows, int64_t ld, int64_t k, int64_t n) {
   const Panels panels(n);
   for (int64_t p = 0; p < panels.count; p++) {
     const int64_t first = panels.first_column(p), stride = panels.vectors_of(p) * W;
-    for (int64_t j = 0; j < stride; j++) {
-      const word* row = rows + (first + j) * ld;
-      if (first + j < n)
-        for (int64_t i = 0; i < k; i++) to[i * stride + j] = row[i];
-      else
-        for (int64_t i = 0; i < k; i++) to[i * stride + j] = 0;
+    for (int64_t j = 0; j < stride; j += W) {
+      const int64_t valid = smaller_of(W, n - first - j);
+      const word* from = rows + (first + j) * ld;
+      for (int64_t i = 0; i < k; i += W) {
+        const int64_t count = smaller_of(W, k - i);
+        vec block[W];
+        for (int r = 0; r < W; r++) block[r] = r < valid ? load_first((const float*)from + r * ld + i, count) : vec{};
+        transpose(block);
+        for (int c = 0; c < count; c++) store(to + (i + c) * stride + j, block[c]);
+      }
     }
     to += k * stride;
   }
