@@ -7,6 +7,7 @@ import os
 import sys
 import traceback as tracebacks
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -78,13 +79,15 @@ def train(
         list[str] | None, typer.Option(help=f"A prompt template, may be repeated. [default: {DEFAULT_TEMPLATES[0]}]")
     ] = None,
     max_classes: Annotated[
-        int | None, typer.Option(help="So many classes, evenly spaced; 0: all. [default: 200 of emoji, else all]")
+        int | None, typer.Option(help="So many classes, evenly spaced; 0: all. [default: 300 of emoji, else all]")
     ] = None,
     shots: Annotated[int, typer.Option(min=1, help="Training images per base class.")] = 16,
     seeds: Annotated[str, typer.Option(help="One training run each, separated by commas.")] = "1,2,3",
     epochs: Annotated[int, typer.Option(min=1)] = Tuning.epochs,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam after the warm-up epoch.")] = Tuning.lr,
-    alpha: Annotated[float, typer.Option(help="Weight of the penalty.")] = Tuning.alpha,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of Adam after warm-up. [default: 3e-3 for emoji, else 1e-3]")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the penalty. [default: 3 for emoji, else 0.1]")] = None,
     weight_decay: Annotated[float, typer.Option()] = Tuning.weight_decay,
     temperature: Annotated[float, typer.Option(help="Divides the attention scores.")] = Options.temperature,
     heads: Annotated[int, typer.Option(help="Attention heads; a divisor of the width.")] = Options.num_heads,
@@ -103,8 +106,10 @@ def train(
     traceback: Traceback = False,
 ) -> None:
     """Train heads on a few shots of the base classes; test base and new classes; write a report folder."""
-    from rada.train import Settings, free_output, run
+    from rada.train import EMOJI_TUNING, Settings, free_output, run
 
+    tuning = replace(EMOJI_TUNING if data == "emoji" else Tuning(), epochs=epochs, batch_size=batch_size)
+    tuning = replace(tuning, weight_decay=weight_decay, **_given(lr=lr, alpha=alpha))
     settings = Settings(
         data=data,
         model=model,
@@ -113,7 +118,7 @@ def train(
         max_classes=max_classes,
         shots=shots,
         seeds=_integers("seeds", seeds),
-        tuning=Tuning(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, alpha=alpha),
+        tuning=tuning,
         head=Options(heads, temperature, tuple(queries.split(",")), penalty),
         device=device,
         backend=backend,
@@ -293,6 +298,11 @@ def _draw(folder: Path) -> None:
         print(f"report: {write_report(folder)}")
     except ModuleNotFoundError as error:  # the results are there; only the pictures are not
         print(f'rada: no figures without {error.name}: pip install "rada[plot]"', file=sys.stderr)
+
+
+def _given(**values) -> dict:
+    """The options that were given on the command line."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _integers(name: str, text: str) -> tuple[int, ...]:
