@@ -311,10 +311,10 @@ def bytes_of(launch: Launch) -> int:
 
 LIBRARY_SHARE = 0.75  # of the published rate: what a library's large square product is taken to reach
 KERNEL_SHARE = 0.60  # of the published rate: what the products of these kernels are taken to reach
-LAUNCH_S = 3e-6
+LAUNCH_S = 1.5e-6
 
 
-def predicted_s(launch: Launch, code: Code, arch: str) -> tuple[float, str]:
+def predicted_s(launch: Launch, arch: str) -> tuple[float, str]:
     """Seconds of a launch by the model that the report states, and the unit that limits it."""
     architecture = ARCHITECTURES[arch]
     flop, exponentials = work_of(launch)
@@ -327,11 +327,10 @@ def predicted_s(launch: Launch, code: Code, arch: str) -> tuple[float, str]:
         "exponentials": exponentials / architecture.special_s,
         "memory": bytes_of(launch) / (0.85 * architecture.bytes_s),
     }
-    # The last wave of programs is as long as a full one.
-    at_once = max(1, code.resident(architecture, arch, launch.arguments["num_warps"])) * architecture.multiprocessors
-    waves = launch.programs / at_once
+    # Programs are dealt out evenly; the multiprocessor with one more than the others finishes last.
+    each = launch.programs / architecture.multiprocessors
     limit = max(units, key=units.get)
-    tail = math.ceil(waves) / waves if waves > 1 else min(1 / waves, architecture.multiprocessors)
+    tail = math.ceil(each) / each
     return units[limit] * (tail if limit != "memory" else 1) + LAUNCH_S, limit
 
 
@@ -340,7 +339,7 @@ def rows_of(load: Workload, mode: str, dtype: str, arch: str, compiler: Compiler
     device = Device.named(arch)
     for launch in record_launches(load, mode, DTYPES[dtype], device):
         code = compiler.code(launch)
-        seconds, limit = predicted_s(launch, code, arch)
+        seconds, limit = predicted_s(launch, arch)
         flop, _ = work_of(launch)
         blocks = {k: launch.arguments[k] for k in ("BK", "BM", "BN", "BR", "BC", "BD", "BE") if k in launch.arguments}
         warps = launch.arguments["num_warps"]
@@ -392,8 +391,9 @@ def render(rows: list[dict]) -> str:
         "Limit time / predicted time. **A prediction, not a measurement.** A launch takes the longest of:",
         f"the FLOP of its products, padding included, at {KERNEL_SHARE:.0%} of the part's published dense rate; its",
         "exponentials at 16 per clock and multiprocessor; its tensors, each passed over once, at 85% of the published",
-        "memory rate; stretched by the last wave of programs where that is not memory; plus 3 µs. The limit is the",
-        f"floor's FLOP at {LIBRARY_SHARE:.0%} of the published rate. The shares are assumptions.",
+        "memory rate; stretched, where that is not memory, by what the programs lack of dividing evenly among the",
+        f"multiprocessors; plus {LAUNCH_S * 1e6:g} µs, as between the launches of a CUDA graph. The limit is the floor's",
+        f"FLOP at {LIBRARY_SHARE:.0%} of the published rate. The shares are assumptions.",
         "",
         "| part | dtype | workload | mode | predicted score | predicted µs | limits |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -470,19 +470,19 @@ def main(
     """Compile every kernel that the workloads launch for every architecture and write the report.
 
     float32 is compiled as torch.set_float32_matmul_precision("high") asks. Rows of other architectures and dtypes that
-    stand in the .json already are kept.
+    stand in runs/compile_report.json already are kept.
     """
     torch.set_float32_matmul_precision("high")
-    store = out.with_suffix(".json")
+    store = HERE.parent / "runs" / out.with_suffix(".json").name
+    store.parent.mkdir(exist_ok=True)
     rows = json.loads(store.read_text()) if store.exists() else []
     for name in arch or ARCHITECTURES:
         for kind in dtype or ("bfloat16", "float16", "float32"):
             compiler = Compiler(name)
             fresh = []
             for load in [WORKLOADS[w] for w in workload or WORKLOADS]:
-                for mode in ("forward", "step-features"):
-                    if mode in load.modes:
-                        fresh += rows_of(load, mode, kind, name, compiler)
+                for mode in load.modes:
+                    fresh += rows_of(load, mode, kind, name, compiler)
             print(f"{name} {kind}: {len(compiler.codes)} kernels", flush=True)
             rows = [r for r in rows if (r["arch"], r["dtype"]) != (name, kind)] + fresh
             store.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")

@@ -63,13 +63,13 @@ def neighbours(kernel: str, config) -> Iterator:
 
 def legal(kernel: str, config, key: str, asked: dict) -> bool:
     """Whether the kernels are right with a configuration, see the comments of `rada_kernels.launch`."""
-    if kernel == "reduction":
+    if kernel.startswith("reduction"):
         width, head_width, _, direct = map(int, key.split("-")[-4:])
         tiles = [c.BM for (name, _), c in asked.items() if name == "attention"]
         block = width if direct else head_width
         return block % config.BD == 0 and (direct or all(rows % config.BR == 0 for rows in tiles))
     if kernel == "attention":
-        return all(config.BM % c.BR == 0 for (name, _), c in asked.items() if name == "reduction")
+        return all(config.BM % c.BR == 0 for (name, _), c in asked.items() if name.startswith("reduction"))
     return True
 
 

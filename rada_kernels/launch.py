@@ -209,8 +209,10 @@ def attention_config(device: Device, dtype: torch.dtype, classes: int, head_widt
             config = AttentionConfig(64, 32, 8, 2)  # 4 warps spill
     elif head_width <= 64:
         config = AttentionConfig(64, 32, 4, 1 if device.arch == "sm_120" else 2)  # BN = 64 spills 24 bytes
+    elif device.arch == "sm_120":
+        config = AttentionConfig(16, 32, 4, 1)
     else:
-        config = AttentionConfig(32, 16, 4, 1)  # BM = 64 spills 1 KiB, 32 x 32 spills 80 bytes
+        config = AttentionConfig(32, 32, 8, 1)  # 4 warps spill 24 to 80 bytes, BM = 64 more than 1 KiB
     return _chosen("attention", config_key(device, dtype, head_width, int(many)), config)
 
 
@@ -221,20 +223,23 @@ def direct_config(device: Device, dtype: torch.dtype, classes: int, head_width: 
 
 
 def reduction_config(
-    device: Device, dtype: torch.dtype, classes: int, width: int, head_width: int, direct: bool
+    device: Device, dtype: torch.dtype, classes: int, width: int, head_width: int, direct: bool, backward: bool
 ) -> GemmConfig:
     block = contracted_block(width if direct else head_width, 64 if dtype.itemsize == 2 else 32)
     many = classes > 256
     if device.arch == "gfx1100":
         config = GemmConfig(32, 64, block, 4, 1)
-    elif many and head_width <= 128 and dtype.itemsize == 2:
-        config = GemmConfig(64, 128, block, 8, 2)  # fewer passes over the rows; 173 to 206 registers, one program
+    elif many and not backward and dtype.itemsize == 2 and device.arch != "sm_100":
+        # Half as many passes over the rows; 180 to 206 registers, one program. sm_100 spills 40 bytes, the backward
+        # kernel 8 to 56.
+        config = GemmConfig(64, 128, block, 8, 2)
     else:
         config = GemmConfig(64, 64, block, 4, 2)  # 142 to 214 registers: two programs
     rows = attention_config(device, dtype, classes, head_width).BM
     if rows < config.BR and not direct:  # a tile's rows share their tile of the attention
         config = replace(config, BR=rows)
-    return _chosen("reduction", config_key(device, dtype, width, head_width, int(many), int(direct)), config)
+    kernel = "reduction_bwd" if backward else "reduction"
+    return _chosen(kernel, config_key(device, dtype, width, head_width, int(many), int(direct)), config)
 
 
 def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
@@ -276,7 +281,7 @@ def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> Atte
         # A second stage makes the narrow heads spill; the wide ones spill 360 bytes with BM = 64.
         config = AttentionConfig(64, 64, 4, 1) if head_width <= 64 else AttentionConfig(32, 64, 8, 1)
     else:
-        config = AttentionConfig(64, 32, 4, 1) if head_width <= 64 else AttentionConfig(32, 32, 4, 1)
+        config = AttentionConfig(64, 32, 4, 1) if head_width <= 64 else AttentionConfig(32, 32, 8, 1)
     return _chosen("keys_bwd", config_key(device, dtype, head_width), config)
 
 

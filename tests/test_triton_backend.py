@@ -103,7 +103,7 @@ def test_blocks_fit_one_another(arch):
     for dtype, width, classes in itertools.product(backend.DTYPES, backend.HEAD_WIDTHS, (1, 33, 257, 1000, 65536)):
         direct = launch.is_direct(classes)
         attention = launch.attention_config(device, dtype, classes, width)
-        reduction = launch.reduction_config(device, dtype, classes, 8 * width, width, direct)
+        reduction = launch.reduction_config(device, dtype, classes, 8 * width, width, direct, False)
         if not direct:
             assert attention.BM % reduction.BR == 0
             assert width % reduction.BD == 0

@@ -237,7 +237,7 @@ def logit_reduction_fwd(
     sums, statistic = (image.new_empty(batch, classes, dtype=torch.float32) for _ in range(2))
     linf = options.penalty == "linf"
     place = image.new_empty(batch if linf else 0, classes, dtype=torch.int32)
-    arguments, config = _common(attended, image, text, options)
+    arguments, config = _common(attended, image, text, options, backward=False)
     tiles = row_tile_count(batch, classes, config.BR, is_direct(classes))
     _logit_reduction_fwd_kernel[(tiles,)](
         weight=params.out_weight, bias=params.out_bias, image=image, text=text, inverse_image=inverse_image,
@@ -252,11 +252,11 @@ def row_tile_count(batch: int, classes: int, block: int, direct: bool) -> int:
     return triton.cdiv(batch * classes, block) if direct else batch * triton.cdiv(classes, block)
 
 
-def _common(attended: AttendedRows, image: Tensor, text: Tensor, options: Options):
+def _common(attended: AttendedRows, image: Tensor, text: Tensor, options: Options, backward: bool):
     """What the forward and the backward kernel are both launched with."""
     width, heads = image.shape[-1], options.num_heads
     device, direct = device_of(image), is_direct(len(text))
-    config = reduction_config(device, image.dtype, len(text), width, width // heads, direct)
+    config = reduction_config(device, image.dtype, len(text), width, width // heads, direct, backward)
     tiles = attended.tops.shape[-1]
     arguments = {
         "rows": attended.rows, "image_row": attended.image_row, "tops": attended.tops, "totals": attended.totals,
@@ -298,7 +298,7 @@ def logit_reduction_bwd(
     Each [B, K, D]; the second with B = 0 unless layers, the third with B = 0 unless features.
     """
     batch, classes, width = len(image), len(text), image.shape[-1]
-    arguments, config = _common(attended, image, text, options)
+    arguments, config = _common(attended, image, text, options, backward=True)
     direct = is_direct(classes)
     grad_out = image.new_empty(batch, classes, width)
     combined = attended.rows[0] if direct else image.new_empty(batch * layers, classes, width)
