@@ -248,8 +248,8 @@ def operator_arguments(batch=3, classes=5, width=16, heads=4):
         (5, [torch.empty(0)] * 4 + [torch.empty(3, 5, 16)] + [torch.empty(0)] * 3, "kept"),
         (6, 5, "num_heads"),
         (10, 3, "penalty"),
-        (11, torch.empty(3, 4), "sums"),
-        (12, torch.empty(3, dtype=torch.float64), "deviation"),
+        (12, torch.empty(3, 4), "sums"),
+        (13, torch.empty(3, dtype=torch.float64), "deviation"),
     ],
 )
 def test_bad_arguments_are_named(position, wrong, name):

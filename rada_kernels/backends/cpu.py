@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rada_kernels.options import PENALTIES, Options, Params, Wanted
 from rada_kernels.rows import inverse_norms, unit_rows_backward
-from rada_kernels.tiling import SAVE_BYTES, budget
+from rada_kernels.tiling import MIB, SAVE_BYTES, budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # RADA_CPU_LIBRARY: another build of it, such as the one that `make sanitize` tests.
@@ -25,6 +25,9 @@ LIBRARY = Path(os.environ.get("RADA_CPU_LIBRARY") or Path(__file__).parent.paren
 # As in csrc/call.h: rows of scores per block, and the floats that a row of scores is rounded up to.
 SCORE_ROWS = 32
 SCORE_COLUMNS = 16
+# A thread's room for the scores of one image and head, unless RADA_TILE_BYTES says otherwise. Above it, from
+# K = 2048 on, scores stream: a third more arithmetic with the values, and memory that grows with K instead of K².
+SCORE_BYTES = 32 * MIB
 
 
 def _load() -> tuple[str, str, bool]:
@@ -145,8 +148,9 @@ class Call:
     def arguments(self, kept: list[Tensor]) -> tuple:
         options = self.options
         return (
-            self.f, self.h, self.image_query, self.text_query, self.layers, kept, options.num_heads, self.scale,
-            options.score_factor(self.f.shape[1]), "rational" in options.queries, PENALTIES.index(options.penalty),
+            self.f, self.h, self.image_query, self.text_query, self.layers, kept,
+            options.num_heads, self.scale, options.score_factor(self.f.shape[1]), "rational" in options.queries,
+            PENALTIES.index(options.penalty), budget("RADA_TILE_BYTES", SCORE_BYTES),
         )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ struct Call {
   int64_t images, classes, width, heads;
   float scale;
   double score_factor;
+  int64_t score_bytes;  // a thread's room for the scores of one image and head, in both kinds
   Penalty penalty;
   const float* f;            // [B, D] unit rows
   const float* h;            // [K, D]

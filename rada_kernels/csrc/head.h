@@ -42,7 +42,7 @@ class Head {
 
  public:
   Head(const Call& call, const Pool& pool, bool backward, void* workspace)
-      : c(call), pool(pool), shape(call.classes, call.width / call.heads), arena{(char*)workspace} {
+      : c(call), pool(pool), shape(call.classes, call.width / call.heads, call.score_bytes), arena{(char*)workspace} {
     over_width = round_up(c.width, W);
     wave_images = smaller_of(larger_of(WAVE_ROWS / c.classes, 1), c.images);
     const int64_t rows = wave_images * c.classes, pairs = wave_images * c.heads;
@@ -92,7 +92,8 @@ class Head {
       fit([&] {
         attention.keys = arena.take<word>(words * shape.ld());
         attention.values = arena.take<word>(half * width_ld);
-        attention.exponentials = c.weights ? nullptr : arena.take<float>(rada::KINDS * c.classes * shape.ld());
+        attention.exponentials = c.weights ? nullptr : arena.take<float>(rada::KINDS * shape.score_rows() * shape.ld());
+        attention.kinds = shape.streams && !c.weights ? arena.take<float>(rada::KINDS * c.classes * width_ld) : nullptr;
         attention.block_scale = arena.take<float>(rada::KINDS * shape.blocks);
         attention.image_row = arena.take<float>(shape.ld() + width_ld);
         attention.mixed = (word*)arena.take<element>(rada::SCORE_ROWS * shape.ld());
@@ -108,8 +109,8 @@ class Head {
         s.keys = arena.take<word>(words * shape.ld());
         s.values = arena.take<word>(words * shape.ld());
         s.key_rows = arena.take<word>(half * width_ld);
-        s.exponentials = c.weights ? nullptr : arena.take<float>(rada::KINDS * c.classes * shape.ld());
-        s.grad_weights = arena.take<float>(c.classes * shape.ld());
+        s.exponentials = c.weights ? nullptr : arena.take<float>(rada::KINDS * shape.score_rows() * shape.ld());
+        s.grad_weights = arena.take<float>(shape.score_rows() * shape.ld());
         s.grad_key = arena.take<float>(round_up(c.classes, MR) * width_ld);
         s.grad_value = arena.take<float>(round_up(c.classes, MR) * width_ld);
         s.grad_scores = (word*)arena.take<element>(rada::SCORE_ROWS * shape.ld());
@@ -234,16 +235,16 @@ class Head {
     const Rows<P>* queries[] = {c.text_query ? &text : nullptr, c.rational ? &rational : nullptr};
     AttentionScratch s = attention;
     s.keys = mine(s.keys, thread), s.values = mine(s.values, thread), s.mixed = mine(s.mixed, thread);
-    s.image_row = mine(s.image_row, thread);
+    s.image_row = mine(s.image_row, thread), s.kinds = mine(s.kinds, thread);
     float *exps[rada::KINDS], *scale[rada::KINDS], *stats[rada::KINDS];
     for (int n = 0; n < rada::KINDS; n++) {
-      exps[n] = c.weights ? kept_weights(n, pair) : mine(attention.exponentials, thread) + n * c.classes * shape.ld();
+      exps[n] = c.weights ? kept_weights(n, pair) : mine(attention.exponentials, thread) + n * shape.score_rows() * shape.ld();
       scale[n] = c.weights ? kept_scale(n, pair) : mine(s.block_scale, thread) + n * shape.blocks;
       stats[n] = statistics_of(n, pair);
     }
     attend<P>(attended_rows() + start, c.width, c.image_query ? c.image_query + (first + b) * c.width + column : nullptr,
               queries, {projected(rada::KEY) + start, c.width}, {projected(rada::VALUE) + start, c.width}, c.score_factor,
-              shape, s, exps, scale, stats);
+              shape, s, c.weights != nullptr, exps, scale, stats);
   }
 
   // The three steps backward for one wave.

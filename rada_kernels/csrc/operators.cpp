@@ -134,7 +134,7 @@ struct Arguments {
   int64_t heads;
   double scale, score_factor;
   bool rational;
-  int64_t penalty;
+  int64_t penalty, score_bytes;
 };
 
 Call make_call(const Arguments& a, ScalarType dtype) {
@@ -151,6 +151,7 @@ Call make_call(const Arguments& a, ScalarType dtype) {
   STD_TORCH_CHECK(a.penalty >= 0 && a.penalty <= 2, "penalty: it takes 0, 1 or 2");
   call.scale = (float)a.scale;
   call.score_factor = a.score_factor;
+  call.score_bytes = a.score_bytes;
   call.rational = a.rational;
   call.penalty = (rada::Penalty)a.penalty;
   const int64_t image_numbers = call.images * call.width, text_numbers = call.classes * call.width;
@@ -205,11 +206,12 @@ Loops loops_for(const Tensor& weight, ScalarType* dtype) {
 // ---- operators
 
 void forward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensors layers, Tensors kept, int64_t num_heads,
-             double scale, double score_factor, bool rational, int64_t penalty, Tensor sums, Tensor deviation) {
+             double scale, double score_factor, bool rational, int64_t penalty, int64_t score_bytes, Tensor sums, Tensor deviation) {
   STD_TORCH_CHECK(layers.size() == 8, "layers: they take 8 tensors");
   ScalarType dtype;
   const Loops loops = loops_for(layers[rada::KEY * 2], &dtype);
-  Call call = make_call({f, h, image_query, text_query, layers, kept, num_heads, scale, score_factor, rational, penalty}, dtype);
+  Call call = make_call({f, h, image_query, text_query, layers, kept, num_heads, scale, score_factor, rational, penalty, score_bytes},
+                        dtype);
   call.sums = pointer<float>("sums", sums, call.images * call.classes, ScalarType::Float);
   call.deviation = pointer<float>("deviation", deviation, call.images, ScalarType::Float);
   STD_TORCH_CHECK(call.sums && call.deviation, "sums, deviation: they take [B, K] and [B]");
@@ -220,13 +222,14 @@ void forward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensors 
 }
 
 void backward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensors layers, Tensors kept, int64_t num_heads,
-              double scale, double score_factor, bool rational, int64_t penalty, Tensor grad_sums,
+              double scale, double score_factor, bool rational, int64_t penalty, int64_t score_bytes, Tensor grad_sums,
               Tensor grad_deviation, Tensors grad_layers, Tensor grad_image_query, Tensor grad_text_query,
               Tensor grad_f, Tensor grad_h) {
   STD_TORCH_CHECK(layers.size() == 8 && grad_layers.size() == 8, "layers, grad_layers: they take 8 tensors each");
   ScalarType dtype;
   const Loops loops = loops_for(layers[rada::KEY * 2], &dtype);
-  Call call = make_call({f, h, image_query, text_query, layers, kept, num_heads, scale, score_factor, rational, penalty}, dtype);
+  Call call = make_call({f, h, image_query, text_query, layers, kept, num_heads, scale, score_factor, rational, penalty, score_bytes},
+                        dtype);
   const int64_t image_numbers = call.images * call.width, text_numbers = call.classes * call.width;
   call.grad_sums = pointer<float>("grad_sums", grad_sums, call.images * call.classes, ScalarType::Float);
   call.grad_deviation = pointer<float>("grad_deviation", grad_deviation, call.images, ScalarType::Float);
@@ -259,10 +262,10 @@ STABLE_TORCH_LIBRARY(rada_cpu, m) {
   m.def("instruction_set() -> str");
   m.def("has_bfloat16() -> bool");
   m.def("forward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensor[] layers, Tensor[] kept, "
-        "int num_heads, float scale, float score_factor, bool rational, int penalty, Tensor sums, "
+        "int num_heads, float scale, float score_factor, bool rational, int penalty, int score_bytes, Tensor sums, "
         "Tensor deviation) -> ()");
   m.def("backward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensor[] layers, Tensor[] kept, "
-        "int num_heads, float scale, float score_factor, bool rational, int penalty, Tensor grad_sums, "
+        "int num_heads, float scale, float score_factor, bool rational, int penalty, int score_bytes, Tensor grad_sums, "
         "Tensor grad_deviation, Tensor[] grad_layers, Tensor grad_image_query, Tensor grad_text_query, "
         "Tensor grad_f, Tensor grad_h) -> ()");
 }

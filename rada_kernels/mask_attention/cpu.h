@@ -2,7 +2,8 @@
 //
 // A block of SCORE_ROWS score rows is exponentiated as its tiles leave the product, against a reference that a
 // block before it has seen; the exponentials of both query kinds stay in memory until the joint normalisers are
-// known, and are then added before the one product with the values.
+// known, and are then added before the one product with the values. Where they would take more than score_bytes
+// they stream: forward, each kind has a product of its own (8K²D instead of 6K²D); backward, scores are computed twice.
 #pragma once
 
 #include "../csrc/call.h"
@@ -31,9 +32,12 @@ struct Shape {
   int64_t classes, width;  // K, E
   Panels over_classes, over_width;
   int64_t blocks;
+  bool streams;
 
-  Shape(int64_t classes, int64_t width)
-      : classes(classes), width(width), over_classes(classes), over_width(width), blocks(ceil_div(classes, SCORE_ROWS)) {}
+  Shape(int64_t classes, int64_t width, int64_t score_bytes)
+      : classes(classes), width(width), over_classes(classes), over_width(width), blocks(ceil_div(classes, SCORE_ROWS)),
+        streams(classes > SCORE_ROWS && KINDS * classes * ld() * (int64_t)sizeof(float) > score_bytes) {}
+  int64_t score_rows() const { return streams ? SCORE_ROWS : classes; }  // in memory at a time, unless kept
   int64_t block_rows(int64_t block) const { return smaller_of(SCORE_ROWS, classes - block * SCORE_ROWS); }
   int64_t ld() const { return round_up(classes, 16); }  // of a row of scores, in floats: the same for every W
 };
@@ -96,7 +100,8 @@ float exponentials_from_maximum(float* to, const word* query, int64_t query_ld, 
 struct AttentionScratch {
   word* keys;             // keyᵀ panels
   word* values;           // value panels
-  float* exponentials;    // [KINDS, K, ld]
+  float* exponentials;    // [KINDS, score_rows, ld]
+  float* kinds;           // [KINDS, K, padded E] each kind's rows against its block's reference, where scores stream
   float* block_scale;     // [KINDS, blocks]
   float* image_row;       // [ld] then [padded E]
   word* mixed;            // [SCORE_ROWS, ld] elements
@@ -136,22 +141,34 @@ void weighted_sum(float* to, const float* row, const Rows<P>& rows, const Shape&
 }
 
 // Attended rows of one pair. queries[n] null: kind not in use; image_query [E] likewise. statistics[n] and
-// block_scale[n] come out as call.h describes them.
+// block_scale[n] come out as call.h describes them. kept: exps are of all rows, to stay.
 template <class P>
 void attend(typename P::element* attended, int64_t attended_ld, const float* image_query, const Rows<P>* const* queries,
             const Rows<P>& key, const Rows<P>& value, double score_factor, const Shape& s,
-            const AttentionScratch& scratch, float* const* exps, float* const* block_scale, float* const* statistics) {
+            const AttentionScratch& scratch, bool kept, float* const* exps, float* const* block_scale,
+            float* const* statistics) {
   const float factor = score_factor * LOG2E;
   const float count = (image_query != nullptr) + (queries[0] != nullptr) + (queries[1] != nullptr);
   pack_columns(scratch.keys, key.words(0), key.word_ld(), s.width / P::per_word, s.classes);
   pack_rows<P>(scratch.values, value.at, value.ld, s.classes, s.width);
+  const bool streams = s.streams && !kept;
+  const int64_t width_ld = s.over_width.padded();
+  typename P::element* const mixed = (typename P::element*)scratch.mixed;
+  auto weigh_values = [&](int64_t rows, auto&& put) {
+    multiply<P, true>(rows, ceil_div(s.classes, P::per_word), scratch.mixed, s.ld() / P::per_word, scratch.values,
+                      s.over_width, [&](int64_t row, int count, int64_t column, const auto& c) {
+                        constexpr int N = sizeof(c.at[0]) / sizeof(vec);
+                        for (int r = 0; r < count; r++)
+                          for (int v = 0; v < N; v++) put(row + r, column + v * W, c.at[r][v]);
+                      });
+  };
   for (int n = 0; n < KINDS; n++) {
     if (!queries[n]) continue;
     float reference = 0, total = 0, top = 0;  // total: all blocks so far, against top
     for (int64_t block = 0; block < s.blocks; block++) {
       const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
       const word* query = queries[n]->words(first);
-      float* to = exps[n] + first * s.ld();
+      float* to = exps[n] + (streams ? 0 : first * s.ld());
       float sum = LARGE;
       if (block)
         sum = exponentials<P>(to, query, queries[n]->word_ld(), rows, scratch.keys, s, factor, reference);
@@ -163,6 +180,11 @@ void attend(typename P::element* attended, int64_t attended_ld, const float* ima
         top = reference;
       }
       total += sum;  // reference is top: it never falls below a block before it
+      if (streams) {
+        for (int64_t i = 0; i < rows * s.ld(); i += W) P::put(mixed + i, load(to + i));
+        float* kind = scratch.kinds + (n * s.classes + first) * width_ld;
+        weigh_values(rows, [&](int64_t row, int64_t e, vec v) { store(kind + row * width_ld + e, v); });
+      }
     }
     for (int64_t block = 0; block < s.blocks; block++)
       block_scale[n][block] = __builtin_exp2f((block_scale[n][block] - top) * factor);
@@ -186,29 +208,31 @@ void attend(typename P::element* attended, int64_t attended_ld, const float* ima
   };
   for (int64_t block = 0; block < s.blocks; block++) {
     const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
-    typename P::element* mixed = (typename P::element*)scratch.mixed;
     const float a = share_of(0, block), b = share_of(1, block);
-    const float* one = exps[queries[0] ? 0 : 1] + first * s.ld();
-    const float* other = exps[queries[1] ? 1 : 0] + first * s.ld();
-    for (int64_t i = 0; i < rows * s.ld(); i += W) P::put(mixed + i, load(one + i) * a + load(other + i) * b);
-    multiply<P, true>(rows, ceil_div(s.classes, P::per_word), scratch.mixed, s.ld() / P::per_word, scratch.values,
-                      s.over_width, [&](int64_t row, int count, int64_t column, const auto& c) {
-                        constexpr int N = sizeof(c.at[0]) / sizeof(vec);
-                        for (int r = 0; r < count; r++)
-                          for (int v = 0; v < N; v++) {
-                            const int64_t e = column + v * W;
-                            P::put_first(attended + (first + row + r) * attended_ld + e,
-                                         c.at[r][v] + load(image_part + e), s.width - e);
-                          }
-                      });
+    auto put = [&](int64_t row, int64_t e, vec v) {
+      P::put_first(attended + (first + row) * attended_ld + e, v + load(image_part + e), s.width - e);
+    };
+    const int one = queries[0] ? 0 : 1, other = queries[1] ? 1 : 0;  // the same, times zero, where one is not in use
+    if (streams) {
+      const float* x = scratch.kinds + (one * s.classes + first) * width_ld;
+      const float* y = scratch.kinds + (other * s.classes + first) * width_ld;
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t e = 0; e < s.width; e += W)
+          put(r, e, load(x + r * width_ld + e) * a + load(y + r * width_ld + e) * b);
+      continue;
+    }
+    const float* x = exps[one] + first * s.ld();
+    const float* y = exps[other] + first * s.ld();
+    for (int64_t i = 0; i < rows * s.ld(); i += W) P::put(mixed + i, load(x + i) * a + load(y + i) * b);
+    weigh_values(rows, put);
   }
 }
 
 struct AttentionBackwardScratch {
   word *keys, *values;        // keyᵀ and valueᵀ panels
   word* key_rows;             // key panels
-  float* exponentials;        // [KINDS, K, ld]
-  float* grad_weights;        // [K, ld] dP = dO valueᵀ
+  float* exponentials;        // [KINDS, score_rows, ld]
+  float* grad_weights;        // [score_rows, ld] dP = dO valueᵀ
   float *grad_key, *grad_value;  // [K rounded up to MR, padded E]
   word* grad_scores;          // [SCORE_ROWS, ld] elements
   word* by_column;            // [SCORE_ROWS / per_word, ld] words
@@ -274,31 +298,50 @@ void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_row
   float total[KINDS] = {};
   for (int n = 0; n < KINDS; n++)
     if (queries[n]) {
-      exps[n] = kept[n] ? kept[n] : scratch.exponentials + n * s.classes * s.ld();
+      exps[n] = kept[n] ? kept[n] : scratch.exponentials + n * s.score_rows() * s.ld();
       total[n] = kept[n] ? statistics[n][1] : 0;
     }
-  if (queries[0] || queries[1])
-    for (int64_t block = 0; block < s.blocks; block++) {
-      const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
-      for (int n = 0; n < KINDS; n++)
-        if (queries[n] && !kept[n])
-          total[n] += exponentials<P>((float*)exps[n] + first * s.ld(), queries[n]->words(first), queries[n]->word_ld(),
-                                      rows, scratch.keys, s, score_factor * LOG2E, statistics[n][0]);
-      vec dots[KINDS] = {};
-      multiply<P, true>(rows, words, grad_rows.words(first), grad_rows.word_ld(), scratch.values, s.over_classes,
-                        [&](int64_t row, int valid, int64_t column, const auto& c) {
-                          constexpr int N = sizeof(c.at[0]) / sizeof(vec);
-                          for (int r = 0; r < valid; r++)
-                            for (int v = 0; v < N; v++) {
-                              const int64_t at = (first + row + r) * s.ld() + column + v * W;
-                              store(scratch.grad_weights + at, c.at[r][v]);
-                              for (int n = 0; n < KINDS; n++)
-                                if (exps[n]) dots[n] += load(exps[n] + at) * c.at[r][v];
-                            }
-                        });
-      for (int n = 0; n < KINDS; n++)
-        if (exps[n]) delta[n] += sum(dots[n]) * (kept[n] ? block_scale[n][block] : 1);
+  auto exps_of = [&](int n, int64_t block) {
+    return exps[n] + (s.streams && !kept[n] ? 0 : block * SCORE_ROWS * s.ld());
+  };
+  auto grad_weights_of = [&](int64_t block) {
+    return scratch.grad_weights + (s.streams ? 0 : block * SCORE_ROWS * s.ld());
+  };
+  // Exponentials and dP of one block, with their sums and dots.
+  auto compute_scores = [&](int64_t block, float* sums, float* dots) {
+    const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
+    const float* a[KINDS] = {};
+    for (int n = 0; n < KINDS; n++) {
+      if (!exps[n]) continue;
+      a[n] = exps_of(n, block);
+      if (!kept[n])
+        sums[n] = exponentials<P>((float*)a[n], queries[n]->words(first), queries[n]->word_ld(), rows, scratch.keys, s,
+                                  score_factor * LOG2E, statistics[n][0]);
     }
+    float* dP = grad_weights_of(block);
+    vec products[KINDS] = {};
+    multiply<P, true>(rows, words, grad_rows.words(first), grad_rows.word_ld(), scratch.values, s.over_classes,
+                      [&](int64_t row, int valid, int64_t column, const auto& c) {
+                        constexpr int N = sizeof(c.at[0]) / sizeof(vec);
+                        for (int r = 0; r < valid; r++)
+                          for (int v = 0; v < N; v++) {
+                            const int64_t at = (row + r) * s.ld() + column + v * W;
+                            store(dP + at, c.at[r][v]);
+                            for (int n = 0; n < KINDS; n++)
+                              if (a[n]) products[n] += load(a[n] + at) * c.at[r][v];
+                          }
+                      });
+    for (int n = 0; n < KINDS; n++) dots[n] = sum(products[n]);
+  };
+  const bool matrix = queries[0] || queries[1];
+  for (int64_t block = 0; block < s.blocks && matrix; block++) {
+    float sums[KINDS] = {}, dots[KINDS];
+    compute_scores(block, sums, dots);
+    for (int n = 0; n < KINDS; n++) {
+      total[n] += sums[n];
+      delta[n] += dots[n] * (kept[n] ? block_scale[n][block] : 1);
+    }
+  }
   for (int n = 0; n < KINDS; n++)
     if (exps[n]) delta[n] /= total[n];
   // A_n / kinds = exponentials times this.
@@ -308,12 +351,16 @@ void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_row
 
   typename P::element* const dS = (typename P::element*)scratch.grad_scores;
   const Rows<P>* all_queries[KINDS] = {queries[0], queries[1]};
-  for (int64_t block = 0; block < s.blocks && (queries[0] || queries[1]); block++) {
+  for (int64_t block = 0; block < s.blocks && matrix; block++) {
     const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
-    const float* dP = scratch.grad_weights + first * s.ld();
+    if (s.streams) {
+      float sums[KINDS], dots[KINDS];
+      compute_scores(block, sums, dots);
+    }
+    const float* dP = grad_weights_of(block);
     for (int n = 0; n < KINDS; n++) {
       if (!exps[n]) continue;
-      const float* a = exps[n] + first * s.ld();
+      const float* a = exps_of(n, block);
       const vec scale = splat(scale_of(n, block) * (float)score_factor), offset = splat(delta[n]);
       for (int64_t i = 0; i < rows * s.ld(); i += W) P::put(dS + i, load(a + i) * scale * (load(dP + i) - offset));
       multiply<P, true>(rows, ceil_div(s.classes, P::per_word), (const word*)dS, s.ld() / P::per_word, scratch.key_rows,
@@ -332,8 +379,8 @@ void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_row
                       s, scratch.block_rows);
     }
     const float a = scale_of(0, block), b = scale_of(1, block);
-    const float* one = exps[exps[0] ? 0 : 1] + first * s.ld();
-    const float* other = exps[exps[1] ? 1 : 0] + first * s.ld();
+    const float* one = exps_of(exps[0] ? 0 : 1, block);
+    const float* other = exps_of(exps[1] ? 1 : 0, block);
     for (int64_t i = 0; i < rows * s.ld(); i += W) P::put(dS + i, load(one + i) * a + load(other + i) * b);
     add_by_class<P>(scratch.grad_value, by_column<P>(dS, rows, s.ld(), scratch.by_column), grad_rows, first, rows, s,
                     scratch.block_rows);
