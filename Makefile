@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: run test test-all sanitize bench lint format clean
+.PHONY: run test test-all sanitize bench compile-report lint format clean
 
 run: $(STAMP)
 	$(PY) -m rada train $(ARGS)
@@ -27,6 +27,9 @@ sanitize: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) bench/kernels.py $(ARGS)
+
+compile-report: $(STAMP)
+	$(PY) bench/compile_report.py $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
 @pytest.mark.parametrize(
     ("module", "marks"),
     [
+        ("test_triton_kernels.py", "not slow"),
         ("test_triton_operator.py", "not slow"),
         ("test_triton_bytes.py", "not slow"),
         pytest.param("test_triton_operator.py", "slow", marks=pytest.mark.slow),

@@ -1,0 +1,123 @@
+"""Each step's Triton launchers alone, interpreted, against the reference's step and its autograd in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rada_kernels import Params
+from rada_kernels.logit_reduction import reference as reduction_reference
+from rada_kernels.logit_reduction.triton import deviation_and_peak, logit_reduction_bwd, logit_reduction_fwd
+from rada_kernels.mask_attention import reference as attention_reference
+from rada_kernels.mask_attention.triton import empty_attended_rows, mask_attention_bwd, mask_attention_fwd
+from rada_kernels.options import QUERIES
+from rada_kernels.rational_projection import reference as projection_reference
+from rada_kernels.rational_projection.triton import (
+    query_fwd,
+    rational_projection_bwd_features,
+    rational_projection_bwd_weights,
+    rational_projection_fwd,
+)
+from rada_kernels.rows import unit_rows
+from tests.truth import make_case
+
+BATCH, WIDTH, HEADS = 2, 96, 2
+SIZES = pytest.mark.parametrize("classes", [1, 2, 17, 64, 65, 129], ids="K={}".format)
+
+
+def close(mine: torch.Tensor, truth: torch.Tensor) -> None:
+    torch.testing.assert_close(mine.double(), truth.detach(), rtol=0, atol=2e-5 * truth.abs().max().item() + 1e-12)
+
+
+def inputs(classes: int):
+    case = make_case(BATCH, classes, WIDTH, HEADS)
+    single = case.cast(torch.float32)
+    return single, Params(*single.layers, logit_scale=case.scale.float()), single.cast(torch.float64)
+
+
+@SIZES
+def test_rational_projection(classes, poisoned_empty):
+    single, params, double = inputs(classes)
+    f, h = (unit_rows(rows).requires_grad_() for rows in (double.image, double.text))
+    layers = [layer.requires_grad_() for layer in double.layers]
+    query, key, value = projection_reference.rational_projection(f, h, double.scale, Params(*layers), QUERIES)
+
+    scale = params.logit_scale
+    query_image, inverse_image = query_fwd(single.image, scale, *params[:2], normalize=True, project=True)
+    query_text, inverse_text = query_fwd(single.text, scale, *params[2:4], normalize=True, project=True)
+    projections = single.image.new_empty(3, BATCH, classes, WIDTH)
+    rational_projection_fwd(single.image, single.text, inverse_image, inverse_text, params, projections)
+    close(query_image, query["image"][:, 0])
+    close(query_text, query["text"][0])
+    truth = torch.stack([key, value, query["rational"]])
+    close(projections, truth)
+
+    upstream, masked = torch.randn(truth.shape), torch.randn(truth.shape[1:])
+    through_sums = (masked.double() * f[:, None] * h).sum()
+    grads = torch.autograd.grad((truth * upstream.double()).sum() + through_sums, [f, h, *layers[4:10]])
+    arguments = single.image, single.text, inverse_image, inverse_text
+    for mine, true in zip(rational_projection_bwd_features(*arguments, params, upstream, masked), grads, strict=False):
+        close(mine, true)
+    weights, biases = rational_projection_bwd_weights(*arguments, scale, upstream)
+    for index, layer in enumerate((2, 4, 0)):  # key, value, rational query among the layers from the fifth on
+        close(weights[index], grads[2 + layer])
+        close(biases[index], grads[3 + layer])
+
+
+@SIZES
+def test_mask_attention(classes, poisoned_empty):
+    single, _, double = inputs(classes)
+    rows = {"image": (BATCH, WIDTH), "text": (classes, WIDTH), "all": (3, BATCH, classes, WIDTH)}
+    leaves = {name: torch.randn(shape) for name, shape in rows.items()}
+    true = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
+    query = {"image": true["image"][:, None], "text": true["text"][None], "rational": true["all"][2]}
+    factor = double.options.score_factor(WIDTH)
+    attended_truth = attention_reference.mask_attention(query, true["all"][0], true["all"][1], HEADS, factor)
+
+    attended = empty_attended_rows(single.image, classes, single.options)
+    mask_attention_fwd(leaves["image"], leaves["text"], leaves["all"], single.options, attended)
+    upstream = torch.randn(attended_truth.shape)
+    grads = torch.autograd.grad((attended_truth * upstream.double()).sum(), list(true.values()))
+    grad_all, grad_text, grad_image = mask_attention_bwd(
+        upstream, leaves["image"], leaves["text"], leaves["all"], single.options, attended
+    )
+    for mine, truth in zip((grad_image, grad_text.sum(0), grad_all), grads, strict=True):
+        close(mine, truth)
+    if len(attended.rows) == 1:  # direct: the rows are finished
+        close(attended.rows[0], attended_truth)
+
+
+@SIZES
+@pytest.mark.parametrize("penalty", ["linf", "l1", "mse"])
+def test_logit_reduction(classes, penalty, poisoned_empty):
+    """On the attention's own output, in whichever form it comes for K."""
+    single, params, double = inputs(classes)
+    options = type(single.options)(HEADS, penalty=penalty)
+    queries = torch.randn(BATCH, WIDTH), torch.randn(classes, WIDTH), torch.randn(3, BATCH, classes, WIDTH)
+    attended = empty_attended_rows(single.image, classes, options)
+    mask_attention_fwd(*queries, options, attended)
+    image, text, everything = (tensor.double() for tensor in queries)
+    rows = attention_reference.mask_attention(
+        {"image": image[:, None], "text": text[None], "rational": everything[2]},
+        everything[0], everything[1], HEADS, options.score_factor(WIDTH),
+    )  # fmt: skip
+    f, h = unit_rows(double.image), unit_rows(double.text)
+    out = (rows @ double.layers[10].t() + double.layers[11]).requires_grad_()
+    mask = torch.relu(1 + out)
+    sums_truth = reduction_reference.masked_sums(mask, f, h)
+    deviation_truth = reduction_reference.deviation_from_one(mask, penalty)
+
+    inverse = [1 / torch.linalg.vector_norm(rows, dim=-1) for rows in (single.image, single.text)]
+    arguments = single.image, single.text, *inverse, options
+    sums, statistic, place = logit_reduction_fwd(attended, params, *arguments)
+    deviation, peak = deviation_and_peak(statistic, place, WIDTH, penalty)
+    close(sums, sums_truth)
+    close(deviation, deviation_truth)
+    upstream = torch.randn(BATCH, classes), torch.randn(BATCH)
+    loss = (sums_truth * upstream[0].double()).sum() + (deviation_truth * upstream[1].double()).sum()
+    grad_out, combined, masked = logit_reduction_bwd(
+        *upstream, attended, peak, params, *arguments, layers=True, features=True
+    )
+    close(grad_out, torch.autograd.grad(loss, out)[0])
+    close(combined, rows)
+    close(masked, upstream[0].double()[..., None] * mask)
