@@ -195,11 +195,11 @@ def attention_config(device: Device, dtype: torch.dtype, classes: int, head_widt
     many = classes > 512
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)  # large blocks: what takes time is numpy's calls
-    elif device.arch == "gfx1100":
+    elif device.arch.startswith("gfx1"):
         config = AttentionConfig(64, 16, 4, 1)  # BN = 32 spills 256 bytes: operands lie twice in a wave of 32
     elif dtype == torch.float32:
         config = AttentionConfig(64 if head_width <= 64 else 32, 16, 4, 1)  # operands take twice the registers
-    elif device.arch == "gfx942":
+    elif device.arch.startswith("gfx9"):
         config = AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 1)  # one stage: 64 KiB of shared memory
     elif _has_wide_products(device):
         if head_width <= 64:
@@ -227,7 +227,7 @@ def reduction_config(
 ) -> GemmConfig:
     block = contracted_block(width if direct else head_width, 64 if dtype.itemsize == 2 else 32)
     many = classes > 256
-    if device.arch == "gfx1100":
+    if device.arch.startswith("gfx1"):
         config = GemmConfig(32, 64, block, 4, 1)
     elif many and not backward and dtype.itemsize == 2 and device.arch != "sm_100":
         # Half as many passes over the rows; 180 to 206 registers, one program. sm_100 spills 40 bytes, the backward
@@ -255,11 +255,11 @@ def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> Attenti
 def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)
-    elif device.arch == "gfx1100":
+    elif device.arch.startswith("gfx1"):
         config = AttentionConfig(64, 16, 4, 1)
     elif dtype == torch.float32:
         config = AttentionConfig(64 if head_width <= 64 else 32, 16, 4, 1)
-    elif device.arch == "gfx942":
+    elif device.arch.startswith("gfx9"):
         config = AttentionConfig(64, 32, 4, 1)
     elif _has_wide_products(device):
         config = AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 2)  # 198 and 240 registers
@@ -273,9 +273,9 @@ def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> A
 def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)
-    elif device.arch == "gfx1100" or dtype == torch.float32:
+    elif device.arch.startswith("gfx1") or dtype == torch.float32:
         config = AttentionConfig(32, 32, 4, 1)
-    elif device.arch == "gfx942":
+    elif device.arch.startswith("gfx9"):
         config = AttentionConfig(64, 32, 4, 1)
     elif _has_wide_products(device):
         # A second stage makes the narrow heads spill; the wide ones spill 360 bytes with BM = 64.
