@@ -233,6 +233,8 @@ def reduction_config(
         # Half as many passes over the rows; 180 to 206 registers, one program. sm_100 spills 40 bytes, the backward
         # kernel 8 to 56.
         config = GemmConfig(64, 128, block, 8, 2)
+    elif device.arch == "sm_120" and head_width <= 64:
+        config = GemmConfig(64, 64, block, 8, 2)  # 104 and 117 registers; 4 warps spill
     else:
         config = GemmConfig(64, 64, block, 4, 2)  # 142 to 214 registers: two programs
     rows = attention_config(device, dtype, classes, head_width).BM
