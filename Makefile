@@ -44,7 +44,7 @@ CPP := CMakeLists.txt $(wildcard rada_kernels/csrc/*.* rada_kernels/*/*.h)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(CPP)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision setuptools
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision setuptools cmake
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[demo,plot,dev]"
 	touch $(STAMP)
 

@@ -225,7 +225,7 @@ def info(
         return
     console = Console()
     table = Table(show_header=False, title="environment")
-    for name in ("rada", "python", "system", "cores", "threads"):
+    for name in ("rada", "python", "system", "cores", "threads", "triton kernels"):
         table.add_row(name, str(facts[name]))
     for group in ("packages", "devices", "variables"):
         missing = "not set" if group == "variables" else "not installed"

@@ -10,9 +10,20 @@ import torch
 
 from rada.version import __version__
 from rada_kernels import usable_backends
+from rada_kernels.backends.triton import STATUS
 
 PACKAGES = ("torch", "numpy", "triton", "open_clip_torch", "torchvision", "safetensors", "pyarrow", "matplotlib")
-VARIABLES = ("RADA_BACKEND", "RADA_TILE_BYTES", "RADA_SAVE_BYTES", "RADA_TRACEBACK", "OMP_NUM_THREADS")
+VARIABLES = (
+    "RADA_BACKEND",
+    "RADA_TILE_BYTES",
+    "RADA_SAVE_BYTES",
+    "RADA_CPU_ISA",
+    "RADA_CPU_LIBRARY",
+    "RADA_TUNED",
+    "RADA_TRACEBACK",
+    "OMP_NUM_THREADS",
+    "TRITON_INTERPRET",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A usual head: CLIP's ViT-B/16 with the released eight heads.
 EMBED_DIM, NUM_HEADS = 512, 8
@@ -26,6 +37,7 @@ def environment() -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "triton kernels": STATUS,
         "packages": {package: _version(package) for package in PACKAGES},
         "devices": {str(device): _device_name(device) for device in devices()},
         "variables": {name: os.environ.get(name) for name in VARIABLES},

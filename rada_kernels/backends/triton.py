@@ -34,6 +34,8 @@ def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: 
             return False, "device cpu: it takes a CUDA or ROCm device (or TRITON_INTERPRET=1)"
     elif device.type != "cuda":
         return False, f"device {device.type}: it takes a CUDA or ROCm device"
+    elif not torch.cuda.is_available():
+        return False, f"device {device}: torch finds no CUDA or ROCm device here"
     elif not torch.version.hip and torch.cuda.get_device_capability(device) < OLDEST:
         major, minor = torch.cuda.get_device_capability(device)
         return False, f"compute capability {major}.{minor}: it takes {OLDEST[0]}.{OLDEST[1]} or newer"
@@ -45,7 +47,7 @@ def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: 
         return False, f"num_heads {num_heads}: it takes at most {MAX_HEADS}"
     if embed_dim % num_heads or embed_dim // num_heads not in HEAD_WIDTHS:
         return False, f"head width {embed_dim / num_heads:g}: it takes one of {', '.join(map(str, HEAD_WIDTHS))}"
-    return True, "Triton kernels" if device.type == "cuda" else "Triton kernels, interpreted"
+    return True, f"Triton kernels, {STATUS}" if device.type == "cuda" else "Triton kernels, interpreted"
 
 
 def interpreted() -> bool:
