@@ -115,9 +115,7 @@ class TestAugmentation:
         return torch.rand(8, 3, 64, 64, generator=generator)
 
     def test_shape_range_and_seed(self):
-        first, again, other = (
-            augment(self.drawings(), 32, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-        )
+        first, again, other = (augment(self.drawings(), 32, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
         assert first.shape == (8, 3, 32, 32)
         assert first.min() >= -1e-5
         assert first.max() <= 1 + 1e-5

@@ -103,9 +103,7 @@ def test_images_depend_on_the_arguments_alone(target):
     assert np.array_equal(here, pixels(load_emoji("target").test.images, indices))
     assert np.array_equal(here, pixels(pickle.loads(pickle.dumps(target.test.images)), indices))
     assert not np.array_equal(here, pixels(load_emoji("target", seed=1).test.images, indices))
-    assert np.array_equal(
-        np.asarray(target.test.images[-1]), np.asarray(target.test.images[len(target.test) - 1])
-    )
+    assert np.array_equal(np.asarray(target.test.images[-1]), np.asarray(target.test.images[len(target.test) - 1]))
     # More views per class leave the first ones as they are.
     more = load_emoji("target", test_views=6).test
     assert np.array_equal(np.asarray(more.images[6 * 7 + 3]), np.asarray(target.test.images[4 * 7 + 3]))
