@@ -54,10 +54,19 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
 
 def test_an_old_gpu_is_named(monkeypatch):
     pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     usable, reason = backend.usable(torch.float16, CUDA, 64, 2)
     assert not usable
     assert "7.5: it takes 8.0 or newer" in reason
+
+
+def test_a_missing_gpu_is_an_answer(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    usable, reason = backend.usable(torch.float16, CUDA, 64, 2)
+    assert not usable
+    assert "torch finds no CUDA or ROCm device" in reason
 
 
 def test_without_triton_the_package_works_and_says_so():
