@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from rada.extras import require
+from rada.files import write_bytes
 from rada.fused import RAdaHead
 from rada.version import __version__
 from rada_kernels import Options
@@ -60,8 +61,8 @@ def save_head(
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     text = json.dumps(config, indent=2, ensure_ascii=False)
-    _write(weights, data)
-    _write(weights.with_suffix(".json"), f"{text}\n".encode())
+    write_bytes(weights, data)
+    write_bytes(weights.with_suffix(".json"), f"{text}\n".encode())
     return weights
 
 
@@ -139,16 +140,3 @@ def load_head(
 def _weights_path(path: str | os.PathLike) -> Path:
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / WEIGHTS
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
