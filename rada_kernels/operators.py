@@ -6,6 +6,8 @@ are what people call.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ def pack_options(options: Options, backend: str) -> tuple:
     return options.num_heads, options.temperature, queries, options.penalty, options.normalize, backend
 
 
+@functools.cache
 def _unpack_options(num_heads, temperature, queries, penalty, normalize) -> Options:
     return Options(num_heads, temperature, tuple(queries.split(",")), penalty, normalize)
 

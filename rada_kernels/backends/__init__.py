@@ -45,15 +45,16 @@ def choose_backend(
         requested = os.environ.get("RADA_BACKEND") or "auto"
     if requested != "auto" and requested not in BACKENDS:
         raise ValueError(f"backend: got {requested!r}; it takes one of {('auto', *BACKENDS)}")
-    answers = usable_backends(dtype, device, embed_dim, num_heads)
     if requested != "auto":
-        works, reason = answers[requested]
+        works, reason = BACKENDS[requested].usable(dtype, device, embed_dim, num_heads)
         if not works:
+            answers = usable_backends(dtype, device, embed_dim, num_heads)
             others = [name for name, (ok, _) in answers.items() if ok]
             raise ValueError(f"backend: {requested!r} cannot serve this call ({reason}); {others} would work")
         return requested, {}
     passed_over = {}
-    for name, (works, reason) in answers.items():
+    for name, module in BACKENDS.items():
+        works, reason = module.usable(dtype, device, embed_dim, num_heads)
         if works:
             return name, passed_over
         passed_over[name] = reason

@@ -6,6 +6,7 @@ Results are deterministic. Under TRITON_INTERPRET=1 the same kernels run on CPU 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ STATUS = "compiled for, verified by interpreter, not yet run on hardware"
 
 
 def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: int) -> tuple[bool, str]:
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return False, "Triton is not installed"
     if device.type == "cpu":
         if not interpreted():
@@ -48,6 +49,11 @@ def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: 
     if embed_dim % num_heads or embed_dim // num_heads not in HEAD_WIDTHS:
         return False, f"head width {embed_dim / num_heads:g}: it takes one of {', '.join(map(str, HEAD_WIDTHS))}"
     return True, f"Triton kernels, {STATUS}" if device.type == "cuda" else "Triton kernels, interpreted"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:

@@ -15,7 +15,7 @@ using rada::Call;
 using rada::Pool;
 
 constexpr int64_t WAVE_ROWS = 2048;     // rows of a wave, at least one image
-constexpr int64_t FEW_ROWS = 128;       // up to here a layer's weight is read where it lies
+constexpr int64_t FEW_ROWS = 64;       // up to here a layer's weight is read where it lies
 constexpr int64_t WEIGHT_ROWS = 256;    // rows of one step of a weight gradient's sum
 constexpr int64_t WEIGHT_COLUMNS = 64;  // a task's share of a weight gradient
 constexpr int64_t LIGHT_ROWS = 32;      // rows of a task that only goes over them
