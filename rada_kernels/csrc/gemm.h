@@ -22,7 +22,7 @@ struct Float {
   typedef float element;
   static constexpr int64_t per_word = 1;
 
-  static RADA_INLINE vec multiply_add(vec a, vec b, vec c) { return a * b + c; }
+  static RADA_INLINE vec multiply_add(word a, vec b, vec c) { return splat(a) * b + c; }
   static RADA_INLINE void put(float* p, vec v) { store(p, v); }
   static RADA_INLINE void put_first(float* p, vec v, int64_t n) { store_first(p, v, n); }
   static RADA_INLINE vec get_first(const float* p, int64_t n) { return load_first(p, n); }
@@ -32,28 +32,25 @@ struct Float {
   }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(RADA_BFLOAT16)
 struct Bfloat16 {
   typedef uint16_t element;
   static constexpr int64_t per_word = 2;
 
-  static RADA_INLINE vec multiply_add(vec a, vec b, vec c) {
-    return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-  }
-  static RADA_INLINE __m256i narrow(vec v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
-  static RADA_INLINE void put(uint16_t* p, vec v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
+  static RADA_INLINE vec multiply_add(word a, vec b, vec c) { return add_pair_products(a, b, c); }
+  static RADA_INLINE void put(uint16_t* p, vec v) { *(half_vec_at_any_address*)p = narrow(v); }
   static RADA_INLINE void put_first(uint16_t* p, vec v, int64_t n) {
     if (n >= W) return put(p, v);
-    const __m256i narrowed = narrow(v);
+    const half_vec narrowed = narrow(v);
     if (n > 0) std::memcpy(p, &narrowed, n * 2);
   }
   static RADA_INLINE vec get_first(const uint16_t* p, int64_t n) {
-    __m256i bits{};
+    half_vec bits{};
     if (n >= W)
-      bits = _mm256_loadu_si256((const __m256i*)p);
+      bits = *(const half_vec_at_any_address*)p;
     else if (n > 0)
       std::memcpy(&bits, p, n * 2);
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+    return widen(bits);
   }
   static RADA_INLINE void interleave(word* to, const uint16_t* row, const uint16_t* next, int64_t n) {
     uint32_t* words = (uint32_t*)to;
@@ -106,8 +103,8 @@ RADA_INLINE void transpose(vec (&rows)[W]) {
     for (int i = 0; i < W; i++)
       if (!(i & step)) {
         const vec a = rows[i], b = rows[i + step];
-        rows[i] = __builtin_shuffle(a, b, low);
-        rows[i + step] = __builtin_shuffle(a, b, high);
+        rows[i] = shuffle(a, b, low);
+        rows[i + step] = shuffle(a, b, high);
       }
   }
 }
@@ -149,7 +146,7 @@ RADA_INLINE Tile<N> multiply_tile(int64_t k, const word* const* rows, int64_t ld
     for (int v = 0; v < N; v++) b[v] = load(panel + i * (N * W) + v * W);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) {
-      const vec x = splat(ROW_MAJOR ? a[m][i] : a[0][i * ld + m]);
+      const word x = ROW_MAJOR ? a[m][i] : a[0][i * ld + m];
 #pragma GCC unroll 8
       for (int v = 0; v < N; v++) c.at[m][v] = P::multiply_add(x, b[v], c.at[m][v]);
     }
@@ -181,9 +178,6 @@ RADA_INLINE void multiply(int64_t m, int64_t k, const word* a, int64_t ld, const
       case 1: multiply_panel<P, ROW_MAJOR, 1>(m, k, a, ld, panel, column, epilogue); break;
       case 2: multiply_panel<P, ROW_MAJOR, 2>(m, k, a, ld, panel, column, epilogue); break;
       case 3: multiply_panel<P, ROW_MAJOR, 3>(m, k, a, ld, panel, column, epilogue); break;
-#if !defined(__AVX2__)
-      default: multiply_panel<P, ROW_MAJOR, NV>(m, k, a, ld, panel, column, epilogue);
-#endif
     }
   }
 }

@@ -1,4 +1,5 @@
-// Vectors of W floats on top of the compiler's vector extensions: one source for AVX2, AVX-512 and anything else.
+// Vectors of W floats on top of the compiler's vector extensions: one source for AVX2, AVX-512, NEON and anything
+// else.
 // Every file that includes this one is compiled once per instruction set, each time in a namespace of its own
 // (RADA_ISA), so that the linker cannot mix them.
 #pragma once
@@ -8,25 +9,26 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define RADA_INLINE inline __attribute__((always_inline))
 
 namespace RADA_ISA {
 
+// W lanes; MR rows of a register tile with NV vectors in each: MR · NV accumulators and NV + 1 operands fit in the
+// 32 registers of AVX-512 and NEON, or in the 16 of the others.
 #if defined(__AVX512F__)
-constexpr int W = 16;  // lanes
-constexpr int MR = 8;  // rows of a register tile
-constexpr int NV = 3;  // vectors in each of its rows: MR · NV accumulators, NV + 1 operands
+constexpr int W = 16, MR = 8;
 #elif defined(__AVX2__)
-constexpr int W = 8;
-constexpr int MR = 4;
-constexpr int NV = 3;
+constexpr int W = 8, MR = 4;
+#elif defined(__aarch64__)
+constexpr int W = 4, MR = 8;
 #else
-constexpr int W = 4;
-constexpr int MR = 4;
-constexpr int NV = 4;
+constexpr int W = 4, MR = 4;
 #endif
+constexpr int NV = 3;
 
 typedef float vec __attribute__((vector_size(W * 4), may_alias));
 typedef float vec_at_any_address __attribute__((vector_size(W * 4), aligned(4), may_alias));
@@ -78,14 +80,30 @@ RADA_INLINE vec keep_first(vec v, int64_t n) {
   return (vec)((ivec)v & (lane < (int32_t)(n > W ? W : n)));
 }
 
+// Lane i of the result is lane from[i] of a and b side by side. clang makes one shuffle of it where `from` is constant.
+RADA_INLINE vec shuffle(vec a, vec b, ivec from) {
+#if defined(__clang__)
+  vec v;
+#pragma unroll
+  for (int i = 0; i < W; i++) v[i] = from[i] < W ? a[from[i]] : b[from[i] - W];
+  return v;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // 2^x to 2e-7 of its value. Below 2^-126 the result is zero or 2^-126, above 2^126 it is at least 2^126 or inf;
 // NaN stays NaN. The polynomial is the minimax one of degree 5 on [-1/2, 1/2].
 RADA_INLINE vec exp2(vec x) {
 #if defined(__AVX512F__)
   const vec n = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
+#if defined(__aarch64__)
+  x = (vec)vmaxq_f32(vminq_f32((float32x4_t)x, vdupq_n_f32(126)), vdupq_n_f32(-126));
+#else
   x = x > 126.0f ? splat(126.0f) : x;
   x = x < -126.0f ? splat(-126.0f) : x;
+#endif
   const vec magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer, held in the low bits
   const vec shifted = x + magic;
   const vec n = shifted - magic;
@@ -103,5 +121,34 @@ RADA_INLINE vec exp2(vec x) {
   return p * (vec)(((ivec)shifted << 23) + 0x3f800000);
 #endif
 }
+
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define RADA_BFLOAT16
+
+// W bfloat16.
+typedef uint16_t half_vec __attribute__((vector_size(W * 2), may_alias));
+typedef uint16_t half_vec_at_any_address __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(W * 4), may_alias));
+
+// In each lane c plus the dot product of two pairs of bfloat16: a's and the lane's of b.
+RADA_INLINE vec add_pair_products(float a, vec b, vec c) {
+#if defined(__AVX512BF16__)
+  return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)splat(a), (__m512bh)b);
+#else
+  const float32x2_t pair = {a, 0};  // a plain load, where a copy to every lane would take a vector pipe
+  return (vec)vbfdotq_lane_f32((float32x4_t)c, (bfloat16x8_t)b, (bfloat16x4_t)pair, 0);
+#endif
+}
+
+RADA_INLINE half_vec narrow(vec v) {
+#if defined(__AVX512BF16__)
+  return (half_vec)_mm512_cvtneps_pbh((__m512)v);
+#else
+  return (half_vec)vcvt_bf16_f32((float32x4_t)v);
+#endif
+}
+RADA_INLINE vec widen(half_vec v) { return (vec)(__builtin_convertvector(v, uvec) << 16); }
+
+#endif
 
 }  // namespace RADA_ISA
