@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+CPP := $(wildcard rada_kernels/csrc/*.* rada_kernels/*/*.h tests/loops/*.cpp)
 
 .PHONY: run test test-all loops cross-aarch64 sanitize bench compile-report lint format clean
 
@@ -56,15 +57,15 @@ compile-report: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 # Installed again when what it is made from changes; the exact versions stand in constraints.txt.
-CPP := CMakeLists.txt $(wildcard rada_kernels/csrc/*.* rada_kernels/*/*.h)
-
-$(STAMP): pyproject.toml setup.py constraints.txt $(CPP)
+$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(filter rada_kernels/%,$(CPP))
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision setuptools cmake
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[demo,plot,dev]"

@@ -75,7 +75,8 @@ float from_bfloat16(uint16_t x) {
 // An array of floats or bfloat16 of the exact size; NaN until it is written.
 class Array {
  public:
-  Array(int64_t count, bool bfloat16 = false) : count(count), bfloat16(bfloat16), bytes(count * (bfloat16 ? 2 : 4), '\xff') {}
+  Array(int64_t count, bool bfloat16 = false)
+      : count(count), bfloat16(bfloat16), bytes(count * (bfloat16 ? 2 : 4), '\xff') {}
   Array(const Doubles& values, bool bfloat16 = false) : Array(values.size(), bfloat16) {
     for (int64_t i = 0; i < count; i++) {
       const float x = values[i];
@@ -146,15 +147,17 @@ Inputs random_inputs(const Case& c) {
 // ---- double precision, word for word
 
 struct Results {
-  Doubles sums, deviation, grad_weight[rada::LAYERS], grad_bias[rada::LAYERS], grad_image_query, grad_text_query, grad_f,
-      grad_h;
+  Doubles sums, deviation, grad_weight[rada::LAYERS], grad_bias[rada::LAYERS], grad_image_query, grad_text_query,
+      grad_f, grad_h;
 };
 
 // c[m, n] += Σ_k a[m, k] b[n, k], or b[k, n] where `by_rows`, or a[k, m] where `by_columns`.
-void add_product(double* c, const double* a, const double* b, int64_t m, int64_t n, int64_t k, bool by_columns, bool by_rows) {
+void add_product(double* c, const double* a, const double* b, int64_t m, int64_t n, int64_t k, bool by_columns,
+                 bool by_rows) {
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = 0; j < n; j++)
-      for (int64_t l = 0; l < k; l++) c[i * n + j] += a[by_columns ? l * m + i : i * k + l] * b[by_rows ? l * n + j : j * k + l];
+      for (int64_t l = 0; l < k; l++)
+        c[i * n + j] += a[by_columns ? l * m + i : i * k + l] * b[by_rows ? l * n + j : j * k + l];
 }
 
 Results compute_truth(const Case& c, const Inputs& in) {
@@ -177,8 +180,9 @@ Results compute_truth(const Case& c, const Inputs& in) {
     for (int l = 0; l < 3; l++) projected[l] = apply(l, X);
     const Doubles &key = projected[rada::KEY], &value = projected[rada::VALUE];
     auto query_of = [&](int kind, int64_t i, int64_t d) {
-      return kind == IMAGE ? in.image_query[b * D + d]
-                           : kind == TEXT ? in.text_query[i * D + d] : projected[rada::RATIONAL][i * D + d];
+      return kind == IMAGE  ? in.image_query[b * D + d]
+             : kind == TEXT ? in.text_query[i * D + d]
+                            : projected[rada::RATIONAL][i * D + d];
     };
     // A[kind][head, i, j]: K times the softmax over all pairs.
     Doubles A[RATIONAL + 1];
@@ -252,9 +256,9 @@ Results compute_truth(const Case& c, const Inputs& in) {
           for (int64_t j = 0; j < K; j++) {
             const double grad_score = in.factor * a[i * K + j] * (grad_A[i * K + j] - delta);
             for (int64_t d = n * E; d < (n + 1) * E; d++) {
-              double& grad_query = kind == IMAGE ? out.grad_image_query[b * D + d]
-                                                 : kind == TEXT ? out.grad_text_query[i * D + d]
-                                                                : grad_projected[rada::RATIONAL][i * D + d];
+              double& grad_query = kind == IMAGE  ? out.grad_image_query[b * D + d]
+                                   : kind == TEXT ? out.grad_text_query[i * D + d]
+                                                  : grad_projected[rada::RATIONAL][i * D + d];
               grad_query += grad_score * key[j * D + d];
               grad_projected[rada::KEY][j * D + d] += grad_score * query_of(kind, i, d);
             }
@@ -389,8 +393,9 @@ struct Judge {
     for (const auto& [name, truth] : truths)
       if (name.find("gradient") != std::string::npos) largest = std::max(largest, rms(truth));
     for (const auto& [name, array] : outcome) {
-      const auto& truth =
-          std::find_if(truths.begin(), truths.end(), [&, &name = name](auto& named) { return named.first == name; })->second;
+      const auto& truth = std::find_if(truths.begin(), truths.end(), [&, &name = name](auto& named) {
+                            return named.first == name;
+                          })->second;
       Doubles difference = array.values();
       for (size_t i = 0; i < truth.size(); i++) difference[i] -= truth[i];
       const bool gradient = name.find("gradient") != std::string::npos;
@@ -414,8 +419,8 @@ struct Judge {
 std::string describe(const InstructionSet& set, const Case& c) {
   char text[200];
   std::snprintf(text, sizeof text, "%s %s B=%d K=%d D=%d H=%d queries=%d penalty=%d kept=%d streams=%d", set.name,
-                c.bfloat16 ? "bfloat16" : "float32", (int)c.images, (int)c.classes, (int)c.width, (int)c.heads, c.queries,
-                (int)c.penalty, c.kept, c.streams);
+                c.bfloat16 ? "bfloat16" : "float32", (int)c.images, (int)c.classes, (int)c.width, (int)c.heads,
+                c.queries, (int)c.penalty, c.kept, c.streams);
   return text;
 }
 
@@ -423,13 +428,13 @@ std::vector<Case> cases(bool bfloat16) {
   struct {
     int64_t images, classes, width, heads;
   } const shapes[] = {
-      {1, 1, 2, 1},    // single everything
-      {3, 1, 16, 4},   // a softmax over one pair
-      {5, 13, 36, 6},  // one vector and a part of one
-      {2, 65, 48, 2},  // score blocks, the last one of one row; whole panels
-      {70, 31, 12, 2}, // several waves
-      {2, 70, 68, 2},  // width and head width past whole panels, weight gradients in several shares
-      {3, 37, 35, 5},  // odd width and head width (float32 alone: dot products take pairs)
+      {1, 1, 2, 1},     // single everything
+      {3, 1, 16, 4},    // a softmax over one pair
+      {5, 13, 36, 6},   // one vector and a part of one
+      {2, 65, 48, 2},   // score blocks, the last one of one row; whole panels
+      {70, 31, 12, 2},  // several waves
+      {2, 70, 68, 2},   // width and head width past whole panels, weight gradients in several shares
+      {3, 37, 35, 5},   // odd width and head width (float32 alone: dot products take pairs)
       {2, 19, 33, 3},
   };
   std::vector<Case> out;
@@ -439,8 +444,10 @@ std::vector<Case> cases(bool bfloat16) {
     for (Kept kept : {NOTHING, ROWS, ROWS_AND_WEIGHTS})
       for (bool streams : {false, true}) {
         // The rest takes turns: 7 subsets of queries, 3 penalties, whose gradients are wanted.
-        Case c{s.images, s.classes, s.width, s.heads, 7 - n % 7, (Penalty)(n % 3), kept, streams, n % 5 != 1, n % 5 != 2, bfloat16};
-        if (bfloat16 && c.penalty == Penalty::LINF) c.penalty = Penalty::MSE;  // near ties decide where its gradient goes
+        Case c{s.images, s.classes, s.width,    s.heads,    7 - n % 7, (Penalty)(n % 3),
+               kept,     streams,   n % 5 != 1, n % 5 != 2, bfloat16};
+        if (bfloat16 && c.penalty == Penalty::LINF)
+          c.penalty = Penalty::MSE;  // near ties decide where its gradient goes
         out.push_back(c);
         n++;
       }
@@ -466,8 +473,8 @@ bool test(const InstructionSet& set, bool bfloat16) {
     judge.expect_same(where + " two callers", mine, once);
     judge.expect_same(where + " two callers", others, once);
   }
-  std::printf("%-12s %-8s %d cases, %d failures, largest relative error %.1e\n", set.name, bfloat16 ? "bfloat16" : "float32",
-              (int)all.size(), judge.failures, judge.worst);
+  std::printf("%-12s %-8s %d cases, %d failures, largest relative error %.1e\n", set.name,
+              bfloat16 ? "bfloat16" : "float32", (int)all.size(), judge.failures, judge.worst);
   return judge.failures == 0;
 }
 
