@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CPP := $(wildcard rada_kernels/csrc/*.* rada_kernels/*/*.h tests/loops/*.cpp)
+CPP := $(wildcard rada_kernels/csrc/*.cpp rada_kernels/*/*.h tests/loops/*.cpp)
 
 .PHONY: run test test-all loops cross-aarch64 sanitize bench compile-report lint format clean
 
