@@ -88,7 +88,7 @@ def test_the_operator_does_not_depend_on_the_thread_count(threads):
     for count in (1, 2, 3):
         threads(count)
         torch.ops.rada_cpu.forward(*arguments)
-        outcomes.append([t.clone() for t in (*arguments[5], *arguments[-2:])])
+        outcomes.append([t.clone() for t in (*arguments[3], *arguments[-2:])])
     for outcome in outcomes[1:]:
         for tensor, once in zip(outcome, outcomes[0], strict=True):
             assert torch.equal(tensor, once)
@@ -231,26 +231,28 @@ def test_after_fork(threads):
 
 def operator_arguments(batch=3, classes=5, width=16, heads=4):
     case = make_case(batch, classes, width, heads).cast(torch.float32)
-    call = cpu.Call(case.image, case.text, Params(*case.layers, case.scale.float()), case.options)
+    params = Params(*case.layers, case.scale.float())
     kept = cpu.empty_kept(case.image, case.text, case.options, save=True).tensors()
-    return [*call.arguments(kept), torch.empty(batch, classes), torch.empty(batch)]
+    arguments = cpu.operator_arguments(case.image, case.text, params, case.options, kept)
+    return [*arguments, torch.empty(batch, classes), torch.empty(batch)]
 
 
 @pytest.mark.parametrize(
     ("position", "wrong", "name"),
     [
-        (0, torch.randn(3, 32)[:, ::2], "f:"),
-        (1, torch.randn(5, 8), "h:"),
-        (1, torch.empty(0, 16), "f, h:"),
-        (2, torch.randn(2, 16), "image_query"),
-        (3, torch.randn(5, 16, dtype=torch.float64), "text_query"),
-        (4, [torch.randn(16, 16)], "layers"),
-        (5, [torch.empty(0)] * 7, "kept"),
-        (5, [torch.empty(0)] * 4 + [torch.empty(3, 5, 16)] + [torch.empty(0)] * 3, "kept"),
-        (6, 5, "num_heads"),
-        (10, 3, "penalty"),
-        (12, torch.empty(3, 4), "sums"),
-        (13, torch.empty(3, dtype=torch.float64), "deviation"),
+        (0, torch.randn(3, 32)[:, ::2], "image:"),
+        (0, torch.randn(3, 16, dtype=torch.float64), "image:"),
+        (1, torch.randn(5, 8), "text:"),
+        (1, torch.empty(0, 16), "image, text:"),
+        (2, [torch.randn(16, 16)], "layers"),
+        (2, [torch.randn(16, 16), torch.randn(16, dtype=torch.float64)] * 6, "layers"),
+        (3, [torch.empty(0)] * 8, "kept"),
+        (3, [torch.empty(0)] * 6 + [torch.empty(3, 5, 16)] + [torch.empty(0)] * 2, "kept"),
+        (4, 5, "num_heads"),
+        (8, 0, "queries"),
+        (9, 3, "penalty"),
+        (11, torch.empty(3, 4), "sums"),
+        (12, torch.empty(3, dtype=torch.float64), "deviation"),
     ],
 )
 def test_bad_arguments_are_named(position, wrong, name):

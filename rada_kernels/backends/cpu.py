@@ -1,8 +1,7 @@
-"""The `cpu` backend: the three steps in C++ vector loops, near the rate of the machine's own matrix products.
+"""The `cpu` backend: the whole head in C++, built at installation, see rada_kernels/csrc.
 
-What needs no [B, K, D] rows stays here, in torch: normalising the rows, the image and text queries, and their part of
-the gradients. float32 runs in float32; bfloat16 in the machine's bfloat16 dot products where it has them; float16, and
-bfloat16 elsewhere, in float32 with one rounding at the end.
+float32 runs in float32; bfloat16 in the machine's bfloat16 dot products where it has them; float16, and bfloat16
+elsewhere, in float32 with one rounding at the end.
 """
 
 from __future__ import annotations
@@ -14,15 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rada_kernels.options import PENALTIES, Options, Params, Wanted
-from rada_kernels.rows import inverse_norms, unit_rows_backward
+from rada_kernels.options import PENALTIES, QUERIES, Options, Params, Wanted
 from rada_kernels.tiling import MIB, SAVE_BYTES, budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # RADA_CPU_LIBRARY: another build of it, such as the one that `make sanitize` tests.
 LIBRARY = Path(os.environ.get("RADA_CPU_LIBRARY") or Path(__file__).parent.parent / "rada_cpu.so")
 
-# As in csrc/call.h: rows of scores per block, and the floats that a row of scores is rounded up to.
+# As in csrc/call.h: rows of scores per block, and the numbers that a row of scores is rounded up to.
 SCORE_ROWS = 32
 SCORE_COLUMNS = 16
 # A thread's room for the scores of one image and head, unless RADA_TILE_BYTES says otherwise. Above it, from
@@ -68,14 +66,15 @@ class Kept:
     What RADA_SAVE_BYTES (default 512 MiB) has no room for is empty, and is computed again.
     """
 
-    rational: Tensor  # [B, K, D] rational queries
+    query_image: Tensor  # [B, D]
+    query_text: Tensor  # [K, D]
+    query_rational: Tensor  # [B, K, D]
     key: Tensor  # [B, K, D]
     value: Tensor  # [B, K, D]
     attended: Tensor  # [B, K, D]
     change: Tensor  # [B, K, D] M - 1
-    statistics: Tensor  # [2, B·H, 2] text and rational kind: the reference q·k, the sum of exponentials against it
     weights: Tensor  # [2, B·H, K, K rounded up to SCORE_COLUMNS] exponentials e^(score - reference of their block)
-    weight_scale: Tensor  # [2, B·H, K / SCORE_ROWS rounded up]: from the block's reference to the pair's
+    statistics: Tensor  # [2, B·H, 1] the reference of a pair; with weights, then [2, B·H, blocks] each block's factor
 
     def tensors(self) -> list[Tensor]:
         return list(vars(self).values())
@@ -91,69 +90,37 @@ def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kep
     rows = weights = False
     if save:
         room = budget("RADA_SAVE_BYTES", SAVE_BYTES)
-        row_bytes = batch * classes * width * ((3 + rational) * element.itemsize + 4)
+        row_bytes = batch * classes * width * (4 + rational) * element.itemsize
         rows = row_bytes <= room
-        weights = row_bytes + 2 * batch * heads * classes * columns * 4 <= room
+        weights = row_bytes + 2 * batch * heads * classes * columns * element.itemsize <= room
 
-    def empty(keep, *shape, dtype=torch.float32):
+    def empty(keep, *shape, dtype=element):
         return image.new_empty(shape if keep else 0, dtype=dtype)
 
     row_shape = (batch, classes, width)
     return Kept(
-        rational=empty(rows and rational, *row_shape, dtype=element),
-        key=empty(rows, *row_shape, dtype=element),
-        value=empty(rows, *row_shape, dtype=element),
-        attended=empty(rows, *row_shape, dtype=element),
+        query_image=empty(rows and "image" in options.queries, batch, width),
+        query_text=empty(rows and "text" in options.queries, classes, width),
+        query_rational=empty(rows and rational, *row_shape),
+        key=empty(rows, *row_shape),
+        value=empty(rows, *row_shape),
+        attended=empty(rows, *row_shape),
         change=empty(rows, *row_shape),
-        statistics=empty(rows, 2, batch * heads, 2),
         weights=empty(weights, 2, batch * heads, classes, columns),
-        weight_scale=empty(weights, 2, batch * heads, blocks),
+        statistics=empty(rows, 2 * batch * heads * (1 + weights * blocks), dtype=torch.float32),
     )
 
 
-class Call:
-    """One call's arguments as the library takes them."""
-
-    def __init__(self, image: Tensor, text: Tensor, params: Params, options: Options):
-        width = image.shape[1]
-        self.options = options
-        self.element = element_dtype(image.dtype, width, options.num_heads)
-        self.inverse = (inverse_norms(image), inverse_norms(text)) if options.normalize else None
-        self.f, self.h = image.float(), text.float()
-        if self.inverse:
-            self.f, self.h = self.f * self.inverse[0].unsqueeze(-1), self.h * self.inverse[1].unsqueeze(-1)
-        self.f, self.h = self.f.contiguous(), self.h.contiguous()
-        self.scale = params.logit_scale.item()
-        self.root = params.logit_scale.float().sqrt()
-        self.params = params
-        empty = self.f.new_empty(0)
-        self.image_query = self.text_query = empty
-        if "image" in options.queries:
-            self.image_query = self._query(self.f, "query_image").float()
-        if "text" in options.queries:
-            self.text_query = self._query(self.h, "query_text").to(self.element)
-        names = ("query_rational", "key", "value", "out")
-        self.layers = []
-        for name in names:
-            self.layers += [self.weight(name).contiguous(), self.bias(name).float().contiguous()]
-
-    def weight(self, name: str) -> Tensor:  # [D, D]
-        return getattr(self.params, f"{name}_weight").to(self.element)
-
-    def bias(self, name: str) -> Tensor:  # [D]
-        return getattr(self.params, f"{name}_bias").to(self.element)
-
-    def _query(self, rows: Tensor, name: str) -> Tensor:
-        """W (√s rows) + c, [N, D]."""
-        return torch.addmm(self.bias(name), (self.root * rows).to(self.element), self.weight(name).t())
-
-    def arguments(self, kept: list[Tensor]) -> tuple:
-        options = self.options
-        return (
-            self.f, self.h, self.image_query, self.text_query, self.layers, kept,
-            options.num_heads, self.scale, options.score_factor(self.f.shape[1]), "rational" in options.queries,
-            PENALTIES.index(options.penalty), budget("RADA_TILE_BYTES", SCORE_BYTES),
-        )  # fmt: skip
+def operator_arguments(image: Tensor, text: Tensor, params: Params, options: Options, kept: list[Tensor]) -> tuple:
+    """What both operators take first: everything contiguous and in the dtype that the products run in."""
+    width = image.shape[1]
+    element = element_dtype(image.dtype, width, options.num_heads)
+    image, text, *layers = (t.to(element).contiguous() for t in (image, text, *params.layers))
+    queries = sum(1 << QUERIES.index(name) for name in options.queries)
+    return (
+        image, text, layers, kept, options.num_heads, params.logit_scale.item(), options.score_factor(width),
+        options.normalize, queries, PENALTIES.index(options.penalty), budget("RADA_TILE_BYTES", SCORE_BYTES),
+    )  # fmt: skip
 
 
 def forward(
@@ -164,7 +131,7 @@ def forward(
     sums = image.new_empty(len(image), len(text), dtype=torch.float32)
     deviation = image.new_empty(len(image), dtype=torch.float32)
     if len(image):
-        torch.ops.rada_cpu.forward(*Call(image, text, params, options).arguments(kept), sums, deviation)
+        torch.ops.rada_cpu.forward(*operator_arguments(image, text, params, options, kept), sums, deviation)
     return sums, deviation, kept
 
 
@@ -179,43 +146,19 @@ def backward(
     wanted: Wanted,
 ) -> list[Tensor]:
     """The gradients that are wanted, in this order: image, text, the twelve layer tensors."""
-    call = Call(image, text, params, options)
-    width = image.shape[1]
-    want_features = wanted.image or wanted.text
+    make = torch.empty_like if len(image) else torch.zeros_like
 
-    def zeros(wanted: bool, *shape: int) -> Tensor:
-        return call.f.new_zeros(shape if wanted else 0)
+    def gradient(of: Tensor, wanted: bool) -> Tensor:
+        return make(of if wanted else of.new_empty(0), dtype=torch.float32, memory_format=torch.contiguous_format)
 
-    layers = [zeros(wanted.layers, *shape) for _ in range(4) for shape in ((width, width), (width,))]
-    image_query, text_query = torch.zeros_like(call.image_query), torch.zeros_like(call.text_query, dtype=torch.float32)
-    grad_f, grad_h = zeros(want_features, *image.shape), zeros(want_features, *text.shape)
+    features = wanted.image or wanted.text  # both or none: they come out of the same rows
+    grad_image, grad_text = gradient(image, features), gradient(text, features)
+    layers = [gradient(layer, wanted.layers) for layer in params.layers]
     if len(image):
-        deviation = call.f.new_empty(0) if grad_deviation is None else grad_deviation.float().contiguous()
+        deviation = grad_sums.new_empty(0) if grad_deviation is None else grad_deviation
         torch.ops.rada_cpu.backward(
-            *call.arguments(kept), grad_sums.float().contiguous(), deviation, layers, image_query, text_query,
-            grad_f, grad_h,
+            *operator_arguments(image, text, params, options, kept), grad_sums.float().contiguous(),
+            deviation.float().contiguous(), layers, grad_image, grad_text,
         )  # fmt: skip
-    grads = []
-    query_layers = []
-    for index, (name, rows, grad, grad_rows, want_rows) in enumerate(
-        (
-            ("query_image", call.f, image_query, grad_f, wanted.image),
-            ("query_text", call.h, text_query, grad_h, wanted.text),
-        )
-    ):
-        if wanted.layers:
-            query_layers += _layer_gradients(grad, call.root * rows, call.element)
-        if want_rows:
-            if grad.numel():
-                grad_rows += call.root * (grad.to(call.element) @ call.weight(name))
-            grads.append(unit_rows_backward(grad_rows, rows, call.inverse[index]) if call.inverse else grad_rows)
-    if wanted.layers:
-        grads += query_layers + layers
+    grads = [grad_image] * wanted.image + [grad_text] * wanted.text + layers * wanted.layers
     return [grad.to(image.dtype) for grad in grads]
-
-
-def _layer_gradients(grad: Tensor, rows: Tensor, element: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A layer's gradients, weight [D, D] and bias [D], from those of its result [N, D] and its input [N, D]."""
-    if not grad.numel():  # a query kind that is not in use
-        return rows.new_zeros(rows.shape[1], rows.shape[1]), rows.new_zeros(rows.shape[1])
-    return grad.to(element).t() @ rows.to(element), grad.sum(0)

@@ -6,8 +6,8 @@
 
 namespace rada {
 
-enum Layer { RATIONAL, KEY, VALUE, OUT, LAYERS };  // the layers over [B, K, D] rows
-enum Kind { TEXT_KIND, RATIONAL_KIND, KINDS };     // the query kinds with a row per class
+enum Layer { QUERY_IMAGE, QUERY_TEXT, QUERY_RATIONAL, KEY, VALUE, OUT, LAYERS };  // as in options.Params
+enum Kind { TEXT_KIND, RATIONAL_KIND, KINDS };  // the query kinds with a row per class
 enum class Penalty { LINF, L1, MSE };
 
 constexpr int64_t SCORE_ROWS = 32;  // score rows per block: each block has a reference maximum of its own
@@ -25,20 +25,20 @@ struct Call {
   double score_factor;
   int64_t score_bytes;  // a thread's room for the scores of one image and head, in both kinds
   Penalty penalty;
-  const float* f;            // [B, D] unit rows
-  const float* h;            // [K, D]
-  const float* image_query;  // [B, D]
-  const void* text_query;    // [K, D] elements
-  bool rational;
-  const void* weight[LAYERS];  // [D, D] elements
-  const float* bias[LAYERS];   // [D]
+  bool normalize;
+  const void* image;           // [B, D] elements, features as given
+  const void* text;            // [K, D] elements
+  const void* weight[LAYERS];  // [D, D] elements; null for a query that is not in use
+  const void* bias[LAYERS];    // [D] elements
 
   // Kept for the backward pass, or null.
-  void* projection[3];  // [B, K, D] elements: RATIONAL, KEY, VALUE
+  void* query_image;    // [B, D] elements
+  void* query_text;     // [K, D] elements
+  void* projection[3];  // [B, K, D] elements: QUERY_RATIONAL, KEY, VALUE
   void* attended;       // [B, K, D] elements
-  float* change;        // [B, K, D] M - 1
-  float* statistics;    // [KINDS, B·H, 2]: the reference q·k, and the sum of all exponentials against it
-  float* weights;       // [KINDS, B·H, K, K rounded up to 16] exponentials e^(score - reference of their block)
+  void* change;         // [B, K, D] elements M - 1
+  float* references;    // [KINDS, B·H] the reference q·k of a pair's exponentials
+  void* weights;        // [KINDS, B·H, K, K rounded up to 16] elements e^(score - reference of their block)
   float* weight_scale;  // [KINDS, B·H, blocks of SCORE_ROWS]: from the block's reference to the pair's
 
   float* sums;       // [B, K]
@@ -49,10 +49,8 @@ struct Call {
   const float* grad_deviation;  // [B]
   float* grad_weight[LAYERS];   // [D, D]
   float* grad_bias[LAYERS];     // [D]
-  float* grad_image_query;      // [B, D]
-  float* grad_text_query;       // [K, D]
-  float* grad_f;                // [B, D] through X and through the sums
-  float* grad_h;                // [K, D]
+  float* grad_image;            // [B, D]
+  float* grad_text;             // [K, D]
 };
 
 // One instruction set's loops for one element type. Workspace sizes are in bytes; workspaces are aligned to 64.

@@ -1,11 +1,14 @@
 // Matrix products on register tiles of MR rows by up to NV vectors.
 //
 // A product C[m, n] = Σ_k A[m, k] B[k, n] reads A where it lies, one scalar at a time, and B from panels packed by
-// pack_rows or pack_columns. The result never goes through memory here: each finished tile is handed to an epilogue.
+// pack_rows or pack_columns, or, where A has too few rows to pay for the packing, where B lies (RowsOf,
+// multiply_in_place). The result never goes through memory here: each finished tile is handed to an epilogue.
 //
 // Operands are made of 32-bit words: a float, or two bfloat16 that are neighbours along k. So the same loops serve
 // both; only the multiply-add and the packing differ (Float, Bfloat16).
 #pragma once
+
+#include <type_traits>
 
 #include "vector.h"
 
@@ -21,11 +24,24 @@ RADA_INLINE int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 struct Float {
   typedef float element;
   static constexpr int64_t per_word = 1;
+  static constexpr bool coarse = false;  // exponentials: see exp2
 
+  // One word of A with a vector of B, or word by word.
   static RADA_INLINE vec multiply_add(word a, vec b, vec c) { return splat(a) * b + c; }
+  static RADA_INLINE vec multiply_add(vec a, vec b, vec c) { return a * b + c; }
+  static RADA_INLINE vec get(const float* p) { return load(p); }
   static RADA_INLINE void put(float* p, vec v) { store(p, v); }
   static RADA_INLINE void put_first(float* p, vec v, int64_t n) { store_first(p, v, n); }
   static RADA_INLINE vec get_first(const float* p, int64_t n) { return load_first(p, n); }
+  // Stores v and returns what was stored.
+  static RADA_INLINE vec put_rounded(float* p, vec v) {
+    store(p, v);
+    return v;
+  }
+  // Words of one column of A from rows k and k + 1 (the second one is not used).
+  static RADA_INLINE vec pair(vec v, vec) { return v; }
+  // The first n words of a row of B.
+  static RADA_INLINE vec words_first(const float* row, int64_t, int64_t n) { return load_first(row, n); }
   // Words of one row of B from rows k and k + 1 of a matrix (the second one is not used).
   static RADA_INLINE void interleave(word* to, const float* row, const float*, int64_t n) {
     for (int64_t j = 0; j < n; j++) to[j] = row[j];
@@ -36,21 +52,31 @@ struct Float {
 struct Bfloat16 {
   typedef uint16_t element;
   static constexpr int64_t per_word = 2;
+  static constexpr bool coarse = true;
 
   static RADA_INLINE vec multiply_add(word a, vec b, vec c) { return add_pair_products(a, b, c); }
-  static RADA_INLINE void put(uint16_t* p, vec v) { *(half_vec_at_any_address*)p = narrow(v); }
+  static RADA_INLINE vec multiply_add(vec a, vec b, vec c) { return add_pair_products(a, b, c); }
+  static RADA_INLINE void put(uint16_t* p, vec v) { store(p, narrow(v)); }
   static RADA_INLINE void put_first(uint16_t* p, vec v, int64_t n) {
     if (n >= W) return put(p, v);
-    const half_vec narrowed = narrow(v);
-    if (n > 0) std::memcpy(p, &narrowed, n * 2);
+    store_first(p, narrow(v), n);
   }
+  static RADA_INLINE vec get(const uint16_t* p) { return widen(load_half(p)); }
   static RADA_INLINE vec get_first(const uint16_t* p, int64_t n) {
-    half_vec bits{};
-    if (n >= W)
-      bits = *(const half_vec_at_any_address*)p;
-    else if (n > 0)
-      std::memcpy(&bits, p, n * 2);
+    return n >= W ? get(p) : widen(load_half_first(p, n));
+  }
+  static RADA_INLINE vec put_rounded(uint16_t* p, vec v) {
+    const half_vec bits = narrow(v);
+    store(p, bits);
     return widen(bits);
+  }
+  // Words of one column of A from rows k and k + 1.
+  static RADA_INLINE vec pair(vec v, vec next) {
+    return (vec)(__builtin_convertvector(narrow(v), uvec) | (uvec)widen(narrow(next)));
+  }
+  // The first n words of a row of B from two neighbouring rows of a matrix.
+  static RADA_INLINE vec words_first(const uint16_t* row, int64_t ld, int64_t n) {
+    return (vec)((uvec)get_first(row, n) >> 16 | (uvec)get_first(row + ld, n));
   }
   static RADA_INLINE void interleave(word* to, const uint16_t* row, const uint16_t* next, int64_t n) {
     uint32_t* words = (uint32_t*)to;
@@ -75,17 +101,21 @@ struct Panels {
   RADA_INLINE int64_t padded() const { return vectors * W; }
 };
 
-// B[k, n] = rows[k, n], packed. The result has ceil(k / per_word) · padded() words.
+// B[k, n] = rows[k, n], packed. The result has ceil(k / per_word) · padded() words; or these are the rows from `first`
+// of a B with more of them, `words` in all.
 template <class P>
-void pack_rows(word* to, const typename P::element* rows, int64_t ld, int64_t k, int64_t n) {
+void pack_rows(word* to, const typename P::element* rows, int64_t ld, int64_t k, int64_t n, int64_t words = 0,
+               int64_t first = 0) {
   const Panels panels(n);
+  if (!words) words = ceil_div(k, P::per_word);
   for (int64_t p = 0; p < panels.count; p++) {
-    const int64_t first = panels.first_column(p), stride = panels.vectors_of(p) * W;
-    const int64_t valid = smaller_of(stride, n - first);
-    for (int64_t i = 0; i < k; i += P::per_word, to += stride) {
-      const auto* row = rows + i * ld + first;
-      P::interleave(to, row, i + 1 < k ? row + ld : nullptr, valid);
-      for (int64_t j = valid; j < stride; j++) to[j] = 0;
+    const int64_t column = panels.first_column(p), stride = panels.vectors_of(p) * W;
+    const int64_t valid = smaller_of(stride, n - column);
+    word* at = to + column * words + first * stride;
+    for (int64_t i = 0; i < k; i += P::per_word, at += stride) {
+      const auto* row = rows + i * ld + column;
+      P::interleave(at, row, i + 1 < k ? row + ld : nullptr, valid);
+      for (int64_t j = valid; j < stride; j++) at[j] = 0;
     }
   }
 }
@@ -129,57 +159,137 @@ inline void pack_columns(word* to, const word* rows, int64_t ld, int64_t k, int6
   }
 }
 
-template <int N>
+// C of one register tile. each(f) calls f(row, vector, value) for all of it, unrolled, so that it stays in registers.
+template <int M, int N>
 struct Tile {
-  vec at[MR][N];
+  static constexpr int64_t columns = N * W;
+
+  vec at[M][N];
+
+  template <class F>
+  RADA_INLINE void each(F&& f) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < N; v++) f(r, v, at[r][v]);
+  }
 };
 
-// One register tile. Row-major A: rows[m] points to row m. Otherwise A[m, k] = rows[0][k · ld + m].
-template <class P, bool ROW_MAJOR, int N>
-RADA_INLINE Tile<N> multiply_tile(int64_t k, const word* const* rows, int64_t ld, const word* panel) {
-  Tile<N> c{};
-  const word* a[MR];
-  for (int m = 0; m < MR; m++) a[m] = rows[ROW_MAJOR ? m : 0];
+// B in panels: one panel of N vectors.
+template <int N>
+struct Panel {
+  const word* at;
+
+  RADA_INLINE vec operator()(int64_t i, int v) const { return load(at + i * (N * W) + v * W); }
+};
+
+// B = rows of a matrix [k, columns], read where they lie.
+template <class P>
+struct RowsOf {
+  const typename P::element* at;
+  int64_t ld, columns;
+
+  RADA_INLINE vec operator()(int64_t i, int v) const {
+    return P::words_first(at + i * P::per_word * ld + v * W, ld, columns - v * W);
+  }
+};
+
+// One register tile. Row-major A: rows ld apart. Otherwise A[m, k] = a[k · ld + m].
+template <class P, bool ROW_MAJOR, int M, int N, class B>
+RADA_INLINE Tile<M, N> multiply_tile(int64_t k, const word* a, int64_t ld, const B& b_at) {
+  Tile<M, N> c{};
+  const word* rows[M];
+  for (int m = 0; m < M; m++) rows[m] = ROW_MAJOR ? a + m * ld : a;
   for (int64_t i = 0; i < k; i++) {
     vec b[N];
+#pragma GCC unroll 4
+    for (int v = 0; v < N; v++) b[v] = b_at(i, v);
 #pragma GCC unroll 8
-    for (int v = 0; v < N; v++) b[v] = load(panel + i * (N * W) + v * W);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; m++) {
-      const word x = ROW_MAJOR ? a[m][i] : a[0][i * ld + m];
-#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const word x = ROW_MAJOR ? rows[m][i] : a[i * ld + m];
+#pragma GCC unroll 4
       for (int v = 0; v < N; v++) c.at[m][v] = P::multiply_add(x, b[v], c.at[m][v]);
     }
   }
   return c;
 }
 
-template <class P, bool ROW_MAJOR, int N, class Epilogue>
-RADA_INLINE void multiply_panel(int64_t m, int64_t k, const word* a, int64_t ld, const word* panel, int64_t column,
+// All rows against one panel: tiles of MR rows, then of the powers of two that make up the rest.
+template <class P, bool ROW_MAJOR, int N, int M = MR, class B, class Epilogue>
+RADA_INLINE void multiply_panel(int64_t row, int64_t m, int64_t k, const word* a, int64_t ld, const B& b, int64_t column,
                                 Epilogue&& epilogue) {
-  for (int64_t row = 0; row < m; row += MR) {
-    const word* rows[MR];
-    // Rows beyond the last one repeat it, and the epilogue leaves them out.
-    for (int r = 0; r < MR; r++) rows[r] = ROW_MAJOR ? a + smaller_of(row + r, m - 1) * ld : a + row;
-    const Tile<N> c = multiply_tile<P, ROW_MAJOR, N>(k, rows, ld, panel);
-    epilogue(row, (int)smaller_of(MR, m - row), column, c);
+  for (; row + M <= m; row += M)
+    epilogue(row, column, multiply_tile<P, ROW_MAJOR, M, N>(k, ROW_MAJOR ? a + row * ld : a + row, ld, b));
+  if constexpr (M > 1)
+    if (row < m) multiply_panel<P, ROW_MAJOR, N, M / 2>(row, m, k, a, ld, b, column, epilogue);
+}
+
+// C = A B, tile by tile to epilogue(first row, first column, tile). k and ld count words.
+// b_at(panel's first column, an integral constant N) gives the operand for a panel of N vectors.
+template <class P, bool ROW_MAJOR, class Operand, class Epilogue>
+RADA_INLINE void multiply_panels(int64_t m, int64_t k, const word* a, int64_t ld, const Panels& panels, Operand&& b_at,
+                                 Epilogue&& epilogue) {
+  for (int64_t p = 0; p < panels.count; p++) {
+    const int64_t column = panels.first_column(p);
+    auto with = [&](auto n) __attribute__((always_inline)) {
+      multiply_panel<P, ROW_MAJOR, n()>(0, m, k, a, ld, b_at(column, n), column, epilogue);
+    };
+    switch (panels.vectors_of(p)) {
+      case 1: with(std::integral_constant<int, 1>()); break;
+      case 2: with(std::integral_constant<int, 2>()); break;
+      default: with(std::integral_constant<int, 3>());
+    }
   }
 }
 
-// C = A B, tile by tile to epilogue(first row, rows, first column, tile). k and ld count words. A in columns
-// (ROW_MAJOR false) is read in blocks of MR rows: ld is at least m rounded up to MR.
+// C = A B with B packed.
 template <class P, bool ROW_MAJOR, class Epilogue>
 RADA_INLINE void multiply(int64_t m, int64_t k, const word* a, int64_t ld, const word* b, const Panels& panels,
                           Epilogue&& epilogue) {
-  for (int64_t p = 0; p < panels.count; p++) {
-    const int64_t column = panels.first_column(p);
-    const word* panel = b + column * k;
-    switch (panels.vectors_of(p)) {
-      case 1: multiply_panel<P, ROW_MAJOR, 1>(m, k, a, ld, panel, column, epilogue); break;
-      case 2: multiply_panel<P, ROW_MAJOR, 2>(m, k, a, ld, panel, column, epilogue); break;
-      case 3: multiply_panel<P, ROW_MAJOR, 3>(m, k, a, ld, panel, column, epilogue); break;
+  multiply_panels<P, ROW_MAJOR>(
+      m, k, a, ld, panels, [=](int64_t column, auto n) { return Panel<n()>{b + column * k}; }, epilogue);
+}
+
+// C[m, columns first to end] = A rowsᵀ, rows [n, k] read where they lie: every element is a dot product along k, and
+// W of them share the loads and one transpose. first is a multiple of W. Tiles of one row and one vector.
+template <class P, class Epilogue>
+RADA_INLINE void multiply_in_place(int64_t m, int64_t k, const word* a, int64_t ld, const word* rows, int64_t first,
+                                   int64_t end, Epilogue&& epilogue) {
+  constexpr int C = 4, R = W / C;  // R rows of A by C rows of the matrix
+  for (int64_t column = first; column < end; column += W)
+    for (int64_t row = 0; row < m; row += R) {
+      float block[R][W] = {};
+      for (int c = 0; c < W && column + c < end; c += C) {
+        const word *left[R], *right[C];
+        for (int r = 0; r < R; r++) left[r] = a + smaller_of(row + r, m - 1) * ld;
+        for (int j = 0; j < C; j++) right[j] = rows + smaller_of(column + c + j, end - 1) * k;
+        vec dots[W] = {};
+        auto step = [&](auto&& load_at) __attribute__((always_inline)) {
+          vec y[C];
+#pragma GCC unroll 4
+          for (int j = 0; j < C; j++) y[j] = load_at(right[j]);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; r++) {
+            const vec x = load_at(left[r]);
+#pragma GCC unroll 4
+            for (int j = 0; j < C; j++) dots[r * C + j] = P::multiply_add(x, y[j], dots[r * C + j]);
+          }
+        };
+        int64_t i = 0;
+        for (; i + W <= k; i += W) step([=](const word* p) __attribute__((always_inline)) { return load(p + i); });
+        if (i < k)
+          step([=](const word* p) __attribute__((always_inline)) { return load_first((const float*)p + i, k - i); });
+        transpose(dots);
+        vec total{};
+        for (int w = 0; w < W; w++) total += dots[w];
+        for (int r = 0; r < R; r++) std::memcpy(&block[r][c], (const float*)&total + r * C, C * sizeof(float));
+      }
+      for (int r = 0; r < smaller_of(R, m - row); r++) {
+        Tile<1, 1> tile;
+        tile.at[0][0] = keep_first(load(block[r]), end - column);
+        epilogue(row + r, column, tile);
+      }
     }
-  }
 }
 
 }  // namespace RADA_ISA

@@ -1,22 +1,24 @@
 // The whole head: both passes over waves of images, each wave in phases that spread over the threads.
 //
 // Every result is written by exactly one task, and sums over images run in the order of the images: the numbers do
-// not depend on the number of threads.
+// not depend on how the tasks fall to the threads.
 #pragma once
 
 #include "../logit_reduction/cpu.h"
 #include "../mask_attention/cpu.h"
 #include "../rational_projection/cpu.h"
+#include "call.h"
 
 namespace RADA_ISA {
 
 using rada::Call;
 using rada::Pool;
 
-constexpr int64_t BLOCK_ROWS = 64;     // rows of a task that runs products against whole layers
-constexpr int64_t WAVE_ROWS = 2048;    // rows of a wave, at least one image
-constexpr int64_t WEIGHT_ROWS = 256;   // rows of one step of a weight gradient's sum
-constexpr int64_t WEIGHT_COLUMNS = 64; // a task's share of a weight gradient
+constexpr int64_t WAVE_ROWS = 2048;     // rows of a wave, at least one image
+constexpr int64_t FEW_ROWS = 128;       // up to here a layer's weight is read where it lies
+constexpr int64_t WEIGHT_ROWS = 256;    // rows of one step of a weight gradient's sum
+constexpr int64_t WEIGHT_COLUMNS = 64;  // a task's share of a weight gradient
+constexpr int64_t LIGHT_ROWS = 32;      // rows of a task that only goes over them
 
 // Hands out 64-byte aligned pieces. Without a base it only measures.
 struct Arena {
@@ -36,53 +38,97 @@ void run(const Pool& pool, int64_t tasks, Task&& task) {
   pool.run(pool, tasks, [](void* context, int64_t i, int thread) { (*(Task*)context)(i, thread); }, (void*)&task);
 }
 
+// task(first, count, thread) over `rows` rows in blocks.
+template <class Task>
+void run_rows(const Pool& pool, int64_t rows, int64_t block, Task&& task) {
+  run(pool, ceil_div(rows, block), [&](int64_t i, int thread) {
+    task(i * block, smaller_of(block, rows - i * block), thread);
+  });
+}
+
+// How a product of `rows` rows with a layer falls into tasks: blocks of rows, and of columns where there are few rows.
+struct Split {
+  int64_t rows, width, block, shares, share;
+
+  Split(int64_t rows, int64_t width, bool whole_width, int threads) : rows(rows), width(width) {
+    const int64_t tasks = 4 * threads;
+    block = smaller_of(larger_of(round_up(ceil_div(rows, tasks), MR), MR), BLOCK_ROWS);
+    if (!whole_width) block = smaller_of(rows, BLOCK_ROWS);
+    shares = whole_width ? 1 : smaller_of(ceil_div(tasks, ceil_div(rows, block)), ceil_div(width, 4 * W));
+    share = round_up(ceil_div(width, shares), W);
+    shares = ceil_div(width, share);
+  }
+  int64_t tasks() const { return ceil_div(rows, block) * shares; }
+
+  // f(first row, rows, first column, end column, share)
+  template <class F>
+  void with(int64_t task, F&& f) const {
+    const int64_t row = task / shares * block, column = task % shares * share;
+    f(row, smaller_of(block, rows - row), column, smaller_of(column + share, width), task % shares);
+  }
+};
+
 template <class P>
 class Head {
   typedef typename P::element element;
 
  public:
   Head(const Call& call, const Pool& pool, bool backward, void* workspace)
-      : c(call), pool(pool), shape(call.classes, call.width / call.heads, call.score_bytes), arena{(char*)workspace} {
+      : c(call), pool(pool), shape(call.classes, call.width / call.heads, sizeof(element), call.score_bytes),
+        again(!backward || !call.attended), arena{(char*)workspace} {
     over_width = round_up(c.width, W);
     wave_images = smaller_of(larger_of(WAVE_ROWS / c.classes, 1), c.images);
     const int64_t rows = wave_images * c.classes, pairs = wave_images * c.heads;
-    const int64_t packed = Panels(c.width).padded() * ceil_div(c.width, P::per_word);
-    sf = arena.take<float>(c.images * over_width);
     f = arena.take<float>(c.images * over_width);
     h = arena.take<float>(c.classes * over_width);
+    inverse = arena.take<float>(c.images + c.classes);
+    const int64_t packed = Panels(c.width).padded() * ceil_div(c.width, P::per_word);
     for (int l = 0; l < rada::LAYERS; l++) {
-      weight[l] = arena.take<word>(packed);
-      bias[l] = arena.take<float>(over_width);
+      if (!c.weight[l]) continue;
+      const bool few = rows_of(l) <= FEW_ROWS, goes_back = backward && (l == rada::OUT || c.grad_image);
+      layer[l].weight = (const element*)c.weight[l];
+      layer[l].packed = few || !again ? nullptr : arena.take<word>(packed);
+      layer[l].packed_back = few || !goes_back ? nullptr : arena.take<word>(packed);
+      layer[l].bias = arena.take<float>(over_width);
     }
-    again = !backward || !c.attended;
+    if (c.weight[rada::QUERY_IMAGE])
+      query_image = c.query_image ? (element*)c.query_image : arena.take<element>(c.images * c.width);
+    if (c.weight[rada::QUERY_TEXT])
+      query_text = c.query_text ? (element*)c.query_text : arena.take<element>(c.classes * c.width);
     for (int l = 0; l < 3; l++)
-      projection[l] = c.projection[l] || !in_use(l) ? nullptr : arena.take<element>(rows * c.width);
-    attended = c.attended ? nullptr : arena.take<element>(rows * c.width);
+      if (!c.projection[l] && c.weight[rada::QUERY_RATIONAL + l]) projection[l] = arena.take<element>(rows * c.width);
+    if (!c.attended) attended = arena.take<element>(rows * c.width);
+    if (!c.references) references = arena.take<float>(rada::KINDS * pairs);
     if (again) {
-      statistic = arena.take<float>(rows);
-      if (!c.statistics) statistics = arena.take<float>(2 * rada::KINDS * pairs);
+      const Split split = wave_split(rows, rada::OUT);
+      row_sums = arena.take<float>(split.shares * rows);
+      row_statistics = arena.take<float>(split.shares * rows);
     }
     if (backward) {
-      if (!c.change) change = arena.take<float>(rows * c.width);
-      for (int l = 0; l < rada::LAYERS; l++) {
-        weight_back[l] = l == rada::OUT || c.grad_f ? arena.take<word>(packed) : nullptr;
-        grad_rows[l] = l == rada::OUT || in_use(l) ? arena.take<element>(rows * c.width) : nullptr;
-      }
+      if (!c.change) change = arena.take<element>(rows * c.width);
+      for (int l = rada::QUERY_RATIONAL; l < rada::LAYERS; l++)
+        if (c.weight[l]) grad_rows[l] = arena.take<element>(rows * c.width);
       grad_attended = arena.take<element>(rows * c.width);
-      text_rows = c.text_query ? arena.take<float>(rows * c.width) : nullptr;
       peak = arena.take<int64_t>(wave_images);
-      if (c.grad_weight[0]) {
-        const int64_t steps = ceil_div(rows, WEIGHT_ROWS);
-        for (auto& panel : operands)
-          panel = arena.take<word>(steps * ceil_div(WEIGHT_ROWS, P::per_word) * Panels(c.width).padded());
+      if (query_text) {
+        text_rows = arena.take<float>(rows * c.width);
+        grad_query_text = arena.take<float>(c.classes * c.width);
+        query_rows[0] = arena.take<element>(c.classes * c.width);
       }
-      if (c.grad_f) grad_r = arena.take<float>(rows * over_width);
+      if (query_image) {
+        grad_query_image = arena.take<float>(c.images * c.width);
+        query_rows[1] = arena.take<element>(c.images * c.width);
+      }
+      if (c.grad_weight[0])
+        for (word*& operand : operands) operand = arena.take<word>(ceil_div(most_rows(), WEIGHT_ROWS) * step_words());
+      if (c.grad_image) grad_r = arena.take<float>(rows * over_width);
     }
     // A thread's phases follow each other, and so may share its scratch.
     const size_t start = arena.used;
     size_t end = start;
     const int64_t words = ceil_div(shape.width, P::per_word), half = ceil_div(c.classes, P::per_word);
-    const int64_t width_ld = shape.over_width.padded();
+    const int64_t width_ld = shape.over_width.padded(), ld = shape.ld();
+    const int64_t block_words = ceil_div(rada::SCORE_ROWS, P::per_word);
     auto fit = [&](auto&& layout) {
       arena.used = start;
       layout();
@@ -90,38 +136,36 @@ class Head {
     };
     if (again) {
       fit([&] {
-        attention.keys = arena.take<word>(words * shape.ld());
+        attention.keys = arena.take<word>(words * ld);
         attention.values = arena.take<word>(half * width_ld);
-        attention.exponentials = c.weights ? nullptr : arena.take<float>(rada::KINDS * shape.score_rows() * shape.ld());
-        attention.kinds = shape.streams && !c.weights ? arena.take<float>(rada::KINDS * c.classes * width_ld) : nullptr;
+        if (!c.weights) attention.exponentials = arena.take<element>(rada::KINDS * shape.score_rows() * ld);
+        attention.scores = arena.take<float>(rada::SCORE_ROWS * ld);
+        if (shape.streams && !c.weights) attention.kinds = arena.take<float>(rada::KINDS * c.classes * width_ld);
         attention.block_scale = arena.take<float>(rada::KINDS * shape.blocks);
-        attention.image_row = arena.take<float>(shape.ld() + width_ld);
-        attention.mixed = (word*)arena.take<element>(rada::SCORE_ROWS * shape.ld());
+        attention.image_row = arena.take<float>(ld + width_ld);
+        attention.mixed = arena.take<element>(rada::SCORE_ROWS * ld);
       });
-      fit([&] {
-        x_rows = arena.take<element>(BLOCK_ROWS * c.width);
-        partial = arena.take<float>(2 * BLOCK_ROWS * W);
-      });
+      fit([&] { input_rows = arena.take<element>(BLOCK_ROWS * c.width); });
     }
     if (backward) {
       fit([&] {
         auto& s = attention_backward;
-        s.keys = arena.take<word>(words * shape.ld());
-        s.values = arena.take<word>(words * shape.ld());
+        s.keys = arena.take<word>(words * ld);
+        s.values = arena.take<word>(words * ld);
         s.key_rows = arena.take<word>(half * width_ld);
-        s.exponentials = c.weights ? nullptr : arena.take<float>(rada::KINDS * shape.score_rows() * shape.ld());
-        s.grad_weights = arena.take<float>(shape.score_rows() * shape.ld());
-        s.grad_key = arena.take<float>(round_up(c.classes, MR) * width_ld);
-        s.grad_value = arena.take<float>(round_up(c.classes, MR) * width_ld);
-        s.grad_scores = (word*)arena.take<element>(rada::SCORE_ROWS * shape.ld());
-        s.by_column = arena.take<word>(ceil_div(rada::SCORE_ROWS, P::per_word) * shape.ld());
-        s.block_rows = arena.take<word>(ceil_div(rada::SCORE_ROWS, P::per_word) * width_ld);
-        s.image_row = arena.take<float>(2 * shape.ld() + width_ld);
+        if (!c.weights) s.exponentials = arena.take<element>(rada::KINDS * shape.score_rows() * ld);
+        s.grad_weights = arena.take<element>(shape.score_rows() * ld);
+        s.grad_key = arena.take<float>(c.classes * width_ld);
+        s.grad_value = arena.take<float>(c.classes * width_ld);
+        s.grad_scores = arena.take<element>(rada::KINDS * rada::SCORE_ROWS * ld);
+        if (P::per_word > 1) s.grad_scores_by_column = arena.take<word>(rada::KINDS * block_words * ld);
+        s.weights_by_column = arena.take<word>(block_words * ld);
+        s.block_rows = arena.take<word>(rada::KINDS * block_words * width_ld);
+        s.image_row = arena.take<float>(2 * ld + width_ld);
       });
       fit([&] {
         weight_rows = arena.take<element>(WEIGHT_ROWS * c.width);
         weight_left = arena.take<word>(ceil_div(WEIGHT_ROWS, P::per_word) * WEIGHT_COLUMNS);
-        weight_bias = arena.take<float>(WEIGHT_COLUMNS);
       });
     }
     thread_bytes = end - start;
@@ -131,7 +175,7 @@ class Head {
   size_t bytes() const { return arena.used; }
 
   void forward() {
-    prepare(false);
+    prepare();
     for (first = 0; first < c.images; first += wave_images) {
       images = smaller_of(wave_images, c.images - first);
       compute();
@@ -139,16 +183,23 @@ class Head {
   }
 
   void backward() {
-    prepare(true);
+    prepare();
     for (first = 0; first < c.images; first += wave_images) {
       images = smaller_of(wave_images, c.images - first);
       if (again) compute();
       compute_gradients();
     }
+    compute_query_gradients();
   }
 
  private:
-  bool in_use(int layer) const { return layer != rada::RATIONAL || c.rational; }
+  int64_t rows_of(int l) const {
+    return l == rada::QUERY_IMAGE ? c.images : l == rada::QUERY_TEXT ? c.classes : c.images * c.classes;
+  }
+  int64_t most_rows() const { return larger_of(larger_of(wave_images * c.classes, c.classes), c.images); }
+  int64_t step_words() const { return ceil_div(WEIGHT_ROWS, P::per_word) * Panels(c.width).padded(); }
+  Split split(int64_t rows, const word* packed) const { return Split(rows, c.width, packed, pool.threads); }
+  Split wave_split(int64_t rows, int l) const { return split(rows, layer[l].packed); }
 
   template <class T>
   T* mine(T* scratch, int thread) const {
@@ -159,271 +210,422 @@ class Head {
   element* wave(void* kept, element* own) const {
     return kept ? (element*)kept + first * c.classes * c.width : own;
   }
-  element* projected(int l) const { return wave(c.projection[l], projection[l]); }
+  element* projected(int l) const { return wave(c.projection[l - rada::QUERY_RATIONAL], projection[l - rada::QUERY_RATIONAL]); }
   element* attended_rows() const { return wave(c.attended, attended); }
-  float* change_rows() const { return c.change ? c.change + first * c.classes * c.width : change; }
-  float* statistics_of(int kind, int64_t pair) const {
-    return c.statistics ? c.statistics + 2 * ((kind * c.images + first) * c.heads + pair)
-                        : statistics + 2 * (kind * wave_images * c.heads + pair);
+  element* change_rows() const { return wave(c.change, change); }
+  float* reference_of(int kind, int64_t pair) const {
+    return c.references ? c.references + (kind * c.images + first) * c.heads + pair
+                        : references + kind * wave_images * c.heads + pair;
   }
-  float* kept_weights(int kind, int64_t pair) const {
-    return c.weights + ((kind * c.images + first) * c.heads + pair) * c.classes * shape.ld();
+  element* kept_weights(int kind, int64_t pair) const {
+    return (element*)c.weights + ((kind * c.images + first) * c.heads + pair) * c.classes * shape.ld();
   }
   float* kept_scale(int kind, int64_t pair) const {
     return c.weight_scale + ((kind * c.images + first) * c.heads + pair) * shape.blocks;
   }
+  const float* f_of(int64_t row) const { return f + (first + row / c.classes) * over_width; }
+  const float* h_of(int64_t row) const { return h + row % c.classes * over_width; }
 
   // Unit rows padded to whole vectors, weights packed.
-  void prepare(bool backward) {
-    run(pool, c.images + c.classes, [&](int64_t i, int) {
-      const bool image = i < c.images;
-      const float* from = image ? c.f + i * c.width : c.h + (i - c.images) * c.width;
-      float* to = image ? f + i * over_width : h + (i - c.images) * over_width;
-      for (int64_t d = 0; d < over_width; d += W) {
-        const vec v = load_first(from + d, c.width - d);
-        store(to + d, v);
-        if (image) store(sf + i * over_width + d, v * c.scale);
+  void prepare() {
+    run_rows(pool, c.images + c.classes, LIGHT_ROWS, [&](int64_t row, int64_t count, int) {
+      for (int64_t i = row; i < row + count; i++) {
+        const bool image = i < c.images;
+        const int64_t k = i - c.images;
+        inverse[i] = unit_row<P>(image ? f + i * over_width : h + k * over_width,
+                                 image ? (const element*)c.image + i * c.width : (const element*)c.text + k * c.width,
+                                 c.width, over_width, c.normalize);
       }
     });
+    for (const Layer<P>& l : layer)
+      for (int64_t d = 0; d < over_width && l.weight; d += W)
+        store((float*)l.bias + d, P::get_first((const element*)c.bias[&l - layer] + d, c.width - d));
+    const int64_t words = c.width / P::per_word;
     run(pool, 2 * rada::LAYERS, [&](int64_t i, int) {
-      const int l = i % rada::LAYERS;
-      if (l != rada::OUT && !in_use(l)) return;
-      if (i >= rada::LAYERS) {
-        if (backward && weight_back[l])
-          pack_rows<P>(weight_back[l], (const element*)c.weight[l], c.width, c.width, c.width);
-        return;
-      }
-      if (!again) return;
-      const int64_t words = c.width / P::per_word;
-      pack_columns(weight[l], (const word*)c.weight[l], words, words, c.width);
-      for (int64_t d = 0; d < over_width; d += W) store(bias[l] + d, load_first(c.bias[l] + d, c.width - d));
+      const Layer<P>& l = layer[i / 2];
+      if (i % 2 && l.packed_back) pack_rows<P>((word*)l.packed_back, l.weight, c.width, c.width, c.width);
+      if (i % 2 == 0 && l.packed) pack_columns((word*)l.packed, (const word*)l.weight, words, words, c.width);
     });
   }
-
-  PackedLayer layer(int l) const { return {weight[l], bias[l]}; }
 
   // The three steps for one wave.
   void compute() {
-    const int64_t rows = images * c.classes;
-    run(pool, ceil_div(rows, BLOCK_ROWS), [&](int64_t task, int thread) {
-      const int64_t row = task * BLOCK_ROWS, count = smaller_of(BLOCK_ROWS, rows - row);
-      element* x = mine(x_rows, thread);
-      rational_rows<P>(x, sf + first * over_width, h, over_width, row, count, c.classes, c.width);
-      for (int l = 0; l < 3; l++)
-        if (in_use(l)) project<P>(projected(l) + row * c.width, x, count, c.width, layer(l));
-    });
+    project_rows();
     run(pool, images * c.heads, [&](int64_t pair, int thread) { attend_pair(pair, thread); });
-    const int64_t blocks = ceil_div(c.classes, BLOCK_ROWS);
-    run(pool, images * blocks, [&](int64_t task, int thread) {
-      const int64_t b = task / blocks, k = task % blocks * BLOCK_ROWS, count = smaller_of(BLOCK_ROWS, c.classes - k);
-      const int64_t row = b * c.classes + k;
-      float* changes = change_rows();
-      reduce_logits<P>(c.sums + (first + b) * c.classes + k, statistic + row, changes ? changes + row * c.width : nullptr,
-                       attended_rows() + row * c.width, count, c.width, layer(rada::OUT), f + (first + b) * over_width,
-                       h + k * over_width, over_width, c.penalty, mine(partial, thread));
+    reduce_rows();
+  }
+
+  // Keys, values and rational queries of the wave; with the first wave the image and text queries.
+  void project_rows() {
+    const int64_t rows = images * c.classes;
+    struct Part {
+      Split split;
+      int layer;
+      const float* unit;
+      element* to;
+    };
+    const float root = __builtin_sqrtf(c.scale);
+    const Part parts[] = {
+        {wave_split(rows, rada::KEY), rada::KEY, nullptr, nullptr},
+        {wave_split(c.classes, rada::QUERY_TEXT), rada::QUERY_TEXT, h, query_text},
+        {wave_split(c.images, rada::QUERY_IMAGE), rada::QUERY_IMAGE, f, query_image},
+    };
+    int64_t tasks = 0;
+    for (const Part& part : parts) tasks += part_tasks(part);
+    run(pool, tasks, [&](int64_t task, int thread) {
+      const Part* part = parts;
+      while (task >= part_tasks(*part)) task -= part_tasks(*part++);
+      element* x = mine(input_rows, thread);
+      part->split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t) {
+        if (part->unit) {
+          scaled_rows<P>(x, part->unit + row * over_width, over_width, count, c.width, root);
+          project<P>(part->to + row * c.width, x, count, c.width, layer[part->layer], column, end);
+          return;
+        }
+        rational_rows<P>(x, f + first * over_width, h, over_width, row, count, c.classes, c.width, c.scale);
+        for (int l = rada::QUERY_RATIONAL; l <= rada::VALUE; l++)
+          if (c.weight[l]) project<P>(projected(l) + row * c.width, x, count, c.width, layer[l], column, end);
+      });
     });
-    for (int64_t b = 0; b < images; b++)
-      c.deviation[first + b] =
-          deviation_of(c.sums + (first + b) * c.classes, statistic + b * c.classes, c.classes, c.width, c.penalty);
+  }
+  template <class Part>
+  int64_t part_tasks(const Part& part) const {
+    return !part.unit || (first == 0 && part.to) ? part.split.tasks() : 0;
   }
 
   void attend_pair(int64_t pair, int thread) {
-    const int64_t b = pair / c.heads, column = pair % c.heads * shape.width;
-    const int64_t start = b * c.classes * c.width + column;
-    const Rows<P> text{c.text_query ? (const element*)c.text_query + column : nullptr, c.width};
-    const Rows<P> rational{c.rational ? projected(rada::RATIONAL) + start : nullptr, c.width};
-    const Rows<P>* queries[] = {c.text_query ? &text : nullptr, c.rational ? &rational : nullptr};
-    AttentionScratch s = attention;
+    const Pair p(*this, pair);
+    AttentionScratch<P> s = attention;
     s.keys = mine(s.keys, thread), s.values = mine(s.values, thread), s.mixed = mine(s.mixed, thread);
-    s.image_row = mine(s.image_row, thread), s.kinds = mine(s.kinds, thread);
-    float *exps[rada::KINDS], *scale[rada::KINDS], *stats[rada::KINDS];
+    s.image_row = mine(s.image_row, thread), s.kinds = mine(s.kinds, thread), s.scores = mine(s.scores, thread);
+    element* exps[rada::KINDS];
+    float *scale[rada::KINDS], *reference[rada::KINDS];
     for (int n = 0; n < rada::KINDS; n++) {
-      exps[n] = c.weights ? kept_weights(n, pair) : mine(attention.exponentials, thread) + n * shape.score_rows() * shape.ld();
+      exps[n] = c.weights ? kept_weights(n, pair) : mine(s.exponentials, thread) + n * shape.score_rows() * shape.ld();
       scale[n] = c.weights ? kept_scale(n, pair) : mine(s.block_scale, thread) + n * shape.blocks;
-      stats[n] = statistics_of(n, pair);
+      reference[n] = reference_of(n, pair);
     }
-    attend<P>(attended_rows() + start, c.width, c.image_query ? c.image_query + (first + b) * c.width + column : nullptr,
-              queries, {projected(rada::KEY) + start, c.width}, {projected(rada::VALUE) + start, c.width}, c.score_factor,
-              shape, s, c.weights != nullptr, exps, scale, stats);
+    attend<P>(attended_rows() + p.start, c.width, p.image_query, p.queries, p.key, p.value, c.score_factor, shape, s,
+              c.weights != nullptr, exps, scale, reference);
   }
+
+  // Logits without their scale and each image's deviation, from the attended rows.
+  void reduce_rows() {
+    const int64_t rows = images * c.classes;
+    const Split split = wave_split(rows, rada::OUT);
+    run(pool, split.tasks(), [&](int64_t task, int) {
+      split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t share) {
+        const float *fs[BLOCK_ROWS], *hs[BLOCK_ROWS];
+        for (int64_t r = 0; r < count; r++) fs[r] = f_of(row + r), hs[r] = h_of(row + r);
+        element* changes = change_rows();
+        reduce_logits<P>(row_sums + share * rows + row, row_statistics + share * rows + row,
+                         changes ? changes + row * c.width : nullptr, attended_rows() + row * c.width, count, c.width,
+                         layer[rada::OUT], fs, hs, c.penalty, column, end);
+      });
+    });
+    for (int64_t share = 1; share < split.shares; share++)
+      for (int64_t row = 0; row < rows; row++) {
+        const float part = row_statistics[share * rows + row];
+        row_sums[row] += row_sums[share * rows + row];
+        float& statistic = row_statistics[row];
+        statistic = c.penalty != rada::Penalty::LINF ? statistic + part : part > statistic ? part : statistic;
+      }
+    std::memcpy(c.sums + first * c.classes, row_sums, rows * sizeof(float));
+    for (int64_t b = 0; b < images; b++)
+      c.deviation[first + b] =
+          deviation_of(row_sums + b * c.classes, row_statistics + b * c.classes, c.classes, c.width, c.penalty);
+  }
+
+  // Where one (image, head) pair of the wave lies in the [B, K, D] arrays.
+  struct Pair {
+    int64_t start, image_start;
+    Rows<P> text, rational, key, value;
+    const Rows<P>* queries[rada::KINDS];
+    const element* image_query;
+
+    Pair(const Head& head, int64_t pair) {
+      const Call& c = head.c;
+      const int64_t b = pair / c.heads, column = pair % c.heads * head.shape.width;
+      start = b * c.classes * c.width + column;
+      image_start = (head.first + b) * c.width + column;
+      text = {head.query_text ? head.query_text + column : nullptr, c.width};
+      rational = {c.weight[rada::QUERY_RATIONAL] ? head.projected(rada::QUERY_RATIONAL) + start : nullptr, c.width};
+      key = {head.projected(rada::KEY) + start, c.width};
+      value = {head.projected(rada::VALUE) + start, c.width};
+      queries[rada::TEXT_KIND] = text.at ? &text : nullptr;
+      queries[rada::RATIONAL_KIND] = rational.at ? &rational : nullptr;
+      image_query = head.query_image ? head.query_image + image_start : nullptr;
+    }
+    Pair(const Pair&) = delete;
+  };
 
   // The three steps backward for one wave.
   void compute_gradients() {
+    reduce_rows_backward();
+    run(pool, images * c.heads, [&](int64_t pair, int thread) { attend_pair_backward(pair, thread); });
+    if (query_text)
+      run_rows(pool, c.classes, LIGHT_ROWS, [&](int64_t row, int64_t count, int) {
+        float* to = grad_query_text + row * c.width;
+        for (int64_t d = 0; d < count * c.width; d += W) {
+          const int64_t n = count * c.width - d;
+          vec total = first ? load_first(to + d, n) : vec{};
+          for (int64_t b = 0; b < images; b++)
+            total += load_first(text_rows + (b * c.classes + row) * c.width + d, n);
+          store_first(to + d, total, n);
+        }
+      });
+    if (c.grad_weight[0]) {
+      const int64_t rows = images * c.classes;
+      pack_inputs(operands[0], rows, [&](element* x, int64_t row, int64_t count) {
+        rational_rows<P>(x, f + first * over_width, h, over_width, row, count, c.classes, c.width, c.scale);
+        return x;
+      });
+      pack_inputs(operands[1], rows, [&](element*, int64_t row, int64_t) { return attended_rows() + row * c.width; });
+      const WeightGradient gradients[] = {
+          {rada::QUERY_RATIONAL, grad_rows[rada::QUERY_RATIONAL], rows, operands[0]},
+          {rada::KEY, grad_rows[rada::KEY], rows, operands[0]},
+          {rada::VALUE, grad_rows[rada::VALUE], rows, operands[0]},
+          {rada::OUT, grad_rows[rada::OUT], rows, operands[1]},
+      };
+      add_weight_gradients(gradients, first == 0);
+    }
+    if (c.grad_image) add_feature_gradients();
+  }
+
+  // The gradient of the output layer's result, and of what went into it.
+  void reduce_rows_backward() {
     const int64_t rows = images * c.classes, width = c.width;
-    const float* changes = change_rows();
+    const element* changes = change_rows();
     const bool find_peak = c.grad_deviation && c.penalty == rada::Penalty::LINF;
     if (find_peak)
       run(pool, images, [&](int64_t b, int) {
-        peak[b] = first_peak(changes + b * c.classes * width, c.classes * width);
+        peak[b] = first_peak<P>(changes + b * c.classes * width, c.classes, width);
       });
-    run(pool, ceil_div(rows, BLOCK_ROWS), [&](int64_t task, int) {
-      const int64_t row = task * BLOCK_ROWS, count = smaller_of(BLOCK_ROWS, rows - row);
-      element* to = grad_rows[rada::OUT] + row * width;
+    auto form = [&](int64_t row, int64_t count) {
       for (int64_t r = row; r < row + count; r++) {
         const int64_t b = r / c.classes, k = r % c.classes;
-        reduce_logits_backward<P>(to + (r - row) * width, changes + r * width, f + (first + b) * over_width,
-                                  h + k * over_width, width, c.grad_sums[(first + b) * c.classes + k],
-                                  c.grad_deviation ? c.grad_deviation[first + b] : 0,
+        reduce_logits_backward<P>(grad_rows[rada::OUT] + r * width, changes + r * width, f_of(r), h_of(r), width,
+                                  c.grad_sums[first * c.classes + r], c.grad_deviation ? c.grad_deviation[first + b] : 0,
                                   find_peak ? peak[b] - k * width : -1, c.classes * width, c.penalty);
       }
-      element* back = grad_attended + row * width;
-      project_back<P>(to, count, width, weight_back[rada::OUT],
-                      [&](int64_t r, int64_t d, vec v) { P::put_first(back + r * width + d, v, width - d); });
-    });
-    run(pool, images * c.heads, [&](int64_t pair, int thread) { attend_pair_backward(pair, thread); });
-    if (c.text_query)
-      run(pool, c.classes, [&](int64_t k, int) {
-        for (int64_t b = 0; b < images; b++) {
-          const float* from = text_rows + (b * c.classes + k) * width;
-          float* to = c.grad_text_query + k * width;
-          for (int64_t d = 0; d < width; d += W)
-            store_first(to + d, load_first(to + d, width - d) + load_first(from + d, width - d), width - d);
-        }
+    };
+    const Split split = this->split(rows, layer[rada::OUT].packed_back);
+    if (split.shares > 1) run_rows(pool, rows, LIGHT_ROWS, [&](int64_t row, int64_t count, int) { form(row, count); });
+    run(pool, split.tasks(), [&](int64_t task, int) {
+      split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t) {
+        if (split.shares == 1) form(row, count);
+        apply_back<P>(layer[rada::OUT], grad_rows[rada::OUT] + row * width, count, width, column, end,
+                      [&](int64_t r, int64_t d, vec v) __attribute__((always_inline)) {
+                        P::put_first(grad_attended + (row + r) * width + d, v, width - d);
+                      });
       });
-    if (c.grad_weight[0]) compute_weight_gradients();
-    if (c.grad_f) compute_feature_gradients();
+    });
   }
 
   void attend_pair_backward(int64_t pair, int thread) {
-    const int64_t b = pair / c.heads, column = pair % c.heads * shape.width;
-    const int64_t start = b * c.classes * c.width + column;
-    const Rows<P> text{c.text_query ? (const element*)c.text_query + column : nullptr, c.width};
-    const Rows<P> rational{c.rational ? projected(rada::RATIONAL) + start : nullptr, c.width};
-    const Rows<P>* queries[] = {c.text_query ? &text : nullptr, c.rational ? &rational : nullptr};
-    AttentionBackwardScratch s = attention_backward;
-    word** const words[] = {&s.keys, &s.values, &s.key_rows, &s.grad_scores, &s.by_column, &s.block_rows};
-    float** const floats[] = {&s.exponentials, &s.grad_weights, &s.grad_key, &s.grad_value, &s.image_row};
-    for (word** p : words) *p = mine(*p, thread);
-    for (float** p : floats) *p = mine(*p, thread);
-    const float *kept[rada::KINDS], *scale[rada::KINDS], *stats[rada::KINDS];
+    const Pair p(*this, pair);
+    AttentionBackwardScratch<P> s = attention_backward;
+    word** const words[] = {&s.keys, &s.values, &s.key_rows, &s.grad_scores_by_column, &s.weights_by_column, &s.block_rows};
+    float** const floats[] = {&s.grad_key, &s.grad_value, &s.image_row};
+    element** const elements[] = {&s.exponentials, &s.grad_weights, &s.grad_scores};
+    for (word** at : words) *at = mine(*at, thread);
+    for (float** at : floats) *at = mine(*at, thread);
+    for (element** at : elements) *at = mine(*at, thread);
+    const element* kept[rada::KINDS];
+    const float *scale[rada::KINDS], *reference[rada::KINDS];
     for (int n = 0; n < rada::KINDS; n++) {
       kept[n] = c.weights ? kept_weights(n, pair) : nullptr;
       scale[n] = c.weights ? kept_scale(n, pair) : nullptr;
-      stats[n] = statistics_of(n, pair);
+      reference[n] = reference_of(n, pair);
     }
-    const int64_t image_at = (first + b) * c.width + column;
-    const AttentionGradients<P> grads{grad_rows[rada::KEY] + start,
-                                      grad_rows[rada::VALUE] + start,
-                                      c.rational ? grad_rows[rada::RATIONAL] + start : nullptr,
-                                      c.text_query ? text_rows + start : nullptr,
-                                      c.image_query ? c.grad_image_query + image_at : nullptr,
-                                      c.width,
+    const AttentionGradients<P> grads{grad_rows[rada::KEY] + p.start,
+                                      grad_rows[rada::VALUE] + p.start,
+                                      p.rational.at ? grad_rows[rada::QUERY_RATIONAL] + p.start : nullptr,
+                                      p.text.at ? text_rows + p.start : nullptr,
+                                      p.image_query ? grad_query_image + p.image_start : nullptr,
                                       c.width};
-    attend_backward<P>(grads, {grad_attended + start, c.width}, c.image_query ? c.image_query + image_at : nullptr,
-                       queries, {projected(rada::KEY) + start, c.width}, {projected(rada::VALUE) + start, c.width},
-                       c.score_factor, shape, s, kept, scale, stats);
+    attend_backward<P>(grads, {grad_attended + p.start, c.width}, p.image_query, p.queries, p.key, p.value,
+                       c.score_factor, shape, s, kept, scale, reference);
   }
 
-  // Adds the wave's part of every weight's gradient: Σ_rows grad[row, e] input[row, d].
-  void compute_weight_gradients() {
-    const int64_t rows = images * c.classes, width = c.width, steps = ceil_div(rows, WEIGHT_ROWS);
+  // What went into layers, row by row, packed in steps of WEIGHT_ROWS. form(scratch, row, count) returns the rows.
+  template <class Form>
+  void pack_inputs(word* operand, int64_t rows, Form&& form) {
+    run_rows(pool, rows, WEIGHT_ROWS, [&](int64_t row, int64_t count, int thread) {
+      const element* from = form(mine(weight_rows, thread), row, count);
+      pack_rows<P>(operand + row / WEIGHT_ROWS * step_words(), from, c.width, count, c.width);
+    });
+  }
+
+  // A layer's gradient: Σ_rows grad[row, e] input[row, d].
+  struct WeightGradient {
+    int layer;
+    const element* grad;  // [rows, D]
+    int64_t rows;
+    const word* inputs;  // packed
+  };
+
+  // Writes layers' gradients, or adds to them unless `fresh`.
+  template <size_t N>
+  void add_weight_gradients(const WeightGradient (&gradients)[N], bool fresh) {
+    const int64_t shares = ceil_div(c.width, WEIGHT_COLUMNS);
+    run(pool, N * shares, [&](int64_t task, int thread) {
+      const WeightGradient& g = gradients[task / shares];
+      if (g.grad) add_weight_gradient(g, task % shares * WEIGHT_COLUMNS, fresh, mine(weight_left, thread));
+    });
+  }
+
+  // Of WEIGHT_COLUMNS of a layer's outputs. left: scratch for a step of them, by column.
+  void add_weight_gradient(const WeightGradient& g, int64_t column, bool fresh, word* left) {
+    const int64_t width = c.width, share = smaller_of(WEIGHT_COLUMNS, width - column);
     const Panels panels(width);
-    const int64_t step_words = ceil_div(WEIGHT_ROWS, P::per_word) * panels.padded();
-    run(pool, 2 * steps, [&](int64_t task, int thread) {
-      const int64_t step = task / 2, row = step * WEIGHT_ROWS, count = smaller_of(WEIGHT_ROWS, rows - row);
-      const element* from = attended_rows() + row * width;
-      if (task % 2 == 0) {
-        element* x = mine(weight_rows, thread);
-        rational_rows<P>(x, sf + first * over_width, h, over_width, row, count, c.classes, width);
-        from = x;
+    float* bias = c.grad_bias[g.layer] + column;
+    if (fresh) std::memset(bias, 0, share * sizeof(float));
+    for (int64_t row = 0; row < g.rows; row += WEIGHT_ROWS) {
+      const int64_t count = smaller_of(WEIGHT_ROWS, g.rows - row), words = ceil_div(count, P::per_word);
+      const element* from = g.grad + row * width + column;
+      for (int64_t r = 0; r < count; r += P::per_word)
+        P::interleave(left + r / P::per_word * WEIGHT_COLUMNS, from + r * width,
+                      r + 1 < count ? from + (r + 1) * width : nullptr, share);
+      for (int64_t e = 0; e < share; e += W) {
+        vec total = load_first(bias + e, share - e);
+        for (int64_t r = 0; r < count; r++) total += P::get_first(from + r * width + e, share - e);
+        store_first(bias + e, total, share - e);
       }
-      pack_rows<P>(operands[task % 2] + step * step_words, from, width, count, width);
-    });
-    const int64_t shares = ceil_div(width, WEIGHT_COLUMNS);
-    run(pool, rada::LAYERS * shares, [&](int64_t task, int thread) {
-      const int l = task / shares;
-      if (l != rada::OUT && !in_use(l)) return;
-      const int64_t column = task % shares * WEIGHT_COLUMNS, share = smaller_of(WEIGHT_COLUMNS, width - column);
-      word* left = mine(weight_left, thread);
-      float* bias_sum = mine(weight_bias, thread);
-      std::memset(bias_sum, 0, WEIGHT_COLUMNS * sizeof(float));
-      for (int64_t step = 0; step < steps; step++) {
-        const int64_t row = step * WEIGHT_ROWS, count = smaller_of(WEIGHT_ROWS, rows - row);
-        const element* from = grad_rows[l] + row * width + column;
-        if (share < WEIGHT_COLUMNS) std::memset(left, 0, ceil_div(count, P::per_word) * WEIGHT_COLUMNS * sizeof(word));
-        for (int64_t r = 0; r < count; r += P::per_word)
-          P::interleave(left + r / P::per_word * WEIGHT_COLUMNS, from + r * width,
-                        r + 1 < count ? from + (r + 1) * width : nullptr, share);
-        for (int64_t e = 0; e < share; e += W) {
-          vec total = load(bias_sum + e);
-          for (int64_t r = 0; r < count; r++) total += P::get_first(from + r * width + e, share - e);
-          store(bias_sum + e, total);
-        }
-        multiply<P, false>(share, ceil_div(count, P::per_word), left, WEIGHT_COLUMNS,
-                           operands[l == rada::OUT] + step * step_words, panels,
-                           [&](int64_t e, int valid, int64_t d, const auto& t) {
-                             constexpr int N = sizeof(t.at[0]) / sizeof(vec);
-                             for (int r = 0; r < valid; r++)
-                               for (int v = 0; v < N; v++) {
-                                 const int64_t n = width - d - v * W;
-                                 float* to = c.grad_weight[l] + (column + e + r) * width + d + v * W;
-                                 store_first(to, load_first(to, n) + t.at[r][v], n);
-                               }
+      const bool first_step = fresh && row == 0;
+      multiply<P, false>(share, words, left, WEIGHT_COLUMNS, g.inputs + row / WEIGHT_ROWS * step_words(), panels,
+                         [&](int64_t e, int64_t d, const auto& tile) __attribute__((always_inline)) {
+                           tile.each([&](int r, int v, vec x) __attribute__((always_inline)) {
+                             const int64_t at = d + v * W;
+                             float* to = c.grad_weight[g.layer] + (column + e + r) * width + at;
+                             store_first(to, first_step ? x : load_first(to, width - at) + x, width - at);
                            });
+                         });
+    }
+  }
+
+  // The unit features' gradients through X = s R and through the sums M R.
+  void add_feature_gradients() {
+    const int64_t rows = images * c.classes, width = c.width;
+    const element* changes = change_rows();
+    const Split split = this->split(rows, layer[rada::KEY].packed_back);
+    run(pool, split.tasks(), [&](int64_t task, int) {
+      split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t) {
+        float* to = grad_r + row * over_width;
+        for (int64_t r = 0; r < count; r++)
+          for (int64_t d = column; d < end; d += W) store(to + r * over_width + d, vec{});
+        for (int l = rada::QUERY_RATIONAL; l <= rada::VALUE; l++)
+          if (c.weight[l])
+            apply_back<P>(layer[l], grad_rows[l] + row * width, count, width, column, end,
+                          [&](int64_t r, int64_t d, vec v) __attribute__((always_inline)) {
+                            float* at = to + r * over_width + d;
+                            store(at, load(at) + v);
+                          });
+        for (int64_t r = 0; r < count; r++) {
+          const float g = c.grad_sums[first * c.classes + row + r];
+          for (int64_t d = column; d < end; d += W) {
+            const vec mask = P::get_first(changes + (row + r) * width + d, width - d) + 1.0f;
+            float* at = to + r * over_width + d;
+            store(at, load(at) * c.scale + mask * g);
+          }
+        }
+      });
+    });
+    run_rows(pool, images + c.classes, LIGHT_ROWS, [&](int64_t row, int64_t count, int) {
+      for (int64_t i = row; i < row + count; i++) {
+        const bool image = i < images;
+        const int64_t k = i - images;
+        float* to = image ? c.grad_image + (first + i) * width : c.grad_text + k * width;
+        for (int64_t d = 0; d < width; d += W) {
+          vec total{};
+          if (image)
+            for (int64_t j = 0; j < c.classes; j++)
+              total += load(grad_r + (i * c.classes + j) * over_width + d) * load(h + j * over_width + d);
+          else
+            for (int64_t b = 0; b < images; b++)
+              total += load(grad_r + (b * c.classes + k) * over_width + d) * load(f_of(b * c.classes) + d);
+          if (!image && first) total += load_first(to + d, width - d);
+          store_first(to + d, total, width - d);
+        }
       }
-      for (int64_t e = 0; e < share; e++) c.grad_bias[l][column + e] += bias_sum[e];
     });
   }
 
-  // The features' gradients through X = s R and through the sums M R.
-  void compute_feature_gradients() {
-    const int64_t rows = images * c.classes, width = c.width;
-    const float* changes = change_rows();
-    run(pool, ceil_div(rows, BLOCK_ROWS), [&](int64_t task, int) {
-      const int64_t row = task * BLOCK_ROWS, count = smaller_of(BLOCK_ROWS, rows - row);
-      float* to = grad_r + row * over_width;
-      std::memset(to, 0, count * over_width * sizeof(float));
-      for (int l = 0; l < 3; l++)
-        if (in_use(l))
-          project_back<P>(grad_rows[l] + row * width, count, width, weight_back[l], [&](int64_t r, int64_t d, vec v) {
-            float* at = to + r * over_width + d;
-            store(at, load(at) + v);
+  // After all waves: the image and text queries' layers, and the features' gradients through them and the norms.
+  void compute_query_gradients() {
+    const float root = __builtin_sqrtf(c.scale);
+    struct Query {
+      int layer;
+      int64_t rows;
+      const float *unit, *inverse, *grad;
+      float* grad_features;
+      element* grad_rows;
+    };
+    const Query queries[] = {
+        {rada::QUERY_TEXT, c.classes, h, inverse + c.images, grad_query_text, c.grad_text, query_rows[0]},
+        {rada::QUERY_IMAGE, c.images, f, inverse, grad_query_image, c.grad_image, query_rows[1]},
+    };
+    for (const Query& q : queries)
+      for (int64_t i = 0; q.grad && i < q.rows * c.width; i += W)
+        P::put_first(q.grad_rows + i, load_first(q.grad + i, q.rows * c.width - i), q.rows * c.width - i);
+    if (c.grad_weight[0]) {
+      WeightGradient gradients[2];
+      for (int n = 0; n < 2; n++) {
+        const Query& q = queries[n];
+        gradients[n] = {q.layer, q.grad_rows, q.rows, operands[n]};
+        if (q.grad)
+          pack_inputs(operands[n], q.rows, [&](element* x, int64_t row, int64_t count) {
+            scaled_rows<P>(x, q.unit + row * over_width, over_width, count, c.width, root);
+            return x;
           });
-      for (int64_t r = 0; r < count; r++) {
-        const float g = c.grad_sums[first * c.classes + row + r];
-        for (int64_t d = 0; d < width; d += W) {
-          float* at = to + r * over_width + d;
-          store(at, load(at) * c.scale + (load_first(changes + (row + r) * width + d, width - d) + 1.0f) * g);
-        }
       }
-    });
-    run(pool, images + c.classes, [&](int64_t i, int) {
-      const bool image = i < images;
-      const int64_t k = i - images;
-      float* to = image ? c.grad_f + (first + i) * width : c.grad_h + k * width;
-      for (int64_t d = 0; d < width; d += W) {
-        vec total{};
-        if (image)
-          for (int64_t k = 0; k < c.classes; k++)
-            total += load(grad_r + (i * c.classes + k) * over_width + d) * load(h + k * over_width + d);
-        else
-          for (int64_t b = 0; b < images; b++)
-            total += load(grad_r + (b * c.classes + k) * over_width + d) * load(f + (first + b) * over_width + d);
-        store_first(to + d, load_first(to + d, width - d) + total, width - d);
+      add_weight_gradients(gradients, true);
+      for (int l = 0; l < rada::LAYERS; l++) {
+        if (c.weight[l]) continue;  // a query that is not in use has no part in the logits
+        std::memset(c.grad_weight[l], 0, c.width * c.width * sizeof(float));
+        std::memset(c.grad_bias[l], 0, c.width * sizeof(float));
       }
-    });
+    }
+    if (!c.grad_image) return;
+    for (const Query& q : queries) {
+      if (q.grad) {
+        const Split split = this->split(q.rows, layer[q.layer].packed_back);
+        run(pool, split.tasks(), [&](int64_t task, int) {
+          split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t) {
+            apply_back<P>(layer[q.layer], q.grad_rows + row * c.width, count, c.width, column, end,
+                          [&](int64_t r, int64_t d, vec v) __attribute__((always_inline)) {
+                            float* at = q.grad_features + (row + r) * c.width + d;
+                            store_first(at, load_first(at, c.width - d) + v * root, c.width - d);
+                          });
+          });
+        });
+      }
+      run_rows(pool, q.rows, LIGHT_ROWS, [&](int64_t row, int64_t count, int) {
+        for (int64_t i = row; i < row + count; i++)
+          unit_row_backward(q.grad_features + i * c.width, q.unit + i * over_width, q.inverse[i], c.width, c.normalize);
+      });
+    }
   }
 
   const Call& c;
   const Pool& pool;
   const Shape shape;
+  const bool again;  // the forward pass: it is the call, or nothing was kept of it
   Arena arena;
   int64_t over_width, wave_images, first = 0, images = 0;
-  bool again;
-  float *sf, *f, *h;
-  word* weight[rada::LAYERS];
-  float* bias[rada::LAYERS];
-  word* weight_back[rada::LAYERS] = {};
-  element* projection[3];
-  element *attended, *grad_attended, *grad_rows[rada::LAYERS];
-  float *statistic = nullptr, *statistics = nullptr, *change = nullptr, *text_rows = nullptr, *grad_r = nullptr;
+  float *f, *h, *inverse;  // unit rows [B, padded D] and [K, padded D], 1 / norms [B + K]
+  Layer<P> layer[rada::LAYERS];
+  element *query_image = nullptr, *query_text = nullptr;
+  element *projection[3] = {}, *attended = nullptr, *change = nullptr;
+  float *references = nullptr, *row_sums = nullptr, *row_statistics = nullptr;
+  element *grad_rows[rada::LAYERS] = {}, *grad_attended = nullptr, *query_rows[2] = {};
+  float *text_rows = nullptr, *grad_query_text = nullptr, *grad_query_image = nullptr, *grad_r = nullptr;
   int64_t* peak = nullptr;
   word* operands[2] = {};
   size_t thread_bytes;
-  AttentionScratch attention{};
-  AttentionBackwardScratch attention_backward{};
-  element *x_rows = nullptr, *weight_rows = nullptr;
-  float *partial = nullptr, *weight_bias = nullptr;
+  AttentionScratch<P> attention{};
+  AttentionBackwardScratch<P> attention_backward{};
+  element *input_rows = nullptr, *weight_rows = nullptr;
   word* weight_left = nullptr;
 };
 

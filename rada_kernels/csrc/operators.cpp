@@ -96,59 +96,53 @@ T* pointer(const char* name, const Tensor& tensor, int64_t numel, ScalarType dty
 }
 
 // The fields that both passes share.
-struct Arguments {
-  const Tensor &f, &h, &image_query, &text_query;
-  const Tensors &layers, &kept;
-  int64_t heads;
-  double scale, score_factor;
-  bool rational;
-  int64_t penalty, score_bytes;
-};
-
-Call make_call(const Arguments& a, ScalarType dtype) {
-  STD_TORCH_CHECK(a.f.dim() == 2 && a.h.dim() == 2, "f, h: they take [B, D] and [K, D]");
+Call make_call(const Tensor& image, const Tensor& text, const Tensors& layers, const Tensors& kept, int64_t heads,
+               double scale, double score_factor, bool normalize, int64_t queries, int64_t penalty, int64_t score_bytes) {
+  STD_TORCH_CHECK(image.dim() == 2 && text.dim() == 2, "image, text: they take [B, D] and [K, D]");
+  STD_TORCH_CHECK(layers.size() == 12 && kept.size() == 9, "layers, kept: they take 12 and 9 tensors");
   Call call{};
-  call.images = a.f.size(0);
-  call.classes = a.h.size(0);
-  call.width = a.f.size(1);
-  call.heads = a.heads;
-  STD_TORCH_CHECK(call.images > 0 && call.classes > 0 && call.width > 0, "f, h: they take at least one row and column");
-  STD_TORCH_CHECK(a.heads > 0 && call.width % a.heads == 0, "num_heads: it takes a divisor of ", call.width);
-  STD_TORCH_CHECK(dtype == ScalarType::Float || call.width / a.heads % 2 == 0, "num_heads: bfloat16 takes an even D / H");
-  STD_TORCH_CHECK(a.layers.size() == 8 && a.kept.size() == 8, "layers, kept: they take 8 tensors each");
-  STD_TORCH_CHECK(a.penalty >= 0 && a.penalty <= 2, "penalty: it takes 0, 1 or 2");
-  call.scale = (float)a.scale;
-  call.score_factor = a.score_factor;
-  call.score_bytes = a.score_bytes;
-  call.rational = a.rational;
-  call.penalty = (rada::Penalty)a.penalty;
-  const int64_t image_numbers = call.images * call.width, text_numbers = call.classes * call.width;
-  const int64_t rows = call.images * text_numbers, pairs = call.images * call.heads;
-  call.f = pointer<float>("f", a.f, image_numbers, ScalarType::Float);
-  call.h = pointer<float>("h", a.h, text_numbers, ScalarType::Float);
-  call.image_query = pointer<float>("image_query", a.image_query, image_numbers, ScalarType::Float);
-  call.text_query = pointer<void>("text_query", a.text_query, text_numbers, dtype);
+  const ScalarType dtype = image.scalar_type();
+  call.images = image.size(0);
+  call.classes = text.size(0);
+  call.width = image.size(1);
+  call.heads = heads;
+  STD_TORCH_CHECK(call.images > 0 && call.classes > 0 && call.width > 0, "image, text: they take at least one row and column");
+  STD_TORCH_CHECK(heads > 0 && call.width % heads == 0, "num_heads: it takes a divisor of ", call.width);
+  STD_TORCH_CHECK(dtype == ScalarType::Float || call.width / heads % 2 == 0, "num_heads: bfloat16 takes an even D / H");
+  STD_TORCH_CHECK(queries > 0 && queries < 8, "queries: it takes 1 to 7");
+  STD_TORCH_CHECK(penalty >= 0 && penalty <= 2, "penalty: it takes 0, 1 or 2");
+  call.scale = (float)scale;
+  call.score_factor = score_factor;
+  call.score_bytes = score_bytes;
+  call.normalize = normalize;
+  call.penalty = (rada::Penalty)penalty;
+  const int64_t rows = call.images * call.classes * call.width, pairs = call.images * heads;
+  call.image = pointer<void>("image", image, call.images * call.width, dtype);
+  call.text = pointer<void>("text", text, call.classes * call.width, dtype);
   for (int l = 0; l < rada::LAYERS; l++) {
-    call.weight[l] = pointer<void>("layers", a.layers[2 * l], call.width * call.width, dtype);
-    call.bias[l] = pointer<float>("layers", a.layers[2 * l + 1], call.width, ScalarType::Float);
-    const bool used = l != rada::RATIONAL || a.rational;
+    const bool used = l > rada::QUERY_RATIONAL || queries >> l & 1;
+    call.weight[l] = used ? pointer<void>("layers", layers[2 * l], call.width * call.width, dtype) : nullptr;
+    call.bias[l] = used ? pointer<void>("layers", layers[2 * l + 1], call.width, dtype) : nullptr;
     STD_TORCH_CHECK(!used || (call.weight[l] && call.bias[l]), "layers: a layer in use is empty");
   }
-  for (int l = 0; l < 3; l++) call.projection[l] = pointer<void>("kept projection", a.kept[l], rows, dtype);
-  call.attended = pointer<void>("kept attended", a.kept[3], rows, dtype);
-  call.change = pointer<float>("kept change", a.kept[4], rows, ScalarType::Float);
-  call.statistics = pointer<float>("kept statistics", a.kept[5], 2 * rada::KINDS * pairs, ScalarType::Float);
-  const int64_t ld = a.kept[6].numel() / (rada::KINDS * pairs * call.classes);
-  STD_TORCH_CHECK(ld == 0 || ld == (call.classes + 15) / 16 * 16, "kept weights: they take [2, B·H, K, K rounded up to 16]");
-  call.weights = pointer<float>("kept weights", a.kept[6], rada::KINDS * pairs * call.classes * ld, ScalarType::Float);
+  call.query_image = pointer<void>("kept query_image", kept[0], call.images * call.width, dtype);
+  call.query_text = pointer<void>("kept query_text", kept[1], call.classes * call.width, dtype);
+  for (int l = 0; l < 3; l++) call.projection[l] = pointer<void>("kept projection", kept[2 + l], rows, dtype);
+  call.attended = pointer<void>("kept attended", kept[5], rows, dtype);
+  call.change = pointer<void>("kept change", kept[6], rows, dtype);
+  // The references, then the weights' factors, block by block.
   const int64_t blocks = (call.classes + rada::SCORE_ROWS - 1) / rada::SCORE_ROWS;
-  call.weight_scale = pointer<float>("kept weight_scale", a.kept[7], rada::KINDS * pairs * blocks, ScalarType::Float);
+  const int64_t ld = (call.classes + 15) / 16 * 16;
+  call.weights = pointer<void>("kept weights", kept[7], rada::KINDS * pairs * call.classes * ld, dtype);
+  call.references = pointer<float>("kept statistics", kept[8], rada::KINDS * pairs * (1 + (call.weights ? blocks : 0)),
+                                   ScalarType::Float);
+  call.weight_scale = call.weights && call.references ? call.references + rada::KINDS * pairs : nullptr;
   const bool rows_kept = call.attended != nullptr;
-  STD_TORCH_CHECK(rows_kept == (call.change != nullptr) && rows_kept == (call.statistics != nullptr) &&
-                      rows_kept == (call.projection[rada::KEY] != nullptr) &&
-                      rows_kept == (call.projection[rada::VALUE] != nullptr) &&
-                      (rows_kept && a.rational) == (call.projection[rada::RATIONAL] != nullptr) &&
-                      (call.weights != nullptr) == (call.weight_scale != nullptr) && (rows_kept || !call.weights),
+  auto consistent = [&](const void* pointer, bool in_use) { return (pointer != nullptr) == (rows_kept && in_use); };
+  STD_TORCH_CHECK(consistent(call.query_image, queries & 1) && consistent(call.query_text, queries & 2) &&
+                      consistent(call.projection[0], queries & 4) && consistent(call.projection[1], true) &&
+                      consistent(call.projection[2], true) && consistent(call.change, true) &&
+                      consistent(call.references, true) && (rows_kept || !call.weights),
                   "kept: it takes all of the rows or none, and the weights only with them");
   return call;
 }
@@ -164,22 +158,18 @@ std::unique_ptr<void, Free> workspace(size_t bytes) {
   return memory;
 }
 
-Loops loops_for(const Tensor& weight, ScalarType* dtype) {
-  *dtype = weight.scalar_type();
-  STD_TORCH_CHECK(*dtype == ScalarType::Float || (*dtype == ScalarType::BFloat16 && has_bfloat16()),
-                  "layers: they take float32, or bfloat16 where the machine has its dot products");
-  return *dtype == ScalarType::Float ? instruction_set().float_loops() : instruction_set().bfloat16_loops();
+Loops loops_for(ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || (dtype == ScalarType::BFloat16 && has_bfloat16()),
+                  "image: it takes float32, or bfloat16 where the machine has its dot products");
+  return dtype == ScalarType::Float ? instruction_set().float_loops() : instruction_set().bfloat16_loops();
 }
 
 // ---- operators
 
-void forward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensors layers, Tensors kept, int64_t num_heads,
-             double scale, double score_factor, bool rational, int64_t penalty, int64_t score_bytes, Tensor sums, Tensor deviation) {
-  STD_TORCH_CHECK(layers.size() == 8, "layers: they take 8 tensors");
-  ScalarType dtype;
-  const Loops loops = loops_for(layers[rada::KEY * 2], &dtype);
-  Call call = make_call({f, h, image_query, text_query, layers, kept, num_heads, scale, score_factor, rational, penalty, score_bytes},
-                        dtype);
+void forward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t num_heads, double scale, double score_factor,
+             bool normalize, int64_t queries, int64_t penalty, int64_t score_bytes, Tensor sums, Tensor deviation) {
+  const Loops loops = loops_for(image.scalar_type());
+  Call call = make_call(image, text, layers, kept, num_heads, scale, score_factor, normalize, queries, penalty, score_bytes);
   call.sums = pointer<float>("sums", sums, call.images * call.classes, ScalarType::Float);
   call.deviation = pointer<float>("deviation", deviation, call.images, ScalarType::Float);
   STD_TORCH_CHECK(call.sums && call.deviation, "sums, deviation: they take [B, K] and [B]");
@@ -189,22 +179,16 @@ void forward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensors 
   loops.forward(call, pool, workspace(loops.forward_bytes(call, pool)).get());
 }
 
-void backward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensors layers, Tensors kept, int64_t num_heads,
-              double scale, double score_factor, bool rational, int64_t penalty, int64_t score_bytes, Tensor grad_sums,
-              Tensor grad_deviation, Tensors grad_layers, Tensor grad_image_query, Tensor grad_text_query,
-              Tensor grad_f, Tensor grad_h) {
-  STD_TORCH_CHECK(layers.size() == 8 && grad_layers.size() == 8, "layers, grad_layers: they take 8 tensors each");
-  ScalarType dtype;
-  const Loops loops = loops_for(layers[rada::KEY * 2], &dtype);
-  Call call = make_call({f, h, image_query, text_query, layers, kept, num_heads, scale, score_factor, rational, penalty, score_bytes},
-                        dtype);
-  const int64_t image_numbers = call.images * call.width, text_numbers = call.classes * call.width;
+void backward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t num_heads, double scale, double score_factor,
+              bool normalize, int64_t queries, int64_t penalty, int64_t score_bytes, Tensor grad_sums,
+              Tensor grad_deviation, Tensors grad_layers, Tensor grad_image, Tensor grad_text) {
+  const Loops loops = loops_for(image.scalar_type());
+  Call call = make_call(image, text, layers, kept, num_heads, scale, score_factor, normalize, queries, penalty, score_bytes);
+  STD_TORCH_CHECK(grad_layers.size() == 12, "grad_layers: they take 12 tensors");
   call.grad_sums = pointer<float>("grad_sums", grad_sums, call.images * call.classes, ScalarType::Float);
   call.grad_deviation = pointer<float>("grad_deviation", grad_deviation, call.images, ScalarType::Float);
-  call.grad_image_query = pointer<float>("grad_image_query", grad_image_query, image_numbers, ScalarType::Float);
-  call.grad_text_query = pointer<float>("grad_text_query", grad_text_query, text_numbers, ScalarType::Float);
-  call.grad_f = pointer<float>("grad_f", grad_f, image_numbers, ScalarType::Float);
-  call.grad_h = pointer<float>("grad_h", grad_h, text_numbers, ScalarType::Float);
+  call.grad_image = pointer<float>("grad_image", grad_image, call.images * call.width, ScalarType::Float);
+  call.grad_text = pointer<float>("grad_text", grad_text, call.classes * call.width, ScalarType::Float);
   for (int l = 0; l < rada::LAYERS; l++) {
     call.grad_weight[l] = pointer<float>("grad_layers", grad_layers[2 * l], call.width * call.width, ScalarType::Float);
     call.grad_bias[l] = pointer<float>("grad_layers", grad_layers[2 * l + 1], call.width, ScalarType::Float);
@@ -212,9 +196,8 @@ void backward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensors
                         (call.grad_bias[l] != nullptr) == (call.grad_weight[0] != nullptr),
                     "grad_layers: they take all or none");
   }
-  STD_TORCH_CHECK(call.grad_sums && (!call.image_query || call.grad_image_query) &&
-                      (!call.text_query || call.grad_text_query) && (call.grad_f != nullptr) == (call.grad_h != nullptr),
-                  "gradients: one that is needed is empty");
+  STD_TORCH_CHECK(call.grad_sums && (call.grad_image != nullptr) == (call.grad_text != nullptr),
+                  "grad_sums, grad_image, grad_text: one that is needed is empty");
   std::vector<float> sums, deviation;  // computed again, and of no further use
   if (!call.attended) {
     sums.resize(call.images * call.classes);
@@ -226,16 +209,16 @@ void backward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensors
   loops.backward(call, pool, workspace(loops.backward_bytes(call, pool)).get());
 }
 
+#define RADA_CALL                                                                                    \
+  "Tensor image, Tensor text, Tensor[] layers, Tensor[] kept, int num_heads, float scale, float score_factor, " \
+  "bool normalize, int queries, int penalty, int score_bytes, "
+
 STABLE_TORCH_LIBRARY(rada_cpu, m) {
   m.def("instruction_set() -> str");
   m.def("has_bfloat16() -> bool");
-  m.def("forward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensor[] layers, Tensor[] kept, "
-        "int num_heads, float scale, float score_factor, bool rational, int penalty, int score_bytes, Tensor sums, "
-        "Tensor deviation) -> ()");
-  m.def("backward(Tensor f, Tensor h, Tensor image_query, Tensor text_query, Tensor[] layers, Tensor[] kept, "
-        "int num_heads, float scale, float score_factor, bool rational, int penalty, int score_bytes, Tensor grad_sums, "
-        "Tensor grad_deviation, Tensor[] grad_layers, Tensor grad_image_query, Tensor grad_text_query, "
-        "Tensor grad_f, Tensor grad_h) -> ()");
+  m.def("forward(" RADA_CALL "Tensor sums, Tensor deviation) -> ()");
+  m.def("backward(" RADA_CALL "Tensor grad_sums, Tensor grad_deviation, Tensor[] grad_layers, Tensor grad_image, "
+        "Tensor grad_text) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rada_cpu, CompositeExplicitAutograd, m) {

@@ -37,16 +37,40 @@ typedef int32_t ivec __attribute__((vector_size(W * 4), may_alias));
 RADA_INLINE vec load(const void* p) { return *static_cast<const vec_at_any_address*>(p); }
 RADA_INLINE void store(void* p, vec v) { *static_cast<vec_at_any_address*>(p) = v; }
 
-// The first n lanes, the others zero. n may exceed W.
+#if defined(__AVX512F__)
+RADA_INLINE __mmask16 lanes_below(int64_t n) { return (__mmask16)(n < 0 ? 0 : (1u << n) - 1); }  // n < W
+#elif defined(__AVX2__)
+RADA_INLINE __m256i lanes_below(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
+// The first n lanes, the others zero. n may exceed W. No calls here: what lives across one does not stay in registers.
 RADA_INLINE vec load_first(const float* p, int64_t n) {
   if (n >= W) return load(p);
+#if defined(__AVX512F__)
+  return (vec)_mm512_maskz_loadu_ps(lanes_below(n), p);
+#elif defined(__AVX2__)
+  return (vec)_mm256_maskload_ps(p, lanes_below(n));
+#else
   vec v{};
-  std::memcpy(&v, p, n > 0 ? n * sizeof(float) : 0);
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i++)
+    if (i < n) v[i] = p[i];
   return v;
+#endif
 }
 RADA_INLINE void store_first(float* p, vec v, int64_t n) {
   if (n >= W) return store(p, v);
-  if (n > 0) std::memcpy(p, &v, n * sizeof(float));
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, lanes_below(n), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, lanes_below(n), (__m256)v);
+#else
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i++)
+    if (i < n) p[i] = v[i];
+#endif
 }
 
 RADA_INLINE vec splat(float x) {
@@ -62,24 +86,6 @@ RADA_INLINE vec splat(float x) {
 RADA_INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
 RADA_INLINE vec magnitude(vec a) { return (vec)((ivec)a & 0x7fffffff); }
 
-RADA_INLINE float sum(vec v) {
-  float s = 0;
-  for (int i = 0; i < W; i++) s += v[i];
-  return s;
-}
-RADA_INLINE float largest(vec v) {
-  float s = v[0];
-  for (int i = 1; i < W; i++) s = v[i] > s ? v[i] : s;
-  return s;
-}
-
-// Lanes below n keep their value, the others become zero.
-RADA_INLINE vec keep_first(vec v, int64_t n) {
-  ivec lane;
-  for (int i = 0; i < W; i++) lane[i] = i;
-  return (vec)((ivec)v & (lane < (int32_t)(n > W ? W : n)));
-}
-
 // Lane i of the result is lane from[i] of a and b side by side. clang makes one shuffle of it where `from` is constant.
 RADA_INLINE vec shuffle(vec a, vec b, ivec from) {
 #if defined(__clang__)
@@ -92,8 +98,36 @@ RADA_INLINE vec shuffle(vec a, vec b, ivec from) {
 #endif
 }
 
-// 2^x to 2e-7 of its value. Below 2^-126 the result is zero or 2^-126, above 2^126 it is at least 2^126 or inf;
-// NaN stays NaN. The polynomial is the minimax one of degree 5 on [-1/2, 1/2].
+// All lanes combined by pairs: halves first.
+template <class F>
+RADA_INLINE float reduce(vec v, F&& combine) {
+#pragma GCC unroll 4
+  for (int half = W / 2; half; half /= 2) {
+    ivec other;
+    for (int i = 0; i < W; i++) other[i] = (i + half) % W;
+    v = combine(v, shuffle(v, v, other));
+  }
+  return v[0];
+}
+RADA_INLINE float sum(vec v) {
+  return reduce(v, [](vec a, vec b) { return a + b; });
+}
+RADA_INLINE float largest(vec v) {
+  return reduce(v, [](vec a, vec b) { return larger(a, b); });
+}
+
+// Lanes below n keep their value, the others take that of `rest`.
+RADA_INLINE vec first_or(vec v, int64_t n, vec rest) {
+  ivec lane;
+  for (int i = 0; i < W; i++) lane[i] = i;
+  return lane < (int32_t)(n > W ? W : n) ? v : rest;
+}
+RADA_INLINE vec keep_first(vec v, int64_t n) { return first_or(v, n, vec{}); }
+
+// 2^x. Below 2^-126 the result is zero or 2^-126, above 2^126 it is at least 2^126 or inf; NaN stays NaN; 2^0 is 1.
+// A polynomial, minimax on [-1/2, 1/2]: of degree 5, to 2e-7 of the value, or of degree 3, to 2e-4, for what is
+// rounded to bfloat16 next.
+template <bool COARSE = false>
 RADA_INLINE vec exp2(vec x) {
 #if defined(__AVX512F__)
   const vec n = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -109,11 +143,16 @@ RADA_INLINE vec exp2(vec x) {
   const vec n = shifted - magic;
 #endif
   const vec r = x - n;
-  vec p = splat(1.32647273e-3f);
-  p = p * r + splat(9.67151299e-3f);
-  p = p * r + splat(5.55073358e-2f);
-  p = p * r + splat(2.40222424e-1f);
-  p = p * r + splat(6.93147004e-1f);
+  vec p;
+  if constexpr (COARSE) {
+    p = splat(5.50089311e-2f) * r + splat(2.42210959e-1f);
+    p = p * r + splat(6.93282927e-1f);
+  } else {
+    p = splat(1.32647273e-3f) * r + splat(9.67151299e-3f);
+    p = p * r + splat(5.55073358e-2f);
+    p = p * r + splat(2.40222424e-1f);
+    p = p * r + splat(6.93147004e-1f);
+  }
   p = p * r + splat(1.0f);
 #if defined(__AVX512F__)
   return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
@@ -130,13 +169,45 @@ typedef uint16_t half_vec __attribute__((vector_size(W * 2), may_alias));
 typedef uint16_t half_vec_at_any_address __attribute__((vector_size(W * 2), aligned(2), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(W * 4), may_alias));
 
-// In each lane c plus the dot product of two pairs of bfloat16: a's and the lane's of b.
+// In each lane c plus the dot product of two pairs of bfloat16, the lane's of a and b; or a is one pair.
+RADA_INLINE vec add_pair_products(vec a, vec b, vec c) {
+#if defined(__AVX512BF16__)
+  return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+  return (vec)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#endif
+}
 RADA_INLINE vec add_pair_products(float a, vec b, vec c) {
 #if defined(__AVX512BF16__)
-  return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)splat(a), (__m512bh)b);
+  return add_pair_products(splat(a), b, c);
 #else
   const float32x2_t pair = {a, 0};  // a plain load, where a copy to every lane would take a vector pipe
   return (vec)vbfdotq_lane_f32((float32x4_t)c, (bfloat16x8_t)b, (bfloat16x4_t)pair, 0);
+#endif
+}
+
+RADA_INLINE half_vec load_half(const void* p) { return *static_cast<const half_vec_at_any_address*>(p); }
+RADA_INLINE void store(void* p, half_vec v) { *static_cast<half_vec_at_any_address*>(p) = v; }
+
+// The first n of W, the others zero.
+RADA_INLINE half_vec load_half_first(const uint16_t* p, int64_t n) {
+#if defined(__AVX512BF16__)
+  return (half_vec)_mm256_maskz_loadu_epi16(lanes_below(n), p);
+#else
+  half_vec v{};
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i++)
+    if (i < n) v[i] = p[i];
+  return v;
+#endif
+}
+RADA_INLINE void store_first(uint16_t* p, half_vec v, int64_t n) {
+#if defined(__AVX512BF16__)
+  _mm256_mask_storeu_epi16(p, lanes_below(n), (__m256i)v);
+#else
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i++)
+    if (i < n) p[i] = v[i];
 #endif
 }
 

@@ -8,42 +8,34 @@ namespace RADA_ISA {
 
 using rada::Penalty;
 
-// Attended rows [m, D] of one image -> sums[m] = Σ_d M f h and statistic[m] (largest, sum or sum of squares of
-// M - 1 over d). h: the rows' class features. change [m, D] receives M - 1 unless null. f and h have ld floats.
-// partial: scratch [2, m, W].
+constexpr int64_t BLOCK_ROWS = 64;  // rows of a task that runs products against whole layers, at most
+
+// Attended rows [m, D] -> sums[m] = Σ_d M f h and statistic[m] (largest, sum or sum of squares of M - 1 over d), over
+// columns first to end. f[r], h[r]: the unit features of row r, whole vectors. change [m, D] receives M - 1 unless null.
 template <class P>
-void reduce_logits(float* sums, float* statistic, float* change, const typename P::element* attended, int64_t m,
-                   int64_t width, const PackedLayer& layer, const float* f, const float* h, int64_t ld,
-                   Penalty penalty, float* partial) {
-  const int64_t words = width / P::per_word;
-  float* peaks = partial + m * W;
-  std::memset(partial, 0, 2 * m * W * sizeof(float));
-  multiply<P, true>(m, words, (const word*)attended, words, layer.weight, Panels(width),
-                    [&](int64_t row, int count, int64_t column, const auto& c) {
-                      constexpr int N = sizeof(c.at[0]) / sizeof(vec);
-                      for (int r = 0; r < count; r++) {
-                        vec total = load(partial + (row + r) * W), stat = load(peaks + (row + r) * W);
-                        for (int v = 0; v < N; v++) {
-                          const int64_t d = column + v * W;
-                          const vec out = c.at[r][v] + load(layer.bias + d);
-                          const vec diff = out < splat(-1.0f) ? splat(-1.0f) : out;  // NaN stays NaN
-                          if (change) store_first(change + (row + r) * width + d, diff, width - d);
-                          total += (diff + 1.0f) * (load(f + d) * load(h + (row + r) * ld + d));
-                          if (penalty == Penalty::LINF)
-                            stat = larger(magnitude(diff), stat);
-                          else if (penalty == Penalty::L1)
-                            stat += magnitude(diff);
-                          else
-                            stat += diff * diff;
-                        }
-                        store(partial + (row + r) * W, total);
-                        store(peaks + (row + r) * W, stat);
-                      }
-                    });
+void reduce_logits(float* sums, float* statistic, typename P::element* change, const typename P::element* attended,
+                   int64_t m, int64_t width, const Layer<P>& layer, const float* const* f, const float* const* h,
+                   Penalty penalty, int64_t first, int64_t end) {
+  vec totals[BLOCK_ROWS], peaks[BLOCK_ROWS];
+  for (int64_t r = 0; r < m; r++) totals[r] = peaks[r] = vec{};
+  apply<P>(layer, attended, m, width, first, end, [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
+    tile.each([&](int r, int v, vec x) __attribute__((always_inline)) {
+      const int64_t d = column + v * W;
+      const vec out = x + load(layer.bias + d);
+      const vec diff = out < splat(-1.0f) ? splat(-1.0f) : out;  // NaN stays NaN
+      if (change) P::put_first(change + (row + r) * width + d, diff, width - d);
+      totals[row + r] += (diff + 1.0f) * (load(f[row + r] + d) * load(h[row + r] + d));
+      if (penalty == Penalty::LINF)
+        peaks[row + r] = larger(magnitude(diff), peaks[row + r]);
+      else if (penalty == Penalty::L1)
+        peaks[row + r] += magnitude(diff);
+      else
+        peaks[row + r] += diff * diff;
+    });
+  });
   for (int64_t r = 0; r < m; r++) {
-    sums[r] = sum(load(partial + r * W));
-    const vec stat = load(peaks + r * W);
-    statistic[r] = penalty == Penalty::LINF ? largest(stat) : sum(stat);
+    sums[r] = sum(totals[r]);
+    statistic[r] = penalty == Penalty::LINF ? largest(peaks[r]) : sum(peaks[r]);
   }
 }
 
@@ -60,35 +52,38 @@ inline float deviation_of(const float* sums, const float* statistic, int64_t cla
   return (float)((penalty == Penalty::LINF ? result : result / ((double)classes * width)) + check);
 }
 
-// The first place, k·D + d, of an image's largest |M - 1|. A NaN counts as the largest.
-inline int64_t first_peak(const float* change, int64_t count) {
-  int64_t place = 0;
+// The first place, k·D + d, of an image's largest |M - 1|.
+template <class P>
+int64_t first_peak(const typename P::element* change, int64_t classes, int64_t width) {
   float peak = -1;
-  for (int64_t i = 0; i < count; i++) {
-    const float size = change[i] < 0 ? -change[i] : change[i];
-    if (!(size <= peak)) {
-      if (size != size) return i;
-      peak = size;
-      place = i;
-    }
+  int64_t best = 0;
+  for (int64_t k = 0; k < classes; k++) {
+    vec top{};
+    for (int64_t d = 0; d < width; d += W) top = larger(magnitude(P::get_first(change + k * width + d, width - d)), top);
+    if (largest(top) > peak) peak = largest(top), best = k;
   }
-  return place;
+  for (int64_t d = 0; d < width; d += W) {
+    const vec size = magnitude(P::get_first(change + best * width + d, width - d));
+    for (int i = 0; i < W && d + i < width; i++)
+      if (size[i] == peak) return best * width + d + i;
+  }
+  return 0;  // a NaN: there is no largest
 }
 
 // The gradient of the output layer's result for one row: to [D]. relu passes none at M = 0.
 template <class P>
-void reduce_logits_backward(typename P::element* to, const float* change, const float* f, const float* h, int64_t width,
+void reduce_logits_backward(typename P::element* to, const typename P::element* change, const float* f, const float* h, int64_t width,
                             float grad_sum, float grad_deviation, int64_t peak, int64_t elements, Penalty penalty) {
   const float share = penalty == Penalty::LINF ? 0 : grad_deviation / (float)elements;
   for (int64_t d = 0; d < width; d += W) {
-    const vec m = load_first(change + d, width - d);
+    const vec m = P::get_first(change + d, width - d);
     vec grad = (load(f + d) * grad_sum) * load(h + d);
     if (penalty == Penalty::L1)
       grad += m > 0 ? splat(share) : m < 0 ? splat(-share) : vec{};
     else if (penalty == Penalty::MSE)
       grad += m * (2 * share);
     if (peak >= d && peak < smaller_of(d + W, width)) {
-      const float size = change[peak];
+      const float size = m[peak - d];
       grad[peak - d] += size > 0 ? grad_deviation : size < 0 ? -grad_deviation : 0;
     }
     grad = m > -1.0f ? grad : vec{};

@@ -5,49 +5,103 @@
 
 namespace RADA_ISA {
 
-// A layer's weight [D, D] as the operand B, with its bias padded to whole vectors.
-struct PackedLayer {
-  const word* weight;
-  const float* bias;
+// A layer y = x Wᵀ + c. Its weight is packed once a call as the operand of each direction, or read where it lies
+// where too few rows go through it to pay for that.
+template <class P>
+struct Layer {
+  const typename P::element* weight = nullptr;  // [D, D]
+  const word* packed = nullptr;                 // Wᵀ in panels, or null
+  const word* packed_back = nullptr;            // W in panels, or null
+  const float* bias = nullptr;                  // [D] padded to whole vectors
 };
 
-// X[row] = (s f[b]) ⊙ h[k] for rows of the flattened [B, K], rounded once; to: [count, D]. sf and h have ld floats.
+// rows[m, D] Wᵀ, columns first to end, to epilogue(row, column, tile). Packed, all columns are computed.
+template <class P, class Epilogue>
+RADA_INLINE void apply(const Layer<P>& layer, const typename P::element* rows, int64_t m, int64_t width, int64_t first,
+                       int64_t end, Epilogue&& epilogue) {
+  const int64_t words = width / P::per_word;
+  if (layer.packed)
+    multiply<P, true>(m, words, (const word*)rows, words, layer.packed, Panels(width), epilogue);
+  else
+    multiply_in_place<P>(m, words, (const word*)rows, words, (const word*)layer.weight, first, end, epilogue);
+}
+
+// rows[m, D] W, columns first to end: the gradient of what went into a layer, to put(row, column, vec).
+template <class P, class Put>
+RADA_INLINE void apply_back(const Layer<P>& layer, const typename P::element* rows, int64_t m, int64_t width,
+                            int64_t first, int64_t end, Put&& put) {
+  const int64_t words = width / P::per_word;
+  auto each = [&](int64_t from) {
+    return [&, from](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
+      tile.each([&](int r, int v, vec x) __attribute__((always_inline)) { put(row + r, from + column + v * W, x); });
+    };
+  };
+  if (layer.packed_back)
+    multiply<P, true>(m, words, (const word*)rows, words, layer.packed_back, Panels(width), each(0));
+  else
+    multiply_panels<P, true>(
+        m, words, (const word*)rows, words, Panels(end - first),
+        [&](int64_t column, auto) {
+          return RowsOf<P>{layer.weight + first + column, width, end - first - column};
+        },
+        each(first));
+}
+
+// to = scale · features / |features|, padded to ld floats; the inverse norm: 0 for a zero row, 1 without normalize.
 template <class P>
-void rational_rows(typename P::element* to, const float* sf, const float* h, int64_t ld, int64_t first, int64_t count,
-                   int64_t classes, int64_t width) {
+float unit_row(float* to, const typename P::element* features, int64_t width, int64_t ld, bool normalize) {
+  constexpr double ZERO_NORM = 1e-12;  // as in rows.py
+  double square = 0;
+  for (int64_t d = 0; d < ld; d += W) {
+    const vec x = P::get_first(features + d, width - d);
+    for (int i = 0; i < W && normalize; i++) square += (double)x[i] * x[i];
+    store(to + d, x);
+  }
+  if (!normalize) return 1;
+  const double norm = __builtin_sqrt(square);
+  const float inverse = norm < ZERO_NORM ? 0 : (float)(1 / norm);
+  for (int64_t d = 0; d < ld; d += W) store(to + d, load(to + d) * inverse);
+  return inverse;
+}
+
+// The gradient of a row from that of the unit row, in place: (g - u (u·g)) · inverse.
+inline void unit_row_backward(float* grad, const float* unit, float inverse, int64_t width, bool normalize) {
+  if (!normalize) return;
+  vec along{};
+  for (int64_t d = 0; d < width; d += W) along += load_first(grad + d, width - d) * load(unit + d);
+  const float dot = sum(along);
+  for (int64_t d = 0; d < width; d += W)
+    store_first(grad + d, (load_first(grad + d, width - d) - load(unit + d) * dot) * inverse, width - d);
+}
+
+// to[count, D] = scale · rows, rounded once. rows have ld floats.
+template <class P>
+void scaled_rows(typename P::element* to, const float* rows, int64_t ld, int64_t count, int64_t width, float scale) {
+  for (int64_t r = 0; r < count; r++, to += width, rows += ld)
+    for (int64_t d = 0; d < width; d += W) P::put_first(to + d, load(rows + d) * scale, width - d);
+}
+
+// X[row] = (s f[b]) ⊙ h[k] for rows of the flattened [B, K], rounded once; to: [count, D]. f and h have ld floats.
+template <class P>
+void rational_rows(typename P::element* to, const float* f, const float* h, int64_t ld, int64_t first, int64_t count,
+                   int64_t classes, int64_t width, float scale) {
   for (int64_t row = first; row < first + count; row++, to += width) {
-    const float* a = sf + row / classes * ld;
+    const float* a = f + row / classes * ld;
     const float* b = h + row % classes * ld;
-    for (int64_t d = 0; d < width; d += W) P::put_first(to + d, load(a + d) * load(b + d), width - d);
+    for (int64_t d = 0; d < width; d += W) P::put_first(to + d, load(a + d) * scale * load(b + d), width - d);
   }
 }
 
-// to[m, D] = rows[m, D] Wᵀ + c
+// to[m, D] = rows[m, D] Wᵀ + c, columns first to end.
 template <class P>
-void project(typename P::element* to, const typename P::element* rows, int64_t m, int64_t width,
-             const PackedLayer& layer) {
-  const int64_t words = width / P::per_word;
-  multiply<P, true>(m, words, (const word*)rows, words, layer.weight, Panels(width),
-                    [&](int64_t row, int count, int64_t column, const auto& c) {
-                      constexpr int N = sizeof(c.at[0]) / sizeof(vec);
-                      for (int r = 0; r < count; r++)
-                        for (int v = 0; v < N; v++) {
-                          const int64_t d = column + v * W;
-                          P::put_first(to + (row + r) * width + d, c.at[r][v] + load(layer.bias + d), width - d);
-                        }
-                    });
-}
-
-// to[m, D] = rows[m, D] W, the gradient of the rows that went through a layer, added to what is there if `add`.
-template <class P, class Put>
-RADA_INLINE void project_back(const typename P::element* rows, int64_t m, int64_t width, const word* weight, Put&& put) {
-  const int64_t words = width / P::per_word;
-  multiply<P, true>(m, words, (const word*)rows, words, weight, Panels(width),
-                    [&](int64_t row, int count, int64_t column, const auto& c) {
-                      constexpr int N = sizeof(c.at[0]) / sizeof(vec);
-                      for (int r = 0; r < count; r++)
-                        for (int v = 0; v < N; v++) put(row + r, column + v * W, c.at[r][v]);
-                    });
+void project(typename P::element* to, const typename P::element* rows, int64_t m, int64_t width, const Layer<P>& layer,
+             int64_t first, int64_t end) {
+  apply<P>(layer, rows, m, width, first, end, [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
+    tile.each([&](int r, int v, vec x) __attribute__((always_inline)) {
+      const int64_t d = column + v * W;
+      P::put_first(to + (row + r) * width + d, x + load(layer.bias + d), width - d);
+    });
+  });
 }
 
 }  // namespace RADA_ISA

@@ -3,8 +3,8 @@
 //   loops_test [instruction set ...]
 //
 // Memory is of the exact size that is asked for and holds NaN before a call, so that AddressSanitizer sees a step over an
-// end and the comparison sees what was read before it was written. Every call is made with 1, 2 and 3 threads, and by
-// two callers at once, for the same bits: ThreadSanitizer sees what they share.
+// end and the comparison sees what was read before it was written. Every call is made with 1, 2 and 3 threads, then again
+// by two callers at once, for the same bits: ThreadSanitizer sees what they share.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -32,7 +32,7 @@ using rada::Pool;
 typedef std::vector<double> Doubles;
 
 // Root mean square errors of a tensor, relative to the truth's size: about three times the largest one seen.
-constexpr double FLOAT_TOLERANCE = 1e-5, BFLOAT16_TOLERANCE = 4e-2;
+constexpr double FLOAT_TOLERANCE = 2e-5, BFLOAT16_TOLERANCE = 4e-2;
 
 void run_on_threads(const Pool& pool, int64_t tasks, void (*task)(void*, int64_t, int), void* context) {
   std::atomic<int64_t> next{0};
@@ -56,7 +56,7 @@ struct Case {
   Penalty penalty;
   Kept kept;
   bool streams, layers, features;  // scores stream; whose gradients are wanted
-  bool bfloat16;
+  bool normalize, bfloat16;
 };
 
 uint16_t to_bfloat16(float x) {
@@ -110,7 +110,7 @@ class Array {
 };
 
 struct Inputs {
-  Doubles f, h, image_query, text_query, weight[rada::LAYERS], bias[rada::LAYERS], grad_sums, grad_deviation;
+  Doubles image, text, weight[rada::LAYERS], bias[rada::LAYERS], grad_sums, grad_deviation;
   double scale, factor;
 };
 
@@ -126,18 +126,16 @@ Inputs random_inputs(const Case& c) {
     return out;
   };
   Inputs in;
-  in.scale = 0.7 * std::sqrt((double)c.width);
+  in.scale = (float)(0.7 * c.width);
   in.factor = 1 / std::sqrt((double)c.width / c.heads);
-  in.f = draw(c.images * c.width, 1 / std::sqrt((double)c.width), false);
-  in.h = draw(c.classes * c.width, 1, false);
-  in.image_query = draw(c.images * c.width, 1, false);
-  in.text_query = draw(c.classes * c.width, 1, c.bfloat16);
+  in.image = draw(c.images * c.width, (c.normalize ? 3 : 1) / std::sqrt((double)c.width), c.bfloat16);
+  in.text = draw(c.classes * c.width, (c.normalize ? 3 : 1) / std::sqrt((double)c.width), c.bfloat16);
   for (int l = 0; l < rada::LAYERS; l++) {
     // The output layer keeps every mask element off the kinks: in 16 bits gradients would jump there.
     in.weight[l] = draw(c.width * c.width, (l == rada::OUT ? 0.1 : 1) / std::sqrt((double)c.width), c.bfloat16);
-    in.bias[l] = draw(c.width, 1, false);
+    in.bias[l] = draw(c.width, 1, c.bfloat16);
     if (l == rada::OUT)
-      for (double& x : in.bias[l]) x = (float)((x > -0.5 ? 1 : -3) + 0.1 * x);
+      for (double& x : in.bias[l]) x = x > -0.5 ? 1 : -3;
   }
   in.grad_sums = draw(c.images * c.classes, 1, false);
   in.grad_deviation = draw(c.images, 3, false);
@@ -147,8 +145,7 @@ Inputs random_inputs(const Case& c) {
 // ---- double precision, word for word
 
 struct Results {
-  Doubles sums, deviation, grad_weight[rada::LAYERS], grad_bias[rada::LAYERS], grad_image_query, grad_text_query,
-      grad_f, grad_h;
+  Doubles sums, deviation, grad_weight[rada::LAYERS], grad_bias[rada::LAYERS], grad_image, grad_text;
 };
 
 // c[m, n] += Σ_k a[m, k] b[n, k], or b[k, n] where `by_rows`, or a[k, m] where `by_columns`.
@@ -164,25 +161,46 @@ Results compute_truth(const Case& c, const Inputs& in) {
   const int64_t B = c.images, K = c.classes, D = c.width, E = D / c.heads;
   Results out;
   out.sums.assign(B * K, 0), out.deviation.assign(B, 0);
-  out.grad_image_query.assign(B * D, 0), out.grad_text_query.assign(K * D, 0);
-  out.grad_f.assign(B * D, 0), out.grad_h.assign(K * D, 0);
   for (int l = 0; l < rada::LAYERS; l++) out.grad_weight[l].assign(D * D, 0), out.grad_bias[l].assign(D, 0);
+  auto norm_of = [&](const Doubles& rows, int64_t row) {
+    double square = 0;
+    for (int64_t d = 0; d < D; d++) square += rows[row * D + d] * rows[row * D + d];
+    return c.normalize ? std::sqrt(square) : 1;
+  };
+  auto unit_rows = [&](Doubles rows) {
+    for (int64_t row = 0; row < (int64_t)rows.size() / D; row++) {
+      const double norm = norm_of(rows, row);
+      for (int64_t d = 0; d < D; d++) rows[row * D + d] /= norm;
+    }
+    return rows;
+  };
+  const Doubles f = unit_rows(in.image), h = unit_rows(in.text);
+  auto apply = [&](int l, const Doubles& rows) {
+    Doubles to(rows.size());
+    for (size_t i = 0; i < to.size(); i++) to[i] = in.bias[l][i % D];
+    add_product(to.data(), rows.data(), in.weight[l].data(), rows.size() / D, D, D, false, false);
+    return to;
+  };
+  auto scaled = [&](Doubles rows) {
+    for (double& x : rows) x *= std::sqrt(in.scale);
+    return rows;
+  };
+  const Doubles image_query = apply(rada::QUERY_IMAGE, scaled(f)), text_query = apply(rada::QUERY_TEXT, scaled(h));
+  Doubles grad_f(B * D), grad_h(K * D), grad_image_query(B * D), grad_text_query(K * D);
+  auto add_layer = [&](int l, const Doubles& grad_rows, const Doubles& rows, Doubles& grad_input) {
+    const int64_t count = rows.size() / D;
+    add_product(out.grad_weight[l].data(), grad_rows.data(), rows.data(), D, D, count, true, true);
+    for (int64_t i = 0; i < count * D; i++) out.grad_bias[l][i % D] += grad_rows[i];
+    add_product(grad_input.data(), grad_rows.data(), in.weight[l].data(), count, D, D, false, true);
+  };
   const double kinds = !!(c.queries & IMAGE) + !!(c.queries & TEXT) + !!(c.queries & RATIONAL);
   for (int64_t b = 0; b < B; b++) {
     Doubles R(K * D), X(K * D), projected[3], O(K * D), M(K * D), change(K * D);
-    for (int64_t i = 0; i < K * D; i++) R[i] = in.f[b * D + i % D] * in.h[i], X[i] = in.scale * R[i];
-    auto apply = [&](int l, const Doubles& rows) {
-      Doubles to(K * D);
-      for (int64_t i = 0; i < K * D; i++) to[i] = in.bias[l][i % D];
-      add_product(to.data(), rows.data(), in.weight[l].data(), K, D, D, false, false);
-      return to;
-    };
-    for (int l = 0; l < 3; l++) projected[l] = apply(l, X);
-    const Doubles &key = projected[rada::KEY], &value = projected[rada::VALUE];
+    for (int64_t i = 0; i < K * D; i++) R[i] = f[b * D + i % D] * h[i], X[i] = in.scale * R[i];
+    for (int n = 0; n < 3; n++) projected[n] = apply(rada::QUERY_RATIONAL + n, X);
+    const Doubles &rational = projected[0], &key = projected[1], &value = projected[2];
     auto query_of = [&](int kind, int64_t i, int64_t d) {
-      return kind == IMAGE  ? in.image_query[b * D + d]
-             : kind == TEXT ? in.text_query[i * D + d]
-                            : projected[rada::RATIONAL][i * D + d];
+      return kind == IMAGE ? image_query[b * D + d] : kind == TEXT ? text_query[i * D + d] : rational[i * D + d];
     };
     // A[kind][head, i, j]: K times the softmax over all pairs.
     Doubles A[RATIONAL + 1];
@@ -231,11 +249,6 @@ Results compute_truth(const Case& c, const Inputs& in) {
         grad[i] += grad_deviation / (K * D) * (c.penalty == Penalty::L1 ? sign : 2 * change[i]);
       if (M[i] == 0) grad[i] = 0;
     }
-    auto add_layer = [&](int l, const Doubles& grad_rows, const Doubles& rows, Doubles& grad_input) {
-      add_product(out.grad_weight[l].data(), grad_rows.data(), rows.data(), D, D, K, true, true);
-      for (int64_t i = 0; i < K * D; i++) out.grad_bias[l][i % D] += grad_rows[i];
-      add_product(grad_input.data(), grad_rows.data(), in.weight[l].data(), K, D, D, false, true);
-    };
     add_layer(rada::OUT, grad, O, grad_O);
     for (Doubles& rows : grad_projected) rows.assign(K * D, 0);
     for (int kind : {IMAGE, TEXT, RATIONAL}) {
@@ -248,7 +261,7 @@ Results compute_truth(const Case& c, const Inputs& in) {
           for (int64_t j = 0; j < K; j++) {
             for (int64_t d = n * E; d < (n + 1) * E; d++) {
               grad_A[i * K + j] += grad_O[i * D + d] * value[j * D + d] / kinds;
-              grad_projected[rada::VALUE][j * D + d] += a[i * K + j] / kinds * grad_O[i * D + d];
+              grad_projected[2][j * D + d] += a[i * K + j] / kinds * grad_O[i * D + d];
             }
             delta += a[i * K + j] * grad_A[i * K + j] / K;
           }
@@ -256,23 +269,39 @@ Results compute_truth(const Case& c, const Inputs& in) {
           for (int64_t j = 0; j < K; j++) {
             const double grad_score = in.factor * a[i * K + j] * (grad_A[i * K + j] - delta);
             for (int64_t d = n * E; d < (n + 1) * E; d++) {
-              double& grad_query = kind == IMAGE  ? out.grad_image_query[b * D + d]
-                                   : kind == TEXT ? out.grad_text_query[i * D + d]
-                                                  : grad_projected[rada::RATIONAL][i * D + d];
+              double& grad_query = kind == IMAGE  ? grad_image_query[b * D + d]
+                                   : kind == TEXT ? grad_text_query[i * D + d]
+                                                  : grad_projected[0][i * D + d];
               grad_query += grad_score * key[j * D + d];
-              grad_projected[rada::KEY][j * D + d] += grad_score * query_of(kind, i, d);
+              grad_projected[1][j * D + d] += grad_score * query_of(kind, i, d);
             }
           }
       }
     }
-    for (int l = 0; l < 3; l++)
-      if (l != rada::RATIONAL || c.queries & RATIONAL) add_layer(l, grad_projected[l], X, grad_X);
+    for (int n = 0; n < 3; n++) add_layer(rada::QUERY_RATIONAL + n, grad_projected[n], X, grad_X);
     for (int64_t i = 0; i < K * D; i++) {
       const double grad_R = in.scale * grad_X[i] + grad_sums[i / D] * M[i];
-      out.grad_f[b * D + i % D] += grad_R * in.h[i];
-      out.grad_h[i] += grad_R * in.f[b * D + i % D];
+      grad_f[b * D + i % D] += grad_R * h[i];
+      grad_h[i] += grad_R * f[b * D + i % D];
     }
   }
+  auto through_query = [&](int l, const Doubles& grad_query, const Doubles& unit, Doubles& grad_unit) {
+    Doubles grad_rows(unit.size());
+    add_layer(l, grad_query, scaled(unit), grad_rows);
+    for (size_t i = 0; i < unit.size(); i++) grad_unit[i] += std::sqrt(in.scale) * grad_rows[i];
+  };
+  through_query(rada::QUERY_IMAGE, grad_image_query, f, grad_f);
+  through_query(rada::QUERY_TEXT, grad_text_query, h, grad_h);
+  auto through_norm = [&](const Doubles& rows, const Doubles& unit, Doubles grad_unit) {
+    for (int64_t row = 0; row < (int64_t)rows.size() / D && c.normalize; row++) {
+      double along = 0;
+      for (int64_t d = row * D; d < (row + 1) * D; d++) along += grad_unit[d] * unit[d];
+      for (int64_t d = row * D; d < (row + 1) * D; d++)
+        grad_unit[d] = (grad_unit[d] - along * unit[d]) / norm_of(rows, row);
+    }
+    return grad_unit;
+  };
+  out.grad_image = through_norm(in.image, f, grad_f), out.grad_text = through_norm(in.text, h, grad_h);
   return out;
 }
 
@@ -292,85 +321,77 @@ std::unique_ptr<void, Free> workspace(size_t bytes) {
 // All that comes out of a forward and a backward pass, by name.
 typedef std::vector<std::pair<std::string, Array>> Outcome;
 
+const char* const LAYER_NAMES[] = {"image query", "text query", "rational query", "key", "value", "out"};
+
 Outcome compute(const Loops& loops, const Case& c, const Inputs& in, int threads) {
   const int64_t B = c.images, K = c.classes, D = c.width, pairs = B * c.heads;
-  const bool rows = c.kept != NOTHING, weights = c.kept == ROWS_AND_WEIGHTS, rational = c.queries & RATIONAL;
-  const char* layer_names[] = {"rational", "key", "value", "out"};
-  auto element_array = [&](bool wanted, int64_t count) { return Array(wanted ? count : 0, c.bfloat16); };
-  Array f(in.f), h(in.h), image_query(in.image_query), text_query(in.text_query, c.bfloat16);
+  const bool rows = c.kept != NOTHING, weights = c.kept == ROWS_AND_WEIGHTS;
+  auto elements = [&](bool wanted, int64_t count) { return Array(wanted ? count : 0, c.bfloat16); };
+  Array image(in.image, c.bfloat16), text(in.text, c.bfloat16);
   Array grad_sums(in.grad_sums), grad_deviation(in.grad_deviation);
-  std::vector<Array> weight, bias, projection;
+  Array query_image = elements(rows && c.queries & IMAGE, B * D),
+        query_text = elements(rows && c.queries & TEXT, K * D);
+  Array rational = elements(rows && c.queries & RATIONAL, B * K * D), key = elements(rows, B * K * D);
+  Array value = elements(rows, B * K * D), attended = elements(rows, B * K * D), change = elements(rows, B * K * D);
+  Array exponentials = elements(weights, rada::KINDS * pairs * K * ((K + 15) / 16 * 16));
+  Array references(rows ? rada::KINDS * pairs : 0);
+  Array weight_scale(weights ? rada::KINDS * pairs * ((K + rada::SCORE_ROWS - 1) / rada::SCORE_ROWS) : 0);
+  Array sums(B * K), deviation(B), grad_image(c.features ? B * D : 0), grad_text(c.features ? K * D : 0);
+  std::vector<Array> weight, bias, grad_weight, grad_bias;
   for (int l = 0; l < rada::LAYERS; l++) {
     weight.emplace_back(in.weight[l], c.bfloat16);
-    bias.emplace_back(in.bias[l]);
-    projection.push_back(element_array(rows && (l != rada::RATIONAL || rational), B * K * D));
+    bias.emplace_back(in.bias[l], c.bfloat16);
+    grad_weight.emplace_back(c.layers ? D * D : 0);
+    grad_bias.emplace_back(c.layers ? D : 0);
   }
-  Array attended = element_array(rows, B * K * D);
-  Array change(rows ? B * K * D : 0), statistics(rows ? 2 * rada::KINDS * pairs : 0);
-  Array exponentials(weights ? rada::KINDS * pairs * K * ((K + 15) / 16 * 16) : 0);
-  Array weight_scale(weights ? rada::KINDS * pairs * ((K + rada::SCORE_ROWS - 1) / rada::SCORE_ROWS) : 0);
-  Array sums(B * K), deviation(B);
 
   Call call{};
   call.images = B, call.classes = K, call.width = D, call.heads = c.heads;
   call.scale = in.scale, call.score_factor = in.factor;
   call.score_bytes = c.streams ? 1 : int64_t(1) << 30;
   call.penalty = c.penalty;
-  call.rational = rational;
-  call.f = f.data(), call.h = h.data();
-  call.image_query = c.queries & IMAGE ? image_query.data() : nullptr;
-  call.text_query = c.queries & TEXT ? text_query.data<void>() : nullptr;
+  call.normalize = c.normalize;
+  call.image = image.data<void>(), call.text = text.data<void>();
   for (int l = 0; l < rada::LAYERS; l++) {
-    call.weight[l] = weight[l].data<void>();
-    call.bias[l] = bias[l].data();
-    if (l < 3) call.projection[l] = projection[l].data<void>();
+    const bool in_use = l > rada::QUERY_RATIONAL || c.queries >> l & 1;
+    call.weight[l] = in_use ? weight[l].data<void>() : nullptr;
+    call.bias[l] = in_use ? bias[l].data<void>() : nullptr;
   }
-  call.attended = attended.data<void>(), call.change = change.data(), call.statistics = statistics.data();
-  call.weights = exponentials.data(), call.weight_scale = weight_scale.data();
+  call.query_image = query_image.data<void>(), call.query_text = query_text.data<void>();
+  call.projection[0] = rational.data<void>();
+  call.projection[1] = key.data<void>(), call.projection[2] = value.data<void>();
+  call.attended = attended.data<void>(), call.change = change.data<void>();
+  call.references = references.data(), call.weights = exponentials.data<void>(),
+  call.weight_scale = weight_scale.data();
   call.sums = sums.data(), call.deviation = deviation.data();
   const Pool pool{threads, run_on_threads};
   loops.forward(call, pool, workspace(loops.forward_bytes(call, pool)).get());
 
-  auto zeros = [](int64_t count) { return Array(Doubles(count)); };
-  std::vector<Array> grad_weight, grad_bias;
-  for (int l = 0; l < rada::LAYERS; l++) {
-    grad_weight.push_back(zeros(c.layers ? D * D : 0));
-    grad_bias.push_back(zeros(c.layers ? D : 0));
+  for (int l = 0; l < rada::LAYERS; l++)
     call.grad_weight[l] = grad_weight[l].data(), call.grad_bias[l] = grad_bias[l].data();
-  }
-  Array grad_image_query = zeros(c.queries & IMAGE ? B * D : 0), grad_text_query = zeros(c.queries & TEXT ? K * D : 0);
-  Array grad_f = zeros(c.features ? B * D : 0), grad_h = zeros(c.features ? K * D : 0);
   call.grad_sums = grad_sums.data(), call.grad_deviation = grad_deviation.data();
-  call.grad_image_query = grad_image_query.data(), call.grad_text_query = grad_text_query.data();
-  call.grad_f = grad_f.data(), call.grad_h = grad_h.data();
+  call.grad_image = grad_image.data(), call.grad_text = grad_text.data();
   Array sums_again(rows ? 0 : B * K), deviation_again(rows ? 0 : B);
   call.sums = sums_again.data(), call.deviation = deviation_again.data();
   loops.backward(call, pool, workspace(loops.backward_bytes(call, pool)).get());
 
   Outcome out{{"sums", sums}, {"deviation", deviation}};
-  if (c.layers)
-    for (int l = 0; l < rada::LAYERS; l++) {
-      if (l == rada::RATIONAL && !rational) continue;
-      out.emplace_back(std::string(layer_names[l]) + " weight's gradient", grad_weight[l]);
-      out.emplace_back(std::string(layer_names[l]) + " bias's gradient", grad_bias[l]);
-    }
-  if (c.queries & IMAGE) out.emplace_back("image query's gradient", grad_image_query);
-  if (c.queries & TEXT) out.emplace_back("text query's gradient", grad_text_query);
-  if (c.features) out.emplace_back("f's gradient", grad_f), out.emplace_back("h's gradient", grad_h);
+  for (int l = 0; l < rada::LAYERS && c.layers; l++) {
+    out.emplace_back(std::string(LAYER_NAMES[l]) + " weight's gradient", grad_weight[l]);
+    out.emplace_back(std::string(LAYER_NAMES[l]) + " bias's gradient", grad_bias[l]);
+  }
+  if (c.features) out.emplace_back("image's gradient", grad_image), out.emplace_back("text's gradient", grad_text);
   return out;
 }
 
 std::vector<std::pair<std::string, Doubles>> by_name(const Results& r) {
   std::vector<std::pair<std::string, Doubles>> out{{"sums", r.sums},
                                                    {"deviation", r.deviation},
-                                                   {"image query's gradient", r.grad_image_query},
-                                                   {"text query's gradient", r.grad_text_query},
-                                                   {"f's gradient", r.grad_f},
-                                                   {"h's gradient", r.grad_h}};
-  const char* names[] = {"rational", "key", "value", "out"};
+                                                   {"image's gradient", r.grad_image},
+                                                   {"text's gradient", r.grad_text}};
   for (int l = 0; l < rada::LAYERS; l++) {
-    out.emplace_back(std::string(names[l]) + " weight's gradient", r.grad_weight[l]);
-    out.emplace_back(std::string(names[l]) + " bias's gradient", r.grad_bias[l]);
+    out.emplace_back(std::string(LAYER_NAMES[l]) + " weight's gradient", r.grad_weight[l]);
+    out.emplace_back(std::string(LAYER_NAMES[l]) + " bias's gradient", r.grad_bias[l]);
   }
   return out;
 }
@@ -444,8 +465,8 @@ std::vector<Case> cases(bool bfloat16) {
     for (Kept kept : {NOTHING, ROWS, ROWS_AND_WEIGHTS})
       for (bool streams : {false, true}) {
         // The rest takes turns: 7 subsets of queries, 3 penalties, whose gradients are wanted.
-        Case c{s.images, s.classes, s.width,    s.heads,    7 - n % 7, (Penalty)(n % 3),
-               kept,     streams,   n % 5 != 1, n % 5 != 2, bfloat16};
+        Case c{s.images, s.classes, s.width,    s.heads,    7 - n % 7,  (Penalty)(n % 3),
+               kept,     streams,   n % 5 != 1, n % 5 != 2, n % 4 != 3, bfloat16};
         if (bfloat16 && c.penalty == Penalty::LINF)
           c.penalty = Penalty::MSE;  // near ties decide where its gradient goes
         out.push_back(c);
@@ -462,16 +483,17 @@ bool test(const InstructionSet& set, bool bfloat16) {
   for (const Case& c : all) {
     const std::string where = describe(set, c);
     const Inputs in = random_inputs(c);
-    const Outcome once = compute(loops, c, in, 1);
-    judge.compare(where, once, compute_truth(c, in), bfloat16 ? BFLOAT16_TOLERANCE : FLOAT_TOLERANCE);
-    judge.expect_same(where + " two threads", compute(loops, c, in, 2), once);
-    judge.expect_same(where + " three threads", compute(loops, c, in, 3), once);
-    Outcome mine, others;
-    std::thread other([&] { others = compute(loops, c, in, 2); });
-    mine = compute(loops, c, in, 2);
-    other.join();
-    judge.expect_same(where + " two callers", mine, once);
-    judge.expect_same(where + " two callers", others, once);
+    const Results truth = compute_truth(c, in);
+    for (int threads : {1, 2, 3}) {
+      const std::string with = where + " threads=" + std::to_string(threads);
+      const Outcome once = compute(loops, c, in, threads);
+      judge.compare(with, once, truth, bfloat16 ? BFLOAT16_TOLERANCE : FLOAT_TOLERANCE);
+      Outcome others;
+      std::thread other([&] { others = compute(loops, c, in, threads); });
+      judge.expect_same(with, compute(loops, c, in, threads), once);
+      other.join();
+      judge.expect_same(with, others, once);
+    }
   }
   std::printf("%-12s %-8s %d cases, %d failures, largest relative error %.1e\n", set.name,
               bfloat16 ? "bfloat16" : "float32", (int)all.size(), judge.failures, judge.worst);
