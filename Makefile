@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+CPP := $(wildcard rada_kernels/csrc/*.cpp rada_kernels/*/*.h tests/loops/*.cpp)
 
-.PHONY: run test test-all sanitize bench compile-report lint format clean
+.PHONY: run test test-all loops cross-aarch64 sanitize bench compile-report lint format clean
 
 run: $(STAMP)
 	$(PY) -m rada train $(ARGS)
@@ -16,14 +17,38 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(PY) -m pytest $(ARGS)
 
-# The C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
+# The C++ loops without torch, against double precision: every instruction set that this machine runs.
+CMAKE := $(VENV)/bin/cmake
+LOOPS := build/loops
+
+loops: $(STAMP)
+	$(CMAKE) -S . -B $(LOOPS) -DRADA_LOOPS_TEST=ON $(CMAKE_ARGS)
+	$(CMAKE) --build $(LOOPS) --parallel 2
+	$(EMULATOR) $(LOOPS)/loops_test $(ARGS)
+
+# The same for aarch64: cross-compiled, and run by an emulator.
+CROSS := aarch64-linux-gnu-g++
+QEMU := qemu-aarch64
+
+cross-aarch64:
+	@for tool in $(CROSS) $(QEMU); do command -v $$tool >/dev/null || { \
+		echo "$$tool was not found; on Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	$(MAKE) loops LOOPS=build/aarch64 EMULATOR="$(QEMU) -cpu max" CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux \
+		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS) -DCMAKE_EXE_LINKER_FLAGS=-static"
+
+# The loops and the operators under AddressSanitizer and UndefinedBehaviorSanitizer, and the loops, without torch's
+# thread pool in between, under ThreadSanitizer. Each in a build of its own. Left out of the operators' tests is what
+# repeats the loops: many sizes and scales, and instruction sets.
 SANITIZED := build/sanitize/rada_kernels/rada_cpu.so
 SANITIZERS = $(shell $${CXX:-c++} -print-file-name=libasan.so) $(shell $${CXX:-c++} -print-file-name=libubsan.so)
 
 sanitize: $(STAMP)
-	RADA_CMAKE_ARGS=-DRADA_SANITIZE=ON $(PY) setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
+	$(MAKE) loops LOOPS=build/sanitize/loops CMAKE_ARGS=-DRADA_SANITIZE=address,undefined
+	$(MAKE) loops LOOPS=build/sanitize/threads CMAKE_ARGS=-DRADA_SANITIZE=thread
+	RADA_CMAKE_ARGS=-DRADA_SANITIZE=address,undefined $(PY) setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
 	RADA_CPU_LIBRARY=$(abspath $(SANITIZED)) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-		$(PY) -m pytest tests/test_cpu_operators.py tests/test_backends.py -k cpu -m "not slow" $(ARGS)
+		$(PY) -m pytest tests/test_cpu_operators.py tests/test_backends.py \
+		-k "cpu and not any_size and not scales and not other_instruction_sets" -m "not slow" $(ARGS)
 
 bench: $(STAMP)
 	$(PY) bench/kernels.py $(ARGS)
@@ -34,15 +59,15 @@ compile-report: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 # Installed again when what it is made from changes; the exact versions stand in constraints.txt.
-CPP := CMakeLists.txt $(wildcard rada_kernels/csrc/*.* rada_kernels/*/*.h)
-
-$(STAMP): pyproject.toml setup.py constraints.txt $(CPP)
+$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(filter rada_kernels/%,$(CPP))
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision setuptools cmake
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[demo,plot,dev]"

@@ -1,7 +1,8 @@
 """The build. Metadata lives in pyproject.toml; this file is where the C++ operators join the build.
 
 CMakeLists.txt builds them against the installed torch. Without torch in the build's environment, without CMake or
-without a compiler the installation goes on: the `cpu` backend is then missing, and says so when it is asked for.
+without a compiler the installation goes on. pip hides the warning, so the reason is left where the library would be:
+the `cpu` backend is then missing, and gives it to whoever asks.
 """
 
 from __future__ import annotations
@@ -28,14 +29,26 @@ class CMakeBuild(build_ext):
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Of an editable install only the library itself is copied from here into the source tree.
+        folder = ROOT / "rada_kernels" if self.editable_mode or self.inplace else target.parent
+        reason = folder / target.with_suffix(".missing").name
+        reason.unlink(missing_ok=True)
+        try:
+            self.build_library(target)
+        except CompileError as error:
+            reason.write_text(f"{error}\n")
+            raise
+
+    def build_library(self, target: Path) -> None:
         torch = find_spec("torch")
         if torch is None:
-            raise CompileError("torch is not installed where the build runs; pass --no-build-isolation to pip")
+            raise CompileError("the build saw no torch; install torch first, then this with --no-build-isolation")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         cmake = shutil.which("cmake", path=path)
         if cmake is None:
-            raise CompileError("cmake was not found")
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+            raise CompileError("CMake was not found; pip installs it as cmake")
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -50,7 +63,7 @@ class CMakeBuild(build_ext):
             subprocess.run(configure, check=True)
             subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
         except subprocess.CalledProcessError as error:
-            raise CompileError(f"{error}: see CMake's messages above") from error
+            raise CompileError("CMake failed; it takes a C++17 compiler and make, and pip -v shows why") from error
 
 
 setup(

@@ -31,7 +31,9 @@ SCORE_BYTES = 32 * MIB
 def _load() -> tuple[str, str, bool]:
     """The instruction set in use, why there is none, and whether it has bfloat16 dot products."""
     if not LIBRARY.exists():
-        return "", f"{LIBRARY.name} was not built: install with a C++ compiler, CMake and --no-build-isolation", False
+        reason = LIBRARY.with_suffix(".missing")  # setup.py leaves it
+        why = reason.read_text().strip() if reason.exists() else "install with a C++ compiler, CMake and torch"
+        return "", f"{LIBRARY.name} was not built: {why}", False
     try:
         torch.ops.load_library(LIBRARY)
         return torch.ops.rada_cpu.instruction_set(), "", torch.ops.rada_cpu.has_bfloat16()

@@ -26,6 +26,8 @@ struct Float {
   static constexpr int64_t per_word = 1;
   static constexpr bool coarse = false;  // exponentials: see exp2
 
+  // One word of A with a vector of B, or word by word.
+  static RADA_INLINE vec multiply_add(word a, vec b, vec c) { return splat(a) * b + c; }
   static RADA_INLINE vec multiply_add(vec a, vec b, vec c) { return a * b + c; }
   static RADA_INLINE vec get(const float* p) { return load(p); }
   static RADA_INLINE void put(float* p, vec v) { store(p, v); }
@@ -46,39 +48,35 @@ struct Float {
   }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(RADA_BFLOAT16)
 struct Bfloat16 {
   typedef uint16_t element;
   static constexpr int64_t per_word = 2;
   static constexpr bool coarse = true;
 
-  static RADA_INLINE vec multiply_add(vec a, vec b, vec c) {
-    return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-  }
-  static RADA_INLINE __m256i narrow(vec v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
-  static RADA_INLINE void put(uint16_t* p, vec v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
+  static RADA_INLINE vec multiply_add(word a, vec b, vec c) { return add_pair_products(a, b, c); }
+  static RADA_INLINE vec multiply_add(vec a, vec b, vec c) { return add_pair_products(a, b, c); }
+  static RADA_INLINE void put(uint16_t* p, vec v) { store(p, narrow(v)); }
   static RADA_INLINE void put_first(uint16_t* p, vec v, int64_t n) {
     if (n >= W) return put(p, v);
-    _mm256_mask_storeu_epi16(p, lanes_below(n), narrow(v));
+    store_first(p, narrow(v), n);
   }
+  static RADA_INLINE vec get(const uint16_t* p) { return widen(load_half(p)); }
   static RADA_INLINE vec get_first(const uint16_t* p, int64_t n) {
-    return n >= W ? get(p) : widen(_mm256_maskz_loadu_epi16(lanes_below(n), p));
+    return n >= W ? get(p) : widen(load_half_first(p, n));
   }
-  static RADA_INLINE vec widen(__m256i bits) { return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
-  static RADA_INLINE vec get(const uint16_t* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
   static RADA_INLINE vec put_rounded(uint16_t* p, vec v) {
-    const __m256i bits = narrow(v);
-    _mm256_storeu_si256((__m256i*)p, bits);
+    const half_vec bits = narrow(v);
+    store(p, bits);
     return widen(bits);
   }
   // Words of one column of A from rows k and k + 1.
   static RADA_INLINE vec pair(vec v, vec next) {
-    return (vec)_mm512_or_si512(_mm512_cvtepu16_epi32(narrow(v)), (__m512i)widen(narrow(next)));
+    return (vec)(__builtin_convertvector(narrow(v), uvec) | (uvec)widen(narrow(next)));
   }
   // The first n words of a row of B from two neighbouring rows of a matrix.
   static RADA_INLINE vec words_first(const uint16_t* row, int64_t ld, int64_t n) {
-    const ivec low = (ivec)get_first(row, n), high = (ivec)get_first(row + ld, n);
-    return (vec)((ivec)_mm512_srli_epi32((__m512i)low, 16) | high);
+    return (vec)((uvec)get_first(row, n) >> 16 | (uvec)get_first(row + ld, n));
   }
   static RADA_INLINE void interleave(word* to, const uint16_t* row, const uint16_t* next, int64_t n) {
     uint32_t* words = (uint32_t*)to;
@@ -135,8 +133,8 @@ RADA_INLINE void transpose(vec (&rows)[W]) {
     for (int i = 0; i < W; i++)
       if (!(i & step)) {
         const vec a = rows[i], b = rows[i + step];
-        rows[i] = __builtin_shuffle(a, b, low);
-        rows[i + step] = __builtin_shuffle(a, b, high);
+        rows[i] = shuffle(a, b, low);
+        rows[i + step] = shuffle(a, b, high);
       }
   }
 }
@@ -208,7 +206,7 @@ RADA_INLINE Tile<M, N> multiply_tile(int64_t k, const word* a, int64_t ld, const
     for (int v = 0; v < N; v++) b[v] = b_at(i, v);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      const vec x = splat(ROW_MAJOR ? rows[m][i] : a[i * ld + m]);
+      const word x = ROW_MAJOR ? rows[m][i] : a[i * ld + m];
 #pragma GCC unroll 4
       for (int v = 0; v < N; v++) c.at[m][v] = P::multiply_add(x, b[v], c.at[m][v]);
     }

@@ -4,7 +4,7 @@
 namespace RADA_ISA {
 
 rada::Loops float_loops() { return loops_of<Float>(); }
-#if defined(__AVX512BF16__)
+#if defined(RADA_BFLOAT16)
 rada::Loops bfloat16_loops() { return loops_of<Bfloat16>(); }
 #endif
 

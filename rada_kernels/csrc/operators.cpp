@@ -18,21 +18,12 @@
 #include <string>
 #include <vector>
 
-#include "call.h"
-
-#define RADA_DECLARE_LOOPS(isa) \
-  namespace isa {               \
-  rada::Loops float_loops();    \
-  rada::Loops bfloat16_loops(); \
-  }
-RADA_DECLARE_LOOPS(generic)
-RADA_DECLARE_LOOPS(avx2)
-RADA_DECLARE_LOOPS(avx512)
-RADA_DECLARE_LOOPS(avx512_bf16)
+#include "instruction_sets.h"
 
 namespace {
 
 using rada::Call;
+using rada::InstructionSet;
 using rada::Loops;
 using rada::Pool;
 using torch::headeronly::ScalarType;
@@ -63,35 +54,12 @@ Pool threads() { return {forked ? 1 : (int)torch::stable::get_num_threads(), run
 
 // ---- instruction sets
 
-struct InstructionSet {
-  const char* name;
-  bool usable;
-  Loops (*float_loops)();
-  Loops (*bfloat16_loops)();  // null: no bfloat16 dot products
-};
-
-const std::vector<InstructionSet>& instruction_sets() {
-  static const std::vector<InstructionSet> all{
-#if defined(__x86_64__)
-      {"avx512_bf16", __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
-       avx512_bf16::float_loops, avx512_bf16::bfloat16_loops},
-      {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
-       avx512::float_loops, nullptr},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::float_loops, nullptr},
-#endif
-      {"generic", true, generic::float_loops, nullptr},
-  };
-  return all;
-}
-
 // The best usable one, or the one that RADA_CPU_ISA names.
 const InstructionSet& instruction_set() {
   static const InstructionSet& chosen = []() -> const InstructionSet& {
     const char* wanted = std::getenv("RADA_CPU_ISA");
     std::string usable;
-    for (const InstructionSet& set : instruction_sets()) {
+    for (const InstructionSet& set : rada::instruction_sets()) {
       if (!set.usable) continue;
       if (!wanted || !*wanted || std::string(wanted) == set.name) return set;
       usable += std::string(usable.empty() ? "" : ", ") + set.name;

@@ -1,4 +1,5 @@
-// Vectors of W floats on top of the compiler's vector extensions: one source for AVX2, AVX-512 and anything else.
+// Vectors of W floats on top of the compiler's vector extensions: one source for AVX2, AVX-512, NEON and anything
+// else.
 // Every file that includes this one is compiled once per instruction set, each time in a namespace of its own
 // (RADA_ISA), so that the linker cannot mix them.
 #pragma once
@@ -8,23 +9,26 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define RADA_INLINE inline __attribute__((always_inline))
 
 namespace RADA_ISA {
 
+// W lanes; MR rows of a register tile with NV vectors in each: MR · NV accumulators and NV + 1 operands fit in the
+// 32 registers of AVX-512 and NEON, or in the 16 of the others.
 #if defined(__AVX512F__)
-constexpr int W = 16;  // lanes
-constexpr int MR = 8;  // rows of a register tile
+constexpr int W = 16, MR = 8;
 #elif defined(__AVX2__)
-constexpr int W = 8;
-constexpr int MR = 4;
+constexpr int W = 8, MR = 4;
+#elif defined(__aarch64__)
+constexpr int W = 4, MR = 8;
 #else
-constexpr int W = 4;
-constexpr int MR = 4;
+constexpr int W = 4, MR = 4;
 #endif
-constexpr int NV = 3;  // vectors in each row of a register tile: MR · NV accumulators, NV + 1 operands
+constexpr int NV = 3;
 
 typedef float vec __attribute__((vector_size(W * 4), may_alias));
 typedef float vec_at_any_address __attribute__((vector_size(W * 4), aligned(4), may_alias));
@@ -82,6 +86,18 @@ RADA_INLINE vec splat(float x) {
 RADA_INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
 RADA_INLINE vec magnitude(vec a) { return (vec)((ivec)a & 0x7fffffff); }
 
+// Lane i of the result is lane from[i] of a and b side by side. clang makes one shuffle of it where `from` is constant.
+RADA_INLINE vec shuffle(vec a, vec b, ivec from) {
+#if defined(__clang__)
+  vec v;
+#pragma unroll
+  for (int i = 0; i < W; i++) v[i] = from[i] < W ? a[from[i]] : b[from[i] - W];
+  return v;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // All lanes combined by pairs: halves first.
 template <class F>
 RADA_INLINE float reduce(vec v, F&& combine) {
@@ -89,7 +105,7 @@ RADA_INLINE float reduce(vec v, F&& combine) {
   for (int half = W / 2; half; half /= 2) {
     ivec other;
     for (int i = 0; i < W; i++) other[i] = (i + half) % W;
-    v = combine(v, __builtin_shuffle(v, other));
+    v = combine(v, shuffle(v, v, other));
   }
   return v[0];
 }
@@ -116,8 +132,12 @@ RADA_INLINE vec exp2(vec x) {
 #if defined(__AVX512F__)
   const vec n = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
+#if defined(__aarch64__)
+  x = (vec)vmaxq_f32(vminq_f32((float32x4_t)x, vdupq_n_f32(126)), vdupq_n_f32(-126));
+#else
   x = x > 126.0f ? splat(126.0f) : x;
   x = x < -126.0f ? splat(-126.0f) : x;
+#endif
   const vec magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer, held in the low bits
   const vec shifted = x + magic;
   const vec n = shifted - magic;
@@ -140,5 +160,66 @@ RADA_INLINE vec exp2(vec x) {
   return p * (vec)(((ivec)shifted << 23) + 0x3f800000);
 #endif
 }
+
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define RADA_BFLOAT16
+
+// W bfloat16.
+typedef uint16_t half_vec __attribute__((vector_size(W * 2), may_alias));
+typedef uint16_t half_vec_at_any_address __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(W * 4), may_alias));
+
+// In each lane c plus the dot product of two pairs of bfloat16, the lane's of a and b; or a is one pair.
+RADA_INLINE vec add_pair_products(vec a, vec b, vec c) {
+#if defined(__AVX512BF16__)
+  return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+  return (vec)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#endif
+}
+RADA_INLINE vec add_pair_products(float a, vec b, vec c) {
+#if defined(__AVX512BF16__)
+  return add_pair_products(splat(a), b, c);
+#else
+  const float32x2_t pair = {a, 0};  // a plain load, where a copy to every lane would take a vector pipe
+  return (vec)vbfdotq_lane_f32((float32x4_t)c, (bfloat16x8_t)b, (bfloat16x4_t)pair, 0);
+#endif
+}
+
+RADA_INLINE half_vec load_half(const void* p) { return *static_cast<const half_vec_at_any_address*>(p); }
+RADA_INLINE void store(void* p, half_vec v) { *static_cast<half_vec_at_any_address*>(p) = v; }
+
+// The first n of W, the others zero.
+RADA_INLINE half_vec load_half_first(const uint16_t* p, int64_t n) {
+#if defined(__AVX512BF16__)
+  return (half_vec)_mm256_maskz_loadu_epi16(lanes_below(n), p);
+#else
+  half_vec v{};
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i++)
+    if (i < n) v[i] = p[i];
+  return v;
+#endif
+}
+RADA_INLINE void store_first(uint16_t* p, half_vec v, int64_t n) {
+#if defined(__AVX512BF16__)
+  _mm256_mask_storeu_epi16(p, lanes_below(n), (__m256i)v);
+#else
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i++)
+    if (i < n) p[i] = v[i];
+#endif
+}
+
+RADA_INLINE half_vec narrow(vec v) {
+#if defined(__AVX512BF16__)
+  return (half_vec)_mm512_cvtneps_pbh((__m512)v);
+#else
+  return (half_vec)vcvt_bf16_f32((float32x4_t)v);
+#endif
+}
+RADA_INLINE vec widen(half_vec v) { return (vec)(__builtin_convertvector(v, uvec) << 16); }
+
+#endif
 
 }  // namespace RADA_ISA
