@@ -216,8 +216,8 @@ RADA_INLINE Tile<M, N> multiply_tile(int64_t k, const word* a, int64_t ld, const
 
 // All rows against one panel: tiles of MR rows, then of the powers of two that make up the rest.
 template <class P, bool ROW_MAJOR, int N, int M = MR, class B, class Epilogue>
-RADA_INLINE void multiply_panel(int64_t row, int64_t m, int64_t k, const word* a, int64_t ld, const B& b, int64_t column,
-                                Epilogue&& epilogue) {
+RADA_INLINE void multiply_panel(int64_t row, int64_t m, int64_t k, const word* a, int64_t ld, const B& b,
+                                int64_t column, Epilogue&& epilogue) {
   for (; row + M <= m; row += M)
     epilogue(row, column, multiply_tile<P, ROW_MAJOR, M, N>(k, ROW_MAJOR ? a + row * ld : a + row, ld, b));
   if constexpr (M > 1)

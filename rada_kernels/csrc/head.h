@@ -15,7 +15,7 @@ using rada::Call;
 using rada::Pool;
 
 constexpr int64_t WAVE_ROWS = 2048;     // rows of a wave, at least one image
-constexpr int64_t FEW_ROWS = 64;       // up to here a layer's weight is read where it lies
+constexpr int64_t FEW_ROWS = 64;        // up to here a layer's weight is read where it lies
 constexpr int64_t WEIGHT_ROWS = 256;    // rows of one step of a weight gradient's sum
 constexpr int64_t WEIGHT_COLUMNS = 64;  // a task's share of a weight gradient
 constexpr int64_t LIGHT_ROWS = 32;      // rows of a task that only goes over them
@@ -41,22 +41,18 @@ void run(const Pool& pool, int64_t tasks, Task&& task) {
 // task(first, count, thread) over `rows` rows in blocks.
 template <class Task>
 void run_rows(const Pool& pool, int64_t rows, int64_t block, Task&& task) {
-  run(pool, ceil_div(rows, block), [&](int64_t i, int thread) {
-    task(i * block, smaller_of(block, rows - i * block), thread);
-  });
+  run(pool, ceil_div(rows, block),
+      [&](int64_t i, int thread) { task(i * block, smaller_of(block, rows - i * block), thread); });
 }
 
 // How a product of `rows` rows with a layer falls into tasks: blocks of rows, and of columns where there are few rows.
+// The shares of columns do not depend on the number of threads: sums over them are put together in one order.
 struct Split {
-  int64_t rows, width, block, shares, share;
+  int64_t rows, width, block = BLOCK_ROWS, share, shares;
 
-  Split(int64_t rows, int64_t width, bool whole_width, int threads) : rows(rows), width(width) {
-    const int64_t tasks = 4 * threads;
-    block = smaller_of(larger_of(round_up(ceil_div(rows, tasks), MR), MR), BLOCK_ROWS);
-    if (!whole_width) block = smaller_of(rows, BLOCK_ROWS);
-    shares = whole_width ? 1 : smaller_of(ceil_div(tasks, ceil_div(rows, block)), ceil_div(width, 4 * W));
-    share = round_up(ceil_div(width, shares), W);
-    shares = ceil_div(width, share);
+  Split(int64_t rows, int64_t width, bool whole_width, int threads)
+      : rows(rows), width(width), share(whole_width ? round_up(width, W) : 4 * W), shares(ceil_div(width, share)) {
+    if (whole_width) block = smaller_of(round_up(ceil_div(rows, 4 * threads), MR), BLOCK_ROWS);
   }
   int64_t tasks() const { return ceil_div(rows, block) * shares; }
 
@@ -207,10 +203,10 @@ class Head {
   }
 
   // The wave's rows of a [B, K, D] array: kept for the whole batch, or the wave's own.
-  element* wave(void* kept, element* own) const {
-    return kept ? (element*)kept + first * c.classes * c.width : own;
+  element* wave(void* kept, element* own) const { return kept ? (element*)kept + first * c.classes * c.width : own; }
+  element* projected(int l) const {
+    return wave(c.projection[l - rada::QUERY_RATIONAL], projection[l - rada::QUERY_RATIONAL]);
   }
-  element* projected(int l) const { return wave(c.projection[l - rada::QUERY_RATIONAL], projection[l - rada::QUERY_RATIONAL]); }
   element* attended_rows() const { return wave(c.attended, attended); }
   element* change_rows() const { return wave(c.change, change); }
   float* reference_of(int kind, int64_t pair) const {
@@ -369,8 +365,7 @@ class Head {
         for (int64_t d = 0; d < count * c.width; d += W) {
           const int64_t n = count * c.width - d;
           vec total = first ? load_first(to + d, n) : vec{};
-          for (int64_t b = 0; b < images; b++)
-            total += load_first(text_rows + (b * c.classes + row) * c.width + d, n);
+          for (int64_t b = 0; b < images; b++) total += load_first(text_rows + (b * c.classes + row) * c.width + d, n);
           store_first(to + d, total, n);
         }
       });
@@ -398,14 +393,14 @@ class Head {
     const element* changes = change_rows();
     const bool find_peak = c.grad_deviation && c.penalty == rada::Penalty::LINF;
     if (find_peak)
-      run(pool, images, [&](int64_t b, int) {
-        peak[b] = first_peak<P>(changes + b * c.classes * width, c.classes, width);
-      });
+      run(pool, images,
+          [&](int64_t b, int) { peak[b] = first_peak<P>(changes + b * c.classes * width, c.classes, width); });
     auto form = [&](int64_t row, int64_t count) {
       for (int64_t r = row; r < row + count; r++) {
         const int64_t b = r / c.classes, k = r % c.classes;
         reduce_logits_backward<P>(grad_rows[rada::OUT] + r * width, changes + r * width, f_of(r), h_of(r), width,
-                                  c.grad_sums[first * c.classes + r], c.grad_deviation ? c.grad_deviation[first + b] : 0,
+                                  c.grad_sums[first * c.classes + r],
+                                  c.grad_deviation ? c.grad_deviation[first + b] : 0,
                                   find_peak ? peak[b] - k * width : -1, c.classes * width, c.penalty);
       }
     };
@@ -425,7 +420,8 @@ class Head {
   void attend_pair_backward(int64_t pair, int thread) {
     const Pair p(*this, pair);
     AttentionBackwardScratch<P> s = attention_backward;
-    word** const words[] = {&s.keys, &s.values, &s.key_rows, &s.grad_scores_by_column, &s.weights_by_column, &s.block_rows};
+    word** const words[] = {&s.keys,      &s.values, &s.key_rows, &s.grad_scores_by_column, &s.weights_by_column,
+                            &s.block_rows};
     float** const floats[] = {&s.grad_key, &s.grad_value, &s.image_row};
     element** const elements[] = {&s.exponentials, &s.grad_weights, &s.grad_scores};
     for (word** at : words) *at = mine(*at, thread);

@@ -97,7 +97,8 @@ T* pointer(const char* name, const Tensor& tensor, int64_t numel, ScalarType dty
 
 // The fields that both passes share.
 Call make_call(const Tensor& image, const Tensor& text, const Tensors& layers, const Tensors& kept, int64_t heads,
-               double scale, double score_factor, bool normalize, int64_t queries, int64_t penalty, int64_t score_bytes) {
+               double scale, double score_factor, bool normalize, int64_t queries, int64_t penalty,
+               int64_t score_bytes) {
   STD_TORCH_CHECK(image.dim() == 2 && text.dim() == 2, "image, text: they take [B, D] and [K, D]");
   STD_TORCH_CHECK(layers.size() == 12 && kept.size() == 9, "layers, kept: they take 12 and 9 tensors");
   Call call{};
@@ -106,7 +107,8 @@ Call make_call(const Tensor& image, const Tensor& text, const Tensors& layers, c
   call.classes = text.size(0);
   call.width = image.size(1);
   call.heads = heads;
-  STD_TORCH_CHECK(call.images > 0 && call.classes > 0 && call.width > 0, "image, text: they take at least one row and column");
+  STD_TORCH_CHECK(call.images > 0 && call.classes > 0 && call.width > 0,
+                  "image, text: they take at least one row and column");
   STD_TORCH_CHECK(heads > 0 && call.width % heads == 0, "num_heads: it takes a divisor of ", call.width);
   STD_TORCH_CHECK(dtype == ScalarType::Float || call.width / heads % 2 == 0, "num_heads: bfloat16 takes an even D / H");
   STD_TORCH_CHECK(queries > 0 && queries < 8, "queries: it takes 1 to 7");
@@ -166,10 +168,12 @@ Loops loops_for(ScalarType dtype) {
 
 // ---- operators
 
-void forward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t num_heads, double scale, double score_factor,
-             bool normalize, int64_t queries, int64_t penalty, int64_t score_bytes, Tensor sums, Tensor deviation) {
+void forward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t num_heads, double scale,
+             double score_factor, bool normalize, int64_t queries, int64_t penalty, int64_t score_bytes, Tensor sums,
+             Tensor deviation) {
   const Loops loops = loops_for(image.scalar_type());
-  Call call = make_call(image, text, layers, kept, num_heads, scale, score_factor, normalize, queries, penalty, score_bytes);
+  Call call =
+      make_call(image, text, layers, kept, num_heads, scale, score_factor, normalize, queries, penalty, score_bytes);
   call.sums = pointer<float>("sums", sums, call.images * call.classes, ScalarType::Float);
   call.deviation = pointer<float>("deviation", deviation, call.images, ScalarType::Float);
   STD_TORCH_CHECK(call.sums && call.deviation, "sums, deviation: they take [B, K] and [B]");
@@ -179,11 +183,12 @@ void forward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t nu
   loops.forward(call, pool, workspace(loops.forward_bytes(call, pool)).get());
 }
 
-void backward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t num_heads, double scale, double score_factor,
-              bool normalize, int64_t queries, int64_t penalty, int64_t score_bytes, Tensor grad_sums,
-              Tensor grad_deviation, Tensors grad_layers, Tensor grad_image, Tensor grad_text) {
+void backward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t num_heads, double scale,
+              double score_factor, bool normalize, int64_t queries, int64_t penalty, int64_t score_bytes,
+              Tensor grad_sums, Tensor grad_deviation, Tensors grad_layers, Tensor grad_image, Tensor grad_text) {
   const Loops loops = loops_for(image.scalar_type());
-  Call call = make_call(image, text, layers, kept, num_heads, scale, score_factor, normalize, queries, penalty, score_bytes);
+  Call call =
+      make_call(image, text, layers, kept, num_heads, scale, score_factor, normalize, queries, penalty, score_bytes);
   STD_TORCH_CHECK(grad_layers.size() == 12, "grad_layers: they take 12 tensors");
   call.grad_sums = pointer<float>("grad_sums", grad_sums, call.images * call.classes, ScalarType::Float);
   call.grad_deviation = pointer<float>("grad_deviation", grad_deviation, call.images, ScalarType::Float);
@@ -209,7 +214,7 @@ void backward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t n
   loops.backward(call, pool, workspace(loops.backward_bytes(call, pool)).get());
 }
 
-#define RADA_CALL                                                                                    \
+#define RADA_CALL                                                                                               \
   "Tensor image, Tensor text, Tensor[] layers, Tensor[] kept, int num_heads, float scale, float score_factor, " \
   "bool normalize, int queries, int penalty, int score_bytes, "
 
@@ -217,7 +222,8 @@ STABLE_TORCH_LIBRARY(rada_cpu, m) {
   m.def("instruction_set() -> str");
   m.def("has_bfloat16() -> bool");
   m.def("forward(" RADA_CALL "Tensor sums, Tensor deviation) -> ()");
-  m.def("backward(" RADA_CALL "Tensor grad_sums, Tensor grad_deviation, Tensor[] grad_layers, Tensor grad_image, "
+  m.def("backward(" RADA_CALL
+        "Tensor grad_sums, Tensor grad_deviation, Tensor[] grad_layers, Tensor grad_image, "
         "Tensor grad_text) -> ()");
 }
 

@@ -18,21 +18,22 @@ void reduce_logits(float* sums, float* statistic, typename P::element* change, c
                    Penalty penalty, int64_t first, int64_t end) {
   vec totals[BLOCK_ROWS], peaks[BLOCK_ROWS];
   for (int64_t r = 0; r < m; r++) totals[r] = peaks[r] = vec{};
-  apply<P>(layer, attended, m, width, first, end, [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
-    tile.each([&](int r, int v, vec x) __attribute__((always_inline)) {
-      const int64_t d = column + v * W;
-      const vec out = x + load(layer.bias + d);
-      const vec diff = out < splat(-1.0f) ? splat(-1.0f) : out;  // NaN stays NaN
-      if (change) P::put_first(change + (row + r) * width + d, diff, width - d);
-      totals[row + r] += (diff + 1.0f) * (load(f[row + r] + d) * load(h[row + r] + d));
-      if (penalty == Penalty::LINF)
-        peaks[row + r] = larger(magnitude(diff), peaks[row + r]);
-      else if (penalty == Penalty::L1)
-        peaks[row + r] += magnitude(diff);
-      else
-        peaks[row + r] += diff * diff;
-    });
-  });
+  apply<P>(layer, attended, m, width, first, end,
+           [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
+             tile.each([&](int r, int v, vec x) __attribute__((always_inline)) {
+               const int64_t d = column + v * W;
+               const vec out = x + load(layer.bias + d);
+               const vec diff = out < splat(-1.0f) ? splat(-1.0f) : out;  // NaN stays NaN
+               if (change) P::put_first(change + (row + r) * width + d, diff, width - d);
+               totals[row + r] += (diff + 1.0f) * (load(f[row + r] + d) * load(h[row + r] + d));
+               if (penalty == Penalty::LINF)
+                 peaks[row + r] = larger(magnitude(diff), peaks[row + r]);
+               else if (penalty == Penalty::L1)
+                 peaks[row + r] += magnitude(diff);
+               else
+                 peaks[row + r] += diff * diff;
+             });
+           });
   for (int64_t r = 0; r < m; r++) {
     sums[r] = sum(totals[r]);
     statistic[r] = penalty == Penalty::LINF ? largest(peaks[r]) : sum(peaks[r]);
@@ -59,7 +60,8 @@ int64_t first_peak(const typename P::element* change, int64_t classes, int64_t w
   int64_t best = 0;
   for (int64_t k = 0; k < classes; k++) {
     vec top{};
-    for (int64_t d = 0; d < width; d += W) top = larger(magnitude(P::get_first(change + k * width + d, width - d)), top);
+    for (int64_t d = 0; d < width; d += W)
+      top = larger(magnitude(P::get_first(change + k * width + d, width - d)), top);
     if (largest(top) > peak) peak = largest(top), best = k;
   }
   for (int64_t d = 0; d < width; d += W) {
@@ -72,8 +74,9 @@ int64_t first_peak(const typename P::element* change, int64_t classes, int64_t w
 
 // The gradient of the output layer's result for one row: to [D]. relu passes none at M = 0.
 template <class P>
-void reduce_logits_backward(typename P::element* to, const typename P::element* change, const float* f, const float* h, int64_t width,
-                            float grad_sum, float grad_deviation, int64_t peak, int64_t elements, Penalty penalty) {
+void reduce_logits_backward(typename P::element* to, const typename P::element* change, const float* f, const float* h,
+                            int64_t width, float grad_sum, float grad_deviation, int64_t peak, int64_t elements,
+                            Penalty penalty) {
   const float share = penalty == Penalty::LINF ? 0 : grad_deviation / (float)elements;
   for (int64_t d = 0; d < width; d += W) {
     const vec m = P::get_first(change + d, width - d);

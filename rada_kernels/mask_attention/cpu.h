@@ -131,8 +131,7 @@ template <class P>
 void weighted_sum(float* to, const float* row, const Rows<P>& rows, const Shape& s) {
   for (int64_t e = 0; e < s.width; e += W) {
     vec total{};
-    for (int64_t j = 0; j < s.classes; j++)
-      total += P::get_first(rows.at + j * rows.ld + e, s.width - e) * row[j];
+    for (int64_t j = 0; j < s.classes; j++) total += P::get_first(rows.at + j * rows.ld + e, s.width - e) * row[j];
     store(to + e, total);
   }
 }
@@ -140,10 +139,10 @@ void weighted_sum(float* to, const float* row, const Rows<P>& rows, const Shape&
 // Attended rows of one pair. queries[n] null: kind not in use; image_query [E] likewise. references[n] and
 // block_scale[n] come out as call.h describes them. kept: exps are of all rows, to stay.
 template <class P>
-void attend(typename P::element* attended, int64_t attended_ld, const typename P::element* image_query, const Rows<P>* const* queries,
-            const Rows<P>& key, const Rows<P>& value, double score_factor, const Shape& s,
-            const AttentionScratch<P>& scratch, bool kept, typename P::element* const* exps, float* const* block_scale,
-            float* const* references) {
+void attend(typename P::element* attended, int64_t attended_ld, const typename P::element* image_query,
+            const Rows<P>* const* queries, const Rows<P>& key, const Rows<P>& value, double score_factor,
+            const Shape& s, const AttentionScratch<P>& scratch, bool kept, typename P::element* const* exps,
+            float* const* block_scale, float* const* references) {
   const float factor = score_factor * LOG2E;
   const float count = (image_query != nullptr) + (queries[0] != nullptr) + (queries[1] != nullptr);
   pack_columns(scratch.keys, key.words(0), key.word_ld(), s.width / P::per_word, s.classes);
@@ -151,10 +150,11 @@ void attend(typename P::element* attended, int64_t attended_ld, const typename P
   const bool streams = s.streams && !kept;
   const int64_t width_ld = s.over_width.padded(), ld = s.ld();
   auto weigh_values = [&](int64_t rows, const typename P::element* weights, auto&& put) {
-    multiply<P, true>(rows, ceil_div(s.classes, P::per_word), (const word*)weights, ld / P::per_word, scratch.values,
-                      s.over_width, [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
-                        tile.each([&](int r, int v, vec x) __attribute__((always_inline)) { put(row + r, column + v * W, x); });
-                      });
+    multiply<P, true>(
+        rows, ceil_div(s.classes, P::per_word), (const word*)weights, ld / P::per_word, scratch.values, s.over_width,
+        [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
+          tile.each([&](int r, int v, vec x) __attribute__((always_inline)) { put(row + r, column + v * W, x); });
+        });
   };
   float totals[KINDS] = {};
   for (int n = 0; n < KINDS; n++) {
@@ -165,8 +165,7 @@ void attend(typename P::element* attended, int64_t attended_ld, const typename P
       const word* query = queries[n]->words(first);
       typename P::element* to = exps[n] + (streams ? 0 : first * ld);
       float sum = LARGE;
-      if (block)
-        sum = exponentials<P>(to, query, queries[n]->word_ld(), rows, scratch.keys, s, factor, reference);
+      if (block) sum = exponentials<P>(to, query, queries[n]->word_ld(), rows, scratch.keys, s, factor, reference);
       if (!(sum < LARGE))
         sum = exponentials_from_maximum<P>(to, query, queries[n]->word_ld(), rows, scratch.keys, s, factor, &reference,
                                            scratch.scores);
@@ -239,10 +238,10 @@ struct AttentionBackwardScratch {
 
 template <class P>
 struct AttentionGradients {
-  typename P::element *key, *value;       // [K, E], rows ld apart
-  typename P::element* rational;          // null without that kind
-  float* text;                            // [K, E], rows ld apart, or null
-  float* image;                           // [E] or null
+  typename P::element *key, *value;  // [K, E], rows ld apart
+  typename P::element* rational;     // null without that kind
+  float* text;                       // [K, E], rows ld apart, or null
+  float* image;                      // [E] or null
   int64_t ld;
 };
 
@@ -261,11 +260,11 @@ void add_by_class(float* grad, const word* a, int64_t words, const word* b, cons
 
 // dS_n = A_n ⊙ (dA - δ_n) with one δ_n a pair. exps[n], block_scale[n]: kept, or null and computed again.
 template <class P>
-void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_rows, const typename P::element* image_query,
-                     const Rows<P>* const* queries, const Rows<P>& key, const Rows<P>& value, double score_factor,
-                     const Shape& s, const AttentionBackwardScratch<P>& scratch,
-                     const typename P::element* const* kept, const float* const* block_scale,
-                     const float* const* references) {
+void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_rows,
+                     const typename P::element* image_query, const Rows<P>* const* queries, const Rows<P>& key,
+                     const Rows<P>& value, double score_factor, const Shape& s,
+                     const AttentionBackwardScratch<P>& scratch, const typename P::element* const* kept,
+                     const float* const* block_scale, const float* const* references) {
   typedef typename P::element element;
   const float count = (image_query != nullptr) + (queries[0] != nullptr) + (queries[1] != nullptr);
   const int64_t words = s.width / P::per_word, width_ld = s.over_width.padded(), ld = s.ld();
@@ -280,10 +279,10 @@ void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_row
   float total[KINDS] = {};
   for (int n = 0; n < KINDS; n++)
     if (queries[n]) exps[n] = kept[n] ? kept[n] : scratch.exponentials + n * s.score_rows() * ld;
-  auto exps_of = [&](int n, int64_t block) {
-    return exps[n] + (s.streams && !kept[n] ? 0 : block * SCORE_ROWS * ld);
+  auto exps_of = [&](int n, int64_t block) { return exps[n] + (s.streams && !kept[n] ? 0 : block * SCORE_ROWS * ld); };
+  auto grad_weights_of = [&](int64_t block) {
+    return scratch.grad_weights + (s.streams ? 0 : block * SCORE_ROWS * ld);
   };
-  auto grad_weights_of = [&](int64_t block) { return scratch.grad_weights + (s.streams ? 0 : block * SCORE_ROWS * ld); };
   // Exponentials and dP of one block, with the sums of the exponentials and of their products with dP. All sums are of
   // the numbers that the second pass reads, so that what cancels, cancels.
   auto compute_scores = [&](int64_t block, float* sums, float* dots) {
@@ -367,7 +366,8 @@ void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_row
     for (int n = 0; n < KINDS; n++) {
       if (!exps[n]) continue;
       multiply<P, true>(rows, ceil_div(s.classes, P::per_word), (const word*)dS[n], ld / P::per_word, scratch.key_rows,
-                        s.over_width, [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
+                        s.over_width,
+                        [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
                           tile.each([&](int r, int v, vec c) __attribute__((always_inline)) {
                             const int64_t e = column + v * W, at = (first + row + r) * grads.ld + e;
                             if (n == rada::TEXT_KIND)

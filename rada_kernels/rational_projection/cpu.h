@@ -41,9 +41,7 @@ RADA_INLINE void apply_back(const Layer<P>& layer, const typename P::element* ro
   else
     multiply_panels<P, true>(
         m, words, (const word*)rows, words, Panels(end - first),
-        [&](int64_t column, auto) {
-          return RowsOf<P>{layer.weight + first + column, width, end - first - column};
-        },
+        [&](int64_t column, auto) { return RowsOf<P>{layer.weight + first + column, width, end - first - column}; },
         each(first));
 }
 
@@ -96,12 +94,13 @@ void rational_rows(typename P::element* to, const float* f, const float* h, int6
 template <class P>
 void project(typename P::element* to, const typename P::element* rows, int64_t m, int64_t width, const Layer<P>& layer,
              int64_t first, int64_t end) {
-  apply<P>(layer, rows, m, width, first, end, [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
-    tile.each([&](int r, int v, vec x) __attribute__((always_inline)) {
-      const int64_t d = column + v * W;
-      P::put_first(to + (row + r) * width + d, x + load(layer.bias + d), width - d);
-    });
-  });
+  apply<P>(layer, rows, m, width, first, end,
+           [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
+             tile.each([&](int r, int v, vec x) __attribute__((always_inline)) {
+               const int64_t d = column + v * W;
+               P::put_first(to + (row + r) * width + d, x + load(layer.bias + d), width - d);
+             });
+           });
 }
 
 }  // namespace RADA_ISA
