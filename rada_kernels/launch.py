@@ -272,14 +272,17 @@ class Request:
 
         NVIDIA: a product's operands lie there; those of a loop once per round in flight, which are num_stages where
         the instruction reads them there (wgmma, tcgen05) and one less where it reads registers. AMD: the operands
-        that no loop loads ahead pass through one after the other on their way into registers. The results pass
-        through after the loop, when their layout changes to be stored.
+        that no loop loads ahead pass through one after the other on their way into registers, and what was loaded
+        ahead stays to the end. The results pass through after the loop, padded by up to an eighth, when their layout
+        changes to be stored.
         """
         in_flight = config.num_stages - (config.num_stages == 1 or not _has_wide_products(self.device))
         width = max(16, next_power(self.head_width))
         loop, held, made, result = KERNELS[self.kernel].operands(config, width, in_flight)
-        held = max(held, default=0) if self.device.is_amd else sum(held)
-        return max((loop + held + made) * self.dtype.itemsize, 4 * result)
+        held, to_the_end = (max(held, default=0), loop) if self.device.is_amd else (sum(held), 0)
+        barriers = 2 * KIB if self.device.arch == "sm_100" else 0  # and what a change of layout is padded by there
+        itemsize = self.dtype.itemsize
+        return max((loop + held + made) * itemsize, to_the_end * itemsize + result * 9 // 2) + barriers
 
     def fitted(self, config):
         """The configuration with fewer stages, then smaller blocks, until the device's shared memory holds it."""

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 import tune
-from compile_report import record_launches
+from launches import record_launches
 from measure import Clock
 from workloads import WORKLOADS
 

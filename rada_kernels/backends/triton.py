@@ -204,7 +204,9 @@ def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wan
                 grad_unit += root * (direct[kind][1] @ getattr(params, f"{kind}_weight").float())
             grads.append(unit_rows_backward(grad_unit, unit, norm) if options.normalize else grad_unit)
     if wanted.layers:
-        weights, biases = rational_projection_bwd_weights(image, text, *inverse, params.logit_scale, grad_projections)
+        sums = rational_projection_bwd_weights(image, text, *inverse, params.logit_scale, grad_projections)
+        # Copies: an operator's results must not lie in one another's memory.
+        weights, biases = ([part.to(image.dtype, copy=True) for part in parts] for parts in sums)
         by_layer = dict(zip(("key", "value", "query_rational"), zip(weights, biases, strict=True), strict=False))
         for name, (unit, grad) in direct.items():
             if name.removeprefix("query_") in options.queries:
@@ -214,7 +216,8 @@ def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wan
             grad_out.sum((0, 1), dtype=torch.float32),
         )
         for name in ("query_image", "query_text", "query_rational", "key", "value", "out"):
-            # A query kind that is not in use has no part in the logits.
-            unused = [torch.zeros_like(getattr(params, f"{name}_{part}")) for part in ("weight", "bias")]
-            grads += by_layer.get(name, unused)
+            if name in by_layer:
+                grads += by_layer[name]
+            else:  # a query kind that is not in use has no part in the logits
+                grads += [torch.zeros_like(getattr(params, f"{name}_{part}")) for part in ("weight", "bias")]
     return [grad.to(image.dtype) for grad in grads]
