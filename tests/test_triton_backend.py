@@ -63,6 +63,27 @@ def test_an_old_gpu_is_named(monkeypatch):
     assert "7.5: it takes 8.0 or newer" in reason
 
 
+def test_a_gpu_is_told_what_was_never_tried(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backend.usable(torch.float16, CUDA, 64, 2) == (True, f"Triton kernels, {backend.STATUS}")
+
+
+def test_a_number_becomes_a_scalar_without_a_copy_from_the_host():
+    """A copy would wait for the device, and a CUDA graph could not be captured."""
+    from launches import _TorchCalls
+
+    from rada_kernels import Params
+    from rada_kernels.logits import _on_device
+
+    image, calls = torch.empty(2, 4, device="meta"), []
+    with _TorchCalls(calls):
+        params = _on_device(Params(*[None] * 12, logit_scale=20.0, logit_bias=-3.0), image)
+    assert [call.name for call in calls] == ["full", "full"]
+    assert params.logit_scale.device.type == params.logit_bias.device.type == "meta"
+
+
 def test_a_missing_gpu_is_an_answer(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -154,8 +154,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradients that are wanted, in this order: image, text, the twelve layer tensors."""
     if not len(image):
-        like = [image] * wanted.image + [text] * wanted.text + params.layers * wanted.layers
-        return [torch.zeros_like(tensor) for tensor in like]
+        return [torch.zeros_like(tensor) for tensor in _differentiated(image, text, params, wanted)]
     image, text, params = _contiguous(image, text, params)
     with on_device(image):
         kept = Kept(*kept_tensors)
@@ -165,6 +164,10 @@ def backward(
         if grad_deviation is not None:
             grad_deviation = grad_deviation.contiguous()
         return _backward(grad_sums, grad_deviation, image, text, params, kept, options, wanted)
+
+
+def _differentiated(image: Tensor, text: Tensor, params: Params, wanted: Wanted) -> list[Tensor]:
+    return [image] * wanted.image + [text] * wanted.text + params.layers * wanted.layers
 
 
 def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wanted) -> list[Tensor]:
@@ -204,9 +207,7 @@ def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wan
                 grad_unit += root * (direct[kind][1] @ getattr(params, f"{kind}_weight").float())
             grads.append(unit_rows_backward(grad_unit, unit, norm) if options.normalize else grad_unit)
     if wanted.layers:
-        sums = rational_projection_bwd_weights(image, text, *inverse, params.logit_scale, grad_projections)
-        # Copies: an operator's results must not lie in one another's memory.
-        weights, biases = ([part.to(image.dtype, copy=True) for part in parts] for parts in sums)
+        weights, biases = rational_projection_bwd_weights(image, text, *inverse, params.logit_scale, grad_projections)
         by_layer = dict(zip(("key", "value", "query_rational"), zip(weights, biases, strict=True), strict=False))
         for name, (unit, grad) in direct.items():
             if name.removeprefix("query_") in options.queries:
@@ -220,4 +221,7 @@ def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wan
                 grads += by_layer[name]
             else:  # a query kind that is not in use has no part in the logits
                 grads += [torch.zeros_like(getattr(params, f"{name}_{part}")) for part in ("weight", "bias")]
-    return [grad.to(image.dtype) for grad in grads]
+    # Rounded in one launch, into memory of their own: an operator's results must not overlap.
+    rounded = [torch.empty_like(tensor) for tensor in _differentiated(image, text, params, wanted)]
+    torch._foreach_copy_(rounded, grads)
+    return rounded
