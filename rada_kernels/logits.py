@@ -84,6 +84,9 @@ def _on_device(params: Params, image: Tensor) -> Params:
     def scalar(value):
         if value is None:
             return None
-        return torch.as_tensor(value, dtype=accumulation_dtype(image.dtype), device=image.device).reshape(())
+        options = {"dtype": accumulation_dtype(image.dtype), "device": image.device}
+        if isinstance(value, Tensor):
+            return value.to(**options).reshape(())
+        return torch.full((), value, **options)  # no copy from the host, which would wait for the device
 
     return params._replace(logit_scale=scalar(params.logit_scale), logit_bias=scalar(params.logit_bias))

@@ -197,15 +197,20 @@ def test_predict_on_images_skips_and_counts_what_is_no_image(image_run, images, 
 
 def test_info_tells_of_every_backend(capsys):
     from rada_kernels import BACKENDS
+    from rada_kernels.backends.triton import STATUS
 
     assert call("info", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["packages"]["torch"]
+    assert facts["triton kernels"] == STATUS == "compiled for, verified by interpreter, not yet run on hardware"
     served = {row["backend"]: row for row in facts["backends"] if (row["device"], row["dtype"]) == ("cpu", "float32")}
     assert served.keys() == BACKENDS.keys()
     assert served["reference"]["usable"]
     assert call("info") == 0
-    assert "reference" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "reference" in table
+    assert "triton kernels" in table
+    assert "not yet run on hardware" in " ".join(table.replace("│", " ").split()), "whatever the terminal's width"
 
 
 def test_ctrl_c_keeps_what_was_finished(features, tmp_path, monkeypatch, capsys):

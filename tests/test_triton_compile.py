@@ -1,30 +1,241 @@
-"""A quick part of bench/compile_report.py: the forward kernels' machine code on three architectures, without a GPU."""
+"""A quick part of bench/compile_report.py, without a GPU: machine code, shared memory, predictions, the report."""
 
 from __future__ import annotations
+
+import csv
+import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from compile_report import ARCHITECTURES, Compiler, record_launches
+import compile_report
+from compile_report import SIZES, misses
+from launches import TorchCall, float32_precision, record_calls, record_launches
+from machine_code import Code, Store, compile_all, compile_launch, key_of, shared_bytes_of
+from prediction import ARCHITECTURES, predicted_s, predicted_torch_s, resident_programs, stretch, work_of
 from workloads import WORKLOADS
 
+from rada_kernels import launch as configurations
 from rada_kernels.launch import Device
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("arch", "name", "dtype"),
+    [
+        ("sm_80", "eurosat", torch.bfloat16),
+        ("sm_80", "caltech101", torch.bfloat16),
+        ("sm_90", "eurosat", torch.bfloat16),
+        ("sm_90", "caltech101", torch.bfloat16),
+        ("sm_90", "caltech101", torch.float32),
+        ("gfx942", "caltech101", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_forward_kernels(arch, name, dtype):
+    """No spills, tensor cores for every product, shared memory within the limit, two programs."""
+    device = Device.named(arch)
+    with float32_precision("high"):
+        launches = record_launches(WORKLOADS[name], "forward", dtype, device)
+        for launch in launches:
+            code = compile_launch(arch, launch)
+            assert code.spill_bytes == 0, launch.name
+            assert code.products > 0, launch.name
+            assert sum(code.tensor_core.values()) >= code.products, launch.name
+            assert code.shared_bytes <= device.shared_bytes, launch.name
+            assert code.wide_accesses > 0, launch.name
+            warps = launch.arguments["num_warps"]
+            assert resident_programs(code, ARCHITECTURES[arch], arch, warps) >= 2, launch.name
+
+
+def varied(change: dict):
+    """A choice of configurations that differ from the heuristics' as said, where the kernel has such a field."""
+
+    def choose(request, heuristic):
+        blocks = configurations.KERNELS[request.kernel].blocks
+        fields = {name: value for name, value in change.items() if name in (*blocks, "num_stages", "num_warps")}
+        return replace(heuristic, **fields)
+
+    return choose
+
+
+KERNEL_OF = {
+    "query_fwd": "query",
+    "rational_projection_fwd": "projection",
+    "mask_attention_streaming_fwd": "attention",
+    "mask_attention_direct_fwd": "direct",
+    "logit_reduction_fwd": "reduction",
+    "logit_reduction_bwd": "reduction_bwd",
+    "mask_attention_direct_bwd": "direct_bwd",
+    "mask_attention_bwd_queries": "queries_bwd",
+    "mask_attention_bwd_keys": "keys_bwd",
+    "rational_projection_bwd_weight": "weight_bwd",
+    "rational_projection_bwd_rows": "rows_bwd",
+}
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "size", "change"),
+    [
+        ("sm_90", torch.bfloat16, "E64-K100", {"num_stages": 3, "BM": 128, "BC": 128}),
+        ("gfx1100", torch.float16, "E64-K24", {"num_stages": 2}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("sm_80", torch.bfloat16, "E64-K100", {"num_stages": 4}),
+                ("sm_86", torch.float32, "E128-K24", {}),
+                ("sm_89", torch.bfloat16, "E96-K100", {"BC": 128, "BN": 64}),
+                ("sm_90", torch.float32, "E64-K100", {"num_stages": 2}),
+                ("sm_100", torch.bfloat16, "E64-K24", {"num_stages": 3}),
+                ("sm_100", torch.float16, "E128-K1000", {}),
+                ("sm_120", torch.bfloat16, "E48-K1000", {"num_stages": 3}),
+                ("gfx942", torch.bfloat16, "E128-K100", {}),
+                ("gfx942", torch.float32, "E64-K24", {"num_stages": 2}),
+                ("gfx1100", torch.bfloat16, "E128-K100", {}),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_shared_memory_stays_below_its_formula(arch, dtype, size, change):
+    """What Triton allocates, against the bound by which configurations are made to fit."""
+    device, bounds = Device.named(arch), {}
+
+    def noted(request, heuristic):
+        config = varied(change)(request, heuristic)
+        bound = request.shared_bytes(request.fitted(config))
+        bounds[request.kernel] = max(bounds.get(request.kernel, 0), bound)
+        return config
+
+    with float32_precision("high"), configurations.choosing_by(noted):
+        launches = record_launches(SIZES[size], "step-features", dtype, device)
+    for launch in {key_of(arch, launch): launch for launch in launches}.values():
+        # A kernel without a formula only sums: what crosses its warps takes a few numbers a row.
+        bound = bounds[KERNEL_OF[launch.name]] if launch.name in KERNEL_OF else 4096
+        assert shared_bytes_of(arch, launch) <= bound <= device.shared_bytes, launch.name
+
+
+def test_a_pass_is_recorded_with_torchs_own_products():
+    """What the backward pass leaves to torch is part of a step: dO Wo, dWo and the weights of the queries."""
+    load = WORKLOADS["imagenet"]
+    calls = record_calls(load, "step", torch.bfloat16, Device.named("sm_90"))
+    products = [call.flop for call in calls if isinstance(call, TorchCall) and call.flop]
+    rows, layer = load.batch * load.classes, 2 * load.width**2
+    assert sorted(products) == sorted([rows * layer, rows * layer, load.batch * layer, load.classes * layer])
+    assert len(record_launches(load, "forward", torch.bfloat16, Device.named("sm_90"))) == 5
+
+
 @pytest.mark.parametrize("name", ["eurosat", "caltech101"])
-def test_forward_kernels(arch, name):
-    """No spills, tensor cores wherever there is a product, shared memory within the limit, two programs."""
-    compiler, device = Compiler(arch), Device.named(arch)
-    launches = record_launches(WORKLOADS[name], "forward", torch.bfloat16, device)
-    assert len(launches) == 5, "two query projections and three launches"
-    for launch in launches:
-        code = compiler.code(launch)
-        assert code.spill_bytes == 0, launch.name
-        assert code.products == 0 or code.tensor_core, launch.name
-        assert code.products > 0, launch.name
-        assert code.shared_bytes <= device.shared_bytes, launch.name
-        assert code.wide_accesses > 0, launch.name
-        assert code.resident(ARCHITECTURES[arch], arch, launch.arguments["num_warps"]) >= 2, launch.name
+def test_nothing_waits_for_the_device(name):
+    """No number is read back in a pass: on the meta device that raises, and a CUDA graph could not be captured."""
+    calls = record_calls(WORKLOADS[name], "step-features", torch.float32, Device.named("sm_90"))
+    waiting = {"_local_scalar_dense", "nonzero", "masked_select"}
+    assert not waiting & {call.name for call in calls}
+
+
+@pytest.mark.parametrize(
+    ("programs", "resident", "warps", "expected"),
+    [
+        (400, 2, 4, 1.0),  # four each, two at a time
+        (200, 2, 4, 1.0),  # two each
+        (100, 2, 4, 2.0),  # one each: four warps are half of what keeps a multiprocessor busy
+        (101, 2, 4, 200 / 101),  # one has two
+        (300, 2, 4, 4 / 3),  # two, then one alone at half rate
+        (300, 3, 4, 1.0),
+        (100, 1, 8, 1.0),
+        (100, 0, 8, 1.0),
+        (100, 4, 2, 4.0),
+    ],
+)
+def test_the_busiest_multiprocessor(programs, resident, warps, expected):
+    assert stretch(programs, 100, resident, warps) == pytest.approx(expected)
+
+
+def code(**fields) -> Code:
+    return replace(Code(128, 0, 32768, {"HGMMA": 8}, 4, 9, 3, 1000), **fields)
+
+
+def test_predicted_time_of_a_launch():
+    launches = record_launches(WORKLOADS["imagenet"], "forward", torch.bfloat16, Device.named("sm_90"))
+    attention = next(launch for launch in launches if launch.name == "mask_attention_streaming_fwd")
+    flop, exponentials = work_of(attention)
+    assert flop >= 2 * 32 * 4 * 1000 * 1000 * 512, "four products of two query kinds"
+    assert exponentials >= 2 * 32 * 8 * 1000 * 1000
+    seconds, limit = predicted_s(attention, "sm_90", code())
+    assert limit == "products"
+    assert seconds >= flop / (0.6 * 989e12) + 1.5e-6
+    with pytest.raises(ValueError, match="new has products: work_of must know how many"):
+        predicted_s(replace(attention, kernel=types.SimpleNamespace(__name__="_new_kernel")), "sm_90", code())
+
+
+def test_predicted_time_of_torchs_own_call():
+    seconds, limit = predicted_torch_s(TorchCall("mm", 10**12, 10**6, torch.float32), "gfx942", "high")
+    assert (seconds, limit) == (pytest.approx(1e12 / (0.75 * 163e12) + 1.5e-6), "products"), "no TF32 there"
+    seconds, limit = predicted_torch_s(TorchCall("sum", 0, 10**9, torch.float32), "sm_90", "high")
+    assert (seconds, limit) == (pytest.approx(1e9 / (0.85 * 3.35e12) + 1.5e-6), "memory")
+
+
+def test_what_misses_a_figure_is_named():
+    kernel = {"dtype": "bfloat16", "shared_limit": 1 << 20, "resident": 2, "tensor_core": "8 HGMMA"}
+    assert misses(kernel, code(), few=True) == []
+    assert misses(kernel | {"resident": 1}, code(), few=True) == ["1 resident"]
+    assert misses(kernel | {"resident": 1}, code(), few=False) == []
+    assert misses(kernel, code(spill_bytes=8, shared_bytes=2 << 20), few=False) == [
+        "spills 8 B",
+        "2097152 B shared, over 1048576",
+    ]
+    bare = kernel | {"tensor_core": ""}
+    assert misses(bare, code(tensor_core={}), few=False) == ["4 products, tensor cores: none"]
+    assert misses(bare | {"dtype": "float32-highest"}, code(tensor_core={}), few=False) == []
+
+
+def test_the_report_resumes_and_compiles_what_changed(tmp_path, monkeypatch):
+    """The whole report with a compiler that is a table: its files, and what a second run compiles."""
+    compiled = []
+
+    def fake_compile_all(wanted, store, jobs):
+        for key in wanted.keys() - store.codes.keys():
+            compiled.append(key)
+            store.add(key, code(products=4 * bool(work_of(wanted[key][1])[0])))
+
+    monkeypatch.setattr(compile_report, "compile_all", fake_compile_all)
+    monkeypatch.setattr(compile_report, "HERE", tmp_path / "bench")
+    (tmp_path / "runs").mkdir()
+    out = tmp_path / "report.md"
+    run = dict(arch=["sm_90", "gfx942"], dtype=["bfloat16"], workload=["caltech101", "E32-K10"])
+    run |= dict(jobs=1, count=False, out=out)
+    compile_report.main(**run)
+    first = len(compiled)
+    text = out.read_text()
+    assert f"{first} distinct kernels were compiled" in text
+    assert "not yet run on" in text
+    assert "Predictions, not measurements." in text
+    assert "| caltech101 | step-features |" in text
+    assert "E32-K10" not in text, "a size has no predicted time"
+    kernels = list(csv.DictReader(out.with_suffix(".csv").open()))
+    assert len(kernels) == first
+    assert {"mask_attention_direct_fwd", "mask_attention_streaming_fwd"} <= {row["kernel"] for row in kernels}
+    predicted = list(csv.DictReader((tmp_path / "report_predicted.csv").open()))
+    assert {row["workload"] for row in predicted} == {"caltech101"}
+    assert any(row["call"] == "torch mm" for row in predicted)
+
+    compile_report.main(**run)
+    assert len(compiled) == first, "everything is in the store"
+    with configurations.choosing_by(varied({"BN": 16, "num_warps": 2})):
+        compile_report.main(**run)
+    assert 0 < len(compiled) - first < first, "what the changed configurations launch"
+
+
+def test_kernels_are_compiled_in_other_processes(tmp_path):
+    launches = record_launches(WORKLOADS["eurosat"], "step-features", torch.bfloat16, Device.named("sm_80"))
+    small = [launch for launch in launches if launch.name == "feature_bwd"][:1]
+    wanted = {key_of("sm_80", launch): ("sm_80", launch) for launch in small}
+    store = Store(tmp_path / "codes.jsonl")
+    compile_all(wanted, store, 1)
+    again = Store(tmp_path / "codes.jsonl")
+    assert again.codes == store.codes
+    assert again.codes.keys() == wanted.keys()
+    (key,) = wanted
+    assert again.codes[key] == compile_launch(*wanted[key])

@@ -36,6 +36,12 @@ class Case:
         image, text, *layers = (t.to(dtype) for t in (self.image, self.text, *self.layers))
         return Case(image, text, layers, self.scale, self.options, self.weight, self.penalty_weight)
 
+    def to(self, device: torch.device) -> Case:
+        image, text, scale, weight, *layers = (
+            t.to(device) for t in (self.image, self.text, self.scale, self.weight, *self.layers)
+        )
+        return Case(image, text, layers, scale, self.options, weight, self.penalty_weight)
+
 
 def make_case(batch, classes, width, heads=4, *, scale=20.0, seed=0, clear_gates=False, **options) -> Case:
     """Random features of uneven norms and layers large enough that the mask is far from one, partly clipped.

@@ -160,8 +160,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradients that are wanted, in this order: image, text, the twelve layer tensors."""
     if not len(image):
-        like = [image] * wanted.image + [text] * wanted.text + params.layers * wanted.layers
-        return [torch.zeros_like(tensor) for tensor in like]
+        return [torch.zeros_like(tensor) for tensor in _differentiated(image, text, params, wanted)]
     image, text, params = _contiguous(image, text, params)
     with on_device(image):
         kept = Kept(*kept_tensors)
@@ -171,6 +170,10 @@ def backward(
         if grad_deviation is not None:
             grad_deviation = grad_deviation.contiguous()
         return _backward(grad_sums, grad_deviation, image, text, params, kept, options, wanted)
+
+
+def _differentiated(image: Tensor, text: Tensor, params: Params, wanted: Wanted) -> list[Tensor]:
+    return [image] * wanted.image + [text] * wanted.text + params.layers * wanted.layers
 
 
 def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wanted) -> list[Tensor]:
@@ -220,7 +223,11 @@ def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wan
             grad_out.sum((0, 1), dtype=torch.float32),
         )
         for name in ("query_image", "query_text", "query_rational", "key", "value", "out"):
-            # A query kind that is not in use has no part in the logits.
-            unused = [torch.zeros_like(getattr(params, f"{name}_{part}")) for part in ("weight", "bias")]
-            grads += by_layer.get(name, unused)
-    return [grad.to(image.dtype) for grad in grads]
+            if name in by_layer:
+                grads += by_layer[name]
+            else:  # a query kind that is not in use has no part in the logits
+                grads += [torch.zeros_like(getattr(params, f"{name}_{part}")) for part in ("weight", "bias")]
+    # Rounded in one launch, into memory of their own: an operator's results must not overlap.
+    rounded = [torch.empty_like(tensor) for tensor in _differentiated(image, text, params, wanted)]
+    torch._foreach_copy_(rounded, grads)
+    return rounded

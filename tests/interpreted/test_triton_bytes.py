@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from compile_report import Launch, bytes_of
+from launches import Launch
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from rada_kernels import Params
@@ -62,7 +62,7 @@ def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
         traffic = Traffic(patch)
         kept = backend.forward(case.image, case.text, params, case.options, True)[2]
     counted = sum(distinct for _, distinct, _ in traffic.launches)
-    by_formula = sum(bytes_of(launch) for launch, _, _ in traffic.launches)
+    by_formula = sum(launch.bytes for launch, _, _ in traffic.launches)
     assert len(traffic.launches) == 5
     assert counted == pytest.approx(by_formula, rel=0.03)
 

@@ -77,20 +77,6 @@ def test_frozen_features_computed_again_and_unnormalised(classes, monkeypatch, p
     assert_as_good_as_reference(case, "triton", torch.float32, features=False)
 
 
-@pytest.mark.parametrize("classes", [9, 131], ids=["direct", "streaming"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_stay_in_their_image(value, classes):
-    case = make_case(3, classes, 32, 2).cast(torch.float32)
-    params = Params(*case.layers, logit_scale=20.0)
-    clean, _ = rada_logits(case.image, case.text, params, case.options, "triton")
-    image = case.image.clone()
-    image[1, 3] = value
-    logits, penalty = rada_logits(image, case.text, params, case.options, "triton")
-    assert logits[1].isnan().any()
-    assert penalty.isnan()
-    assert torch.equal(logits[[0, 2]], clean[[0, 2]])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("classes", [5, 130], ids=["direct", "streaming"])
 def test_zero_rows_are_finite_with_zero_gradient(dtype, classes, poisoned_empty):
@@ -126,19 +112,6 @@ def test_zero_output_layer_gives_zero_shot_logits(classes):
     assert penalty == 0
 
 
-@pytest.mark.parametrize("classes", [7, 130], ids=["direct", "streaming"])
-def test_backward_twice_gives_the_same_bits(classes):
-    case = make_case(2, classes, 32, 2).cast(torch.float32)
-    leaves = [t.requires_grad_() for t in (case.image, case.text, *case.layers)]
-    params = Params(*leaves[2:], logit_scale=20.0)
-    logits, penalty = rada_logits(case.image, case.text, params, case.options, "triton")
-    loss = (logits * case.weight).sum() + penalty
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    second = torch.autograd.grad(loss, leaves)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-
-
 def test_empty_batch():
     case = make_case(2, 5, 32, 2).cast(torch.float32)
     layers = [t.requires_grad_() for t in case.layers]
@@ -161,16 +134,6 @@ def test_non_contiguous_and_expanded_inputs():
     params = Params(*case.layers, logit_scale=20.0)
     logits, _ = rada_logits(one_image, case.text, params, case.options, "triton")
     assert torch.equal(logits, dense["logits"][:1].expand(4, -1))
-
-
-@pytest.mark.parametrize("classes", [5, 131], ids=["direct", "streaming"])
-def test_opcheck(classes):
-    case = make_case(2, classes, 32, 2).cast(torch.float32)
-    arguments = (
-        *(case.image.requires_grad_(), case.text, case.scale.float(), [t.requires_grad_() for t in case.layers]),
-        *(2, 1.0, "image,text,rational", "linf", True, "triton", True),
-    )
-    torch.library.opcheck(torch.ops.rada.masked_similarity, arguments)
 
 
 class Guarded:

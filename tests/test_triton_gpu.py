@@ -1,0 +1,140 @@
+"""The triton backend on a GPU: python -m pytest -m gpu. They run where there is one, and are skipped elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rada_kernels import Params, rada_logits
+from rada_kernels.backends import triton as backend
+from tests.on_device import *  # noqa: F403
+from tests.truth import assert_as_good_as_reference, make_case, results
+
+USABLE, REASON = backend.usable(torch.bfloat16, torch.device("cuda"), 64, 2)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not USABLE, reason=REASON)]
+SIZES = pytest.mark.parametrize("classes", [1, 2, 17, 64, 65, 129, 200, 1000], ids="K={}".format)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def precision(request):
+    """torch.get_float32_matmul_precision() of a test: the reference's products follow it as the kernels' do."""
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@SIZES
+@pytest.mark.parametrize("precision", ["highest", "high"], indirect=True)
+def test_float32(classes, precision, device, poisoned_empty):
+    case = make_case(3, classes, 128, 2, clear_gates=True, penalty="mse").to(device)
+    assert_as_good_as_reference(case, "triton", torch.float32)
+
+
+@SIZES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits(classes, dtype, device, poisoned_empty):
+    case = make_case(3, classes, 128, 2, clear_gates=True, penalty="mse").to(device)
+    assert_as_good_as_reference(case, "triton", dtype)
+
+
+@pytest.mark.parametrize("classes", [24, 200], ids=["direct", "streaming"])
+@pytest.mark.parametrize("head_width", backend.HEAD_WIDTHS)
+@pytest.mark.parametrize("dtype", backend.DTYPES, ids=str)
+def test_head_widths(dtype, head_width, classes, device, poisoned_empty):
+    case = make_case(2, classes, 2 * head_width, 2, clear_gates=True, penalty="l1").to(device)
+    assert_as_good_as_reference(case, "triton", dtype)
+
+
+def step(case) -> list[torch.Tensor]:
+    """Logits, penalty and gradients; the scale is a Python number, which must not be copied from the host."""
+    leaves = [case.image, case.text, *case.layers]
+    logits, penalty = rada_logits(*leaves[:2], Params(*leaves[2:], logit_scale=20.0), case.options, "triton")
+    loss = (logits.float() * case.weight).sum() + penalty
+    return [logits.detach(), penalty.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def step_case(classes, device, seed=0):
+    case = make_case(3, classes, 64, 2, seed=seed).cast(torch.float32).to(device)
+    case.weight = case.weight.float()
+    for leaf in (case.image, case.text, *case.layers):
+        leaf.requires_grad_()
+    return case
+
+
+def overwrite(case, other) -> None:
+    """Other numbers in the same tensors."""
+    with torch.no_grad():
+        for tensor, new in zip(tensors_of(case), tensors_of(other), strict=True):
+            tensor.copy_(new)
+
+
+def tensors_of(case) -> list[torch.Tensor]:
+    return [case.image, case.text, case.weight, *case.layers]
+
+
+@CLASSES  # noqa: F405
+def test_a_step_is_captured_in_a_cuda_graph(classes, device):
+    case, other = step_case(classes, device), step_case(classes, device, seed=1)
+    expected = step(other)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(case)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(case)
+    overwrite(case, other)
+    graph.replay()
+    for mine, eager in zip(captured, expected, strict=True):
+        assert torch.equal(mine, eager)
+
+
+@CLASSES  # noqa: F405
+def test_the_current_stream_is_used(classes, device):
+    """Inputs that become right late, on the stream of the call: a launch on another stream would read the old ones."""
+    case, other = step_case(classes, device), step_case(classes, device, seed=1)
+    expected = step(other)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        overwrite(case, other)
+        mine = step(case)
+    side.synchronize()
+    for late, eager in zip(mine, expected, strict=True):
+        assert torch.equal(late, eager)
+
+
+@CLASSES  # noqa: F405
+def test_a_device_that_is_not_the_current_one(classes, device):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("it takes two GPUs")
+    case = make_case(3, classes, 64, 2).cast(torch.float32)
+    first, second = (results(case.to(torch.device("cuda", index)), "triton") for index in (0, 1))
+    assert torch.cuda.current_device() == 0
+    for name, tensor in second.items():
+        assert tensor.device.index == 1, name
+        torch.testing.assert_close(tensor.cpu(), first[name].cpu(), rtol=1e-4, atol=1e-4)
+
+
+def peak_bytes(classes, device) -> int:
+    """Of a step above its inputs."""
+    case = step_case(classes, device)
+    step(case)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step(case)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def test_memory_does_not_grow_with_pairs_of_classes(device):
+    """Twice the classes take twice the memory, not four times; less than one float32 number per pair at 4096."""
+    few, many = peak_bytes(2048, device), peak_bytes(4096, device)
+    assert many < 2.2 * few
+    assert many < 4 * 3 * 2 * 4096**2, "less than one [B, H, K, K]"
