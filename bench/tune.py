@@ -61,16 +61,12 @@ def neighbours(kernel: str, config) -> Iterator:
                 yield replace(config, **{rows: value, "num_warps": warps})
 
 
-def legal(kernel: str, config, key: str, asked: dict) -> bool:
+def legal(kernel: str, config, key: str) -> bool:
     """Whether the kernels are right with a configuration, see the comments of `rada_kernels.launch`."""
-    if kernel.startswith("reduction"):
-        width, head_width, _, direct = map(int, key.split("-")[-4:])
-        tiles = [c.BM for (name, _), c in asked.items() if name == "attention"]
-        block = width if direct else head_width
-        return block % config.BD == 0 and (direct or all(rows % config.BR == 0 for rows in tiles))
-    if kernel == "attention":
-        return all(config.BM % c.BR == 0 for (name, _), c in asked.items() if name.startswith("reduction"))
-    return True
+    if not kernel.startswith("reduction"):
+        return True
+    width, head_width, direct = map(int, key.split("-")[2:5])
+    return (width if direct else head_width) % config.BD == 0
 
 
 def main(
@@ -101,7 +97,7 @@ def main(
         for _ in range(passes):
             for choice in list(trials.asked):
                 for config in neighbours(choice[0], trials.asked[choice]):
-                    if not legal(choice[0], config, choice[1], trials.asked):
+                    if not legal(choice[0], config, choice[1]):
                         continue
                     trials.trial = {choice: config}
                     try:

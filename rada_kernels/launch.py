@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -104,8 +104,8 @@ class GemmConfig:
     num_stages: int
 
     @property
-    def blocks(self) -> dict[str, int]:
-        return {"BR": self.BR, "BC": self.BC, "BD": self.BD}
+    def columns(self) -> dict[str, int]:
+        return {"BC": self.BC, "BD": self.BD}
 
     @property
     def launch(self) -> dict[str, int]:
@@ -135,6 +135,11 @@ DIRECT_CLASSES = 32
 def tile_block(tiles: int) -> int:
     """BT: row tiles that are normalised at a time. Up to 32 the reduction stays within a warp."""
     return 32 if tiles <= 32 else 128
+
+
+def share_block(tiles: int, pairs: int) -> int:
+    """BT where the shares of several (image, head) pairs are worked out together: at most 2048 numbers at a time."""
+    return max(1, min(next_power(tiles), 2048 // pairs))
 
 
 def is_direct(classes: int) -> bool:
@@ -178,16 +183,27 @@ def _has_wide_products(device: Device) -> bool:
     return device.arch in ("sm_90", "sm_100", "sm_103")
 
 
-def query_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
-    """A few thousand rows at most: small blocks, so that there are enough programs."""
-    return _chosen("query", config_key(device, dtype, width), GemmConfig(32, 64, contracted_block(width, 64), 4, 2))
+def pair_block(batch: int, classes: int, rows: int) -> dict[str, int]:
+    """BI images and BK classes whose pairs are a tile's rows: how many are read for a tile is BI + BK.
+
+    Few empty rows first, then near a square. B matters below BI only, so that a last batch is served by the same code.
+    """
+    side = 1 << (rows.bit_length() // 2)
+    block = max(k for k in (1, 2, 4, 8, 16) if k <= side and -classes % k <= classes // 32)
+    images = min(rows // block, next_power(batch))
+    return {"BI": images, "BK": rows // images}
 
 
-def projection_config(device: Device, dtype: torch.dtype, width: int, layers: int) -> GemmConfig:
-    # Three accumulators of 64 x 64 take 96 registers a thread: 166 to 168 in all, three programs a multiprocessor. With
-    # BD = 32 the blocks of two stages stay below 48 KiB, so that two programs fit where there are 100 KiB.
-    config = GemmConfig(64, 64, contracted_block(width, 32), 4, 2)
-    return _chosen("projection", config_key(device, dtype, width, layers), config)
+def projection_config(device: Device, dtype: torch.dtype, width: int, batch: int, classes: int) -> GemmConfig:
+    many = classes > 256 and batch * classes >= 16384
+    if dtype == torch.float32:
+        config = GemmConfig(64, 64, contracted_block(width, 32), 4, 2)
+    elif _has_wide_products(device):
+        # 128 rows halve what is read of the weights for a product; 64 give few rows enough programs, two at a time.
+        config = GemmConfig(128 if many else 64, 128, contracted_block(width, 64), 8 if many else 4, 3)
+    else:
+        config = GemmConfig(64, 128, contracted_block(width, 32), 4, 3)
+    return _chosen("projection", config_key(device, dtype, width, int(many)), config)
 
 
 def attention_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
@@ -223,25 +239,31 @@ def direct_config(device: Device, dtype: torch.dtype, classes: int, head_width: 
 
 
 def reduction_config(
-    device: Device, dtype: torch.dtype, classes: int, width: int, head_width: int, direct: bool, backward: bool
+    device: Device,
+    dtype: torch.dtype,
+    batch: int,
+    classes: int,
+    width: int,
+    head_width: int,
+    direct: bool,
+    backward: bool,
 ) -> GemmConfig:
-    block = contracted_block(width if direct else head_width, 64 if dtype.itemsize == 2 else 32)
-    many = classes > 256
-    if device.arch.startswith("gfx1"):
-        config = GemmConfig(32, 64, block, 4, 1)
-    elif many and not backward and dtype.itemsize == 2 and device.arch != "sm_100":
-        # Half as many passes over the rows; 180 to 206 registers, one program. sm_100 spills 40 bytes, the backward
-        # kernel 8 to 56.
-        config = GemmConfig(64, 128, block, 8, 2)
-    elif device.arch == "sm_120" and head_width <= 64:
-        config = GemmConfig(64, 64, block, 8, 2)  # 104 and 117 registers; 4 warps spill
+    half = dtype.itemsize == 2
+    block = contracted_block(width if direct else head_width, 64 if half else 32)
+    few = batch * classes <= 8192
+    if device == INTERPRETER or not half or device.is_amd:
+        config = GemmConfig(64, 64, block, 4, 2)
+    elif backward:
+        config = GemmConfig(64, 128, block, 8, 3) if _has_wide_products(device) else GemmConfig(64, 64, block, 8, 2)
+    elif few:
+        config = GemmConfig(32, 128, min(block, 32), 4, 2)
+    elif _has_wide_products(device):
+        config = GemmConfig(64, 256, block, 8, 3) if classes > 256 else GemmConfig(64, 128, min(block, 32), 4, 3)
     else:
-        config = GemmConfig(64, 64, block, 4, 2)  # 142 to 214 registers: two programs
-    rows = attention_config(device, dtype, classes, head_width).BM
-    if rows < config.BR and not direct:  # a tile's rows share their tile of the attention
-        config = replace(config, BR=rows)
+        config = GemmConfig(64, 128, block, 8, 2) if classes > 256 else GemmConfig(64, 64, block, 8, 2)
     kernel = "reduction_bwd" if backward else "reduction"
-    return _chosen(kernel, config_key(device, dtype, width, head_width, int(many), int(direct)), config)
+    key = config_key(device, dtype, width, head_width, int(direct), int(few), int(classes > 256))
+    return _chosen(kernel, key, config)
 
 
 def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
@@ -288,18 +310,27 @@ def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> Atte
 
 
 def weight_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
-    config = GemmConfig(32, 64, 64, 4, 2)
+    if dtype.itemsize == 2 and _has_wide_products(device):
+        config = GemmConfig(64, 64, 128, 8, 3)
+    else:
+        config = GemmConfig(32, 64, 64, 4, 2)
     return _chosen("weight_bwd", config_key(device, dtype, width), config)
 
 
-def row_split(rows: int, tiles: int, block: int) -> int:
-    """Rows that one program of the weight gradient sums: enough programs for every multiprocessor, few partial sums."""
-    splits = max(1, min(512 // tiles, rows // (8 * block)))
-    return -(-rows // splits // block) * block
+def row_split(row_tiles: int, blocks: int) -> int:
+    """Row tiles that one program of the weight gradient sums: enough programs for every multiprocessor, few sums."""
+    splits = max(1, min(400 // blocks, row_tiles // 8))
+    return -(-row_tiles // splits)
 
 
 def rows_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
-    config = GemmConfig(64, 64, contracted_block(width, 32), 4, 2)
+    block = contracted_block(width, 32)
+    if dtype.itemsize == 2 and _has_wide_products(device):
+        config = GemmConfig(128, 128, block, 8, 4)
+    elif dtype.itemsize == 2:
+        config = GemmConfig(64, 128, block, 4, 3)
+    else:
+        config = GemmConfig(64, 64, block, 4, 2)
     return _chosen("rows_bwd", config_key(device, dtype, width), config)
 
 

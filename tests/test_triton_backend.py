@@ -95,26 +95,24 @@ def test_float32_products_follow_torch():
 
 def test_a_tuned_configuration_is_preferred(tmp_path, monkeypatch):
     device = launch.Device.named("sm_90")
-    own = launch.projection_config(device, torch.bfloat16, 512, 3)
+    own = launch.projection_config(device, torch.bfloat16, 512, 32, 1000)
     tuned = {"BR": 128, "BC": 128, "BD": 64, "num_warps": 8, "num_stages": 4}
     path = tmp_path / "tuned.json"
-    key = launch.config_key(device, torch.bfloat16, 512, 3)
+    key = launch.config_key(device, torch.bfloat16, 512, 1)
     path.write_text(json.dumps({"projection": {key: tuned}}))
     monkeypatch.setenv("RADA_TUNED", str(path))
-    assert launch.projection_config(device, torch.bfloat16, 512, 3) == launch.GemmConfig(**tuned) != own
-    assert launch.projection_config(device, torch.float16, 512, 3) == own
+    assert launch.projection_config(device, torch.bfloat16, 512, 32, 1000) == launch.GemmConfig(**tuned) != own
+    assert launch.projection_config(device, torch.float16, 512, 32, 1000) == own
 
 
 @pytest.mark.parametrize("arch", launch.SHARED_BYTES)
 def test_blocks_fit_one_another(arch):
-    """A reduction's rows lie in one row tile of the attention; contracted blocks end where a head does."""
+    """Contracted blocks end where a head does."""
     device = launch.Device.named(arch)
     for dtype, width, classes in itertools.product(backend.DTYPES, backend.HEAD_WIDTHS, (1, 33, 257, 1000, 65536)):
         direct = launch.is_direct(classes)
-        attention = launch.attention_config(device, dtype, classes, width)
-        reduction = launch.reduction_config(device, dtype, classes, 8 * width, width, direct, False)
+        reduction = launch.reduction_config(device, dtype, 32, classes, 8 * width, width, direct, False)
         if not direct:
-            assert attention.BM % reduction.BR == 0
             assert width % reduction.BD == 0
         assert (8 * width) % reduction.BD == 0
         assert reduction.BD >= 16
@@ -126,13 +124,10 @@ def test_tuning_tries_only_what_the_kernels_allow():
 
     device = launch.Device.named("sm_90")
     trials = tune.Trials()
-    attention = trials("attention", "a", launch.attention_config(device, torch.bfloat16, 1000, 96))
-    key = launch.config_key(device, torch.bfloat16, 768, 96, 1, 0)
+    key = launch.config_key(device, torch.bfloat16, 768, 96, 0, 0, 1)
     reduction = trials("reduction", key, launch.GemmConfig(64, 128, 32, 8, 2))
-    tried = [c for c in tune.neighbours("reduction", reduction) if tune.legal("reduction", c, key, trials.asked)]
+    tried = [c for c in tune.neighbours("reduction", reduction) if tune.legal("reduction", c, key)]
     assert len(tried) > 5
-    assert all(attention.BM % c.BR == 0 and 96 % c.BD == 0 for c in tried)
-    larger = launch.AttentionConfig(32, 32, 4, 1)
-    assert not tune.legal("attention", larger, "a", trials.asked)
+    assert all(96 % c.BD == 0 for c in tried)
     trials.trial = {("reduction", key): tried[0]}
     assert trials("reduction", key, reduction) == tried[0]
