@@ -8,17 +8,17 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from measure import CudaClock
+from measure import Clock, CudaClock
 from methods import all_methods, work
 from triton.runtime.errors import OutOfResources
-from workloads import DTYPES, WORKLOADS, make_inputs
+from workloads import DTYPES, WORKLOADS, Workload, make_inputs
 
 from rada_kernels import launch
 
@@ -32,41 +32,76 @@ POWERS = {
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4),
 }
-FIXED = {"direct": ("BM", "BN"), "direct_bwd": ("BM", "BN")}  # both hold all K classes
 
 
 class Trials:
-    """Stands in for the choice of configurations: answers what is being tried, and notes what is asked for."""
+    """Answers the launches' requests: what is being tried, else the best that was found, else the heuristic's."""
 
     def __init__(self):
-        self.asked: dict[tuple[str, str], object] = {}  # (kernel, key): the best so far
-        self.trial: dict[tuple[str, str], object] = {}
+        self.best: dict[launch.Request, object] = {}
+        self.trial: dict[launch.Request, object] = {}
+        self.asked: dict[launch.Request, object] = {}  # answered while nothing was tried
 
-    def __call__(self, kernel: str, key: str, heuristic):
-        best = self.asked.setdefault((kernel, key), heuristic)
-        return self.trial.get((kernel, key), best)
-
-
-def neighbours(kernel: str, config) -> Iterator:
-    """Configurations that differ in one field, or in rows and warps together."""
-    fields = [f for f in asdict(config) if f not in FIXED.get(kernel, ())]
-    for field in fields:
-        for value in POWERS[field]:
-            if value != getattr(config, field):
-                yield replace(config, **{field: value})
-    rows = "BR" if "BR" in fields else "BM" if "BM" in fields else None
-    if rows:
-        for value, warps in itertools.product(POWERS[rows], POWERS["num_warps"]):
-            if value != getattr(config, rows) and warps != config.num_warps:
-                yield replace(config, **{rows: value, "num_warps": warps})
+    def __call__(self, request: launch.Request, heuristic):
+        config = self.trial.get(request, self.best.get(request, heuristic))
+        if not self.trial:
+            self.asked[request] = config
+        return config
 
 
-def legal(kernel: str, config, key: str) -> bool:
-    """Whether the kernels are right with a configuration, see the comments of `rada_kernels.launch`."""
-    if not kernel.startswith("reduction"):
-        return True
-    width, head_width, direct = map(int, key.split("-")[2:5])
-    return (width if direct else head_width) % config.BD == 0
+def neighbours(request: launch.Request, config) -> Iterator:
+    """Configurations that differ in one field, or in rows and warps together, and fit the device as they are."""
+    fields = [name for name in asdict(config) if name in (*launch.KERNELS[request.kernel].blocks, *launch.FIELDS)]
+    changes = [{name: value} for name in fields for value in POWERS[name]]
+    changes += [
+        {rows: value, "num_warps": warps}
+        for rows in {"BR", "BM"} & set(fields)
+        for value, warps in itertools.product(POWERS[rows], POWERS["num_warps"])
+    ]
+    tried = {config}
+    for change in changes:
+        other = replace(config, **change)
+        if other not in tried and request.fitted(other) == other:
+            tried.add(other)
+            yield other
+
+
+def search(seconds: Callable[[], float], trials: Trials, passes: int) -> tuple[float, float]:
+    """Go over the requests that a run makes, keeping in trials.best what makes it 2% faster: its time before, after."""
+    with launch.choosing_by(trials):
+        start = best = seconds()
+        for _ in range(passes):
+            seconds()  # what is asked for may follow what the last pass found
+            for request in list(trials.asked):
+                for config in neighbours(request, trials.asked[request]):
+                    trials.trial = {request: config}
+                    try:
+                        took = seconds()
+                    except (OutOfResources, ValueError):  # ValueError: it does not go with the other configurations
+                        continue
+                    finally:
+                        trials.trial = {}
+                    if took < 0.98 * best:
+                        best = took
+                        trials.best[request] = config
+    return start, best
+
+
+def tune(load: Workload, kind: str, device: torch.device, clock: Clock, passes: int, out: Path) -> None:
+    """Search for one workload and add what was found to the file."""
+    run = work(all_methods()["triton"], make_inputs(load, load.modes[-1], DTYPES[kind], device))
+
+    def seconds() -> float:
+        run()
+        return statistics.median(clock.time(run) for _ in range(SAMPLES))
+
+    trials = Trials()
+    start, best = search(seconds, trials, passes)
+    tuned = json.loads(out.read_text()) if out.exists() else {}
+    for request, config in trials.best.items():
+        tuned.setdefault(request.kernel, {})[request.key] = asdict(config)
+    out.write_text(json.dumps(tuned, indent=1) + "\n")
+    print(f"{load.name} {kind}: {start * 1e3:.3f} ms by the heuristic, {best * 1e3:.3f} ms tuned", flush=True)
 
 
 def main(
@@ -80,39 +115,8 @@ def main(
         raise typer.BadParameter("it takes a CUDA or ROCm device, and torch finds none")
     device = torch.device("cuda")
     clock = CudaClock(device)
-    method = all_methods()["triton"]
-    trials = Trials()
-    launch._chosen = trials
-    tuned = json.loads(out.read_text()) if out.exists() else {}
     for name, kind in itertools.product(workload or WORKLOADS, dtype or ("bfloat16", "float32")):
-        load = WORKLOADS[name]
-        run = work(method, make_inputs(load, load.modes[-1], DTYPES[kind], device))
-
-        def seconds(run=run) -> float:
-            run()
-            return statistics.median(clock.time(run) for _ in range(SAMPLES))
-
-        trials.asked.clear()
-        start = best = seconds()
-        for _ in range(passes):
-            for choice in list(trials.asked):
-                for config in neighbours(choice[0], trials.asked[choice]):
-                    if not legal(choice[0], config, choice[1]):
-                        continue
-                    trials.trial = {choice: config}
-                    try:
-                        took = seconds()
-                    except OutOfResources:
-                        continue
-                    finally:
-                        trials.trial = {}
-                    if took < 0.98 * best:
-                        best = took
-                        trials.asked[choice] = config
-        for (kernel, key), config in trials.asked.items():
-            tuned.setdefault(kernel, {})[key] = asdict(config)
-        out.write_text(json.dumps(tuned, indent=1) + "\n")
-        print(f"{name} {kind}: {start * 1e3:.3f} ms by the heuristic, {best * 1e3:.3f} ms tuned", flush=True)
+        tune(WORKLOADS[name], kind, device, clock, passes, out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A configuration is chosen from the device's architecture, the dtype and the sizes E, D and K alone. `bench/tune.py`
 measures on the user's own GPU and writes the file that RADA_TUNED names; what stands there is preferred. Nothing is
-ever measured by itself.
+ever measured by itself. Whatever was chosen is made smaller until its shared memory is within the device's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import contextlib
 import functools
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -30,20 +31,42 @@ SHARED_BYTES = {
 }
 
 
+@functools.cache
+def known_arch(name: str) -> str:
+    """The architecture whose configurations serve a device: its own, or that of its nearest relative.
+
+    NVIDIA: the newest that is no newer, so sm_86 for sm_87, sm_100 for sm_103 and sm_110, sm_120 for sm_121. AMD:
+    gfx942 where a wave has 64 lanes (gfx9..), else gfx1100.
+    """
+    if name in SHARED_BYTES or name == "interpreter":
+        return name
+    if name.startswith("gfx"):
+        return "gfx942" if name.startswith("gfx9") else "gfx1100"
+    known = sorted(int(arch.removeprefix("sm_")) for arch in SHARED_BYTES if arch.startswith("sm_"))
+    no_newer = [number for number in known if number <= int(name.removeprefix("sm_"))]
+    return f"sm_{max(no_newer, default=known[0])}"
+
+
 @dataclass(frozen=True)
 class Device:
-    """What a configuration depends on: the architecture, such as "sm_90", "gfx942" or "interpreter"; its limit."""
+    """What a configuration depends on: the device's architecture and the bytes that a program may use."""
 
-    arch: str
+    name: str  # such as "sm_90", "gfx90a", "interpreter"
     shared_bytes: int
 
     @property
+    def arch(self) -> str:
+        """The one that the heuristics know."""
+        return known_arch(self.name)
+
+    @property
     def is_amd(self) -> bool:
-        return self.arch.startswith("gfx")
+        return self.name.startswith("gfx")
 
     @staticmethod
-    def named(arch: str) -> Device:
-        return Device(arch, SHARED_BYTES[arch])
+    def named(name: str) -> Device:
+        """A device that is not here, with the limit of the architecture that serves it."""
+        return Device(name, SHARED_BYTES[known_arch(name)])
 
 
 INTERPRETER = Device("interpreter", 227 * KIB)
@@ -52,7 +75,7 @@ INTERPRETER = Device("interpreter", 227 * KIB)
 @functools.lru_cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
+    if torch.version.hip:  # its properties have no shared_memory_per_block_optin: what a program has, it may use
         return Device(properties.gcnArchName.split(":")[0], properties.shared_memory_per_block)
     return Device(f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin)
 
@@ -156,31 +179,196 @@ def contracted_block(width: int, most: int) -> int:
     return min(width & -width, most)
 
 
-def _chosen(kernel: str, key: str, heuristic):
-    """The tuned configuration of a kernel for a key if there is one, else the heuristic's."""
-    tuned = _tuned().get(kernel, {}).get(key)
-    return type(heuristic)(**tuned) if tuned else heuristic
+def config_key(device: Device, dtype: torch.dtype, *sizes: int) -> str:
+    """The name of a configuration in the tuned file: device, dtype, sizes."""
+    return "-".join([device.name, str(dtype).removeprefix("torch."), *map(str, sizes)])
+
+
+# What the products of a program read and make, in elements: operands that its loop loads; operands that stay, or are
+# made anew in each round; the block between two products; the block of results. `width` is a head's, rounded up to a
+# power of two; in_flight: the rounds of the loop whose operands are there at a time, 0 where nothing is loaded ahead.
+Operands = tuple[int, list[int], int, int]
+
+
+def _gemm_operands(c: GemmConfig, width: int, in_flight: int) -> Operands:
+    return max(1, in_flight) * (c.BR + c.BC) * c.BD, [], 0, c.BR * c.BC
+
+
+def _reduction_operands(c: GemmConfig, width: int, in_flight: int) -> Operands:
+    # The streaming form's rows, two query kinds and the image's, are weighted before they are multiplied.
+    return max(1, in_flight) * (3 * c.BR + c.BC) * c.BD, [c.BR * c.BD], 0, c.BR * c.BC
+
+
+def _weight_bwd_operands(c: GemmConfig, width: int, in_flight: int) -> Operands:
+    # The rows' two inverse norms are loaded ahead too.
+    return max(1, in_flight) * (2 * c.BD + c.BC + 4) * c.BR, [c.BR * c.BD], 0, c.BC * c.BD
+
+
+def _attention_operands(c: AttentionConfig, width: int, in_flight: int) -> Operands:
+    return max(1, in_flight) * 2 * c.BN * width, [c.BM * width] * 2, 2 * c.BM * c.BN, c.BM * width
+
+
+def _direct_operands(c: AttentionConfig, width: int, in_flight: int) -> Operands:
+    return 0, [c.BM * width] * 2, c.BM * c.BN, c.BM * width
+
+
+def _direct_bwd_operands(c: AttentionConfig, width: int, in_flight: int) -> Operands:
+    return 0, [c.BM * width] * 5, c.BM * c.BN, c.BM * width
+
+
+def _queries_bwd_operands(c: AttentionConfig, width: int, in_flight: int) -> Operands:
+    loop = max(1, in_flight) * 2 * c.BN * width
+    return loop, [c.BM * width] * 3, c.BN * max(width, c.BM), c.BM * width
+
+
+def _keys_bwd_operands(c: AttentionConfig, width: int, in_flight: int) -> Operands:
+    # Loaded ahead are the rows before the image's is put among them, and the image's, one of them in float32.
+    held = [c.BM * width] * 3 + [c.BN * width] * 2
+    return in_flight * 6 * c.BM * width, held, c.BN * max(width, c.BM), c.BN * width
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a kernel's configurations are read, and made smaller until they fit."""
+
+    config: type
+    operands: Callable[..., Operands]
+    blocks: tuple[str, ...]  # that may be smaller; those of the direct forms hold all K classes
+
+
+_ROWS, _SCORES = ("BR", "BC", "BD"), ("BM", "BN")
+KERNELS = {
+    "projection": Kernel(GemmConfig, _gemm_operands, _ROWS),
+    "attention": Kernel(AttentionConfig, _attention_operands, _SCORES),
+    "direct": Kernel(AttentionConfig, _direct_operands, ()),
+    "reduction": Kernel(GemmConfig, _reduction_operands, _ROWS),
+    "reduction_bwd": Kernel(GemmConfig, _reduction_operands, _ROWS),
+    "direct_bwd": Kernel(AttentionConfig, _direct_bwd_operands, ()),
+    "queries_bwd": Kernel(AttentionConfig, _queries_bwd_operands, _SCORES),
+    "keys_bwd": Kernel(AttentionConfig, _keys_bwd_operands, _SCORES),
+    "weight_bwd": Kernel(GemmConfig, _weight_bwd_operands, _ROWS),
+    "rows_bwd": Kernel(GemmConfig, _gemm_operands, _ROWS),
+}
+BLOCKS = (16, 32, 64, 128, 256)  # 16 is the least that a product takes
+FIELDS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": tuple(range(1, 9))}  # of a configuration; the others are blocks
+
+
+@dataclass(frozen=True)
+class Request:
+    """Whose configuration is asked for, and what it must fit into."""
+
+    kernel: str
+    device: Device
+    dtype: torch.dtype
+    sizes: tuple[int, ...]  # that tell this kernel's configurations apart
+    head_width: int = 0  # of an attention kernel
+
+    @property
+    def key(self) -> str:
+        return config_key(self.device, self.dtype, *self.sizes)
+
+    def shared_bytes(self, config) -> int:
+        """Upper bound of the shared memory that Triton gives a program of a configuration.
+
+        NVIDIA: a product's operands lie there; those of a loop once per round in flight, which are num_stages where
+        the instruction reads them there (wgmma, tcgen05) and one less where it reads registers. AMD: the operands
+        that no loop loads ahead pass through one after the other on their way into registers. The results pass
+        through after the loop, when their layout changes to be stored.
+        """
+        in_flight = config.num_stages - (config.num_stages == 1 or not _has_wide_products(self.device))
+        width = max(16, next_power(self.head_width))
+        loop, held, made, result = KERNELS[self.kernel].operands(config, width, in_flight)
+        held = max(held, default=0) if self.device.is_amd else sum(held)
+        return max((loop + held + made) * self.dtype.itemsize, 4 * result)
+
+    def fitted(self, config):
+        """The configuration with fewer stages, then smaller blocks, until the device's shared memory holds it."""
+        while self.shared_bytes(config) > self.device.shared_bytes:
+            blocks = {name: getattr(config, name) for name in KERNELS[self.kernel].blocks}
+            largest = max(blocks, key=blocks.get, default=None)
+            if config.num_stages > 1:
+                config = replace(config, num_stages=config.num_stages - 1)
+            elif largest and blocks[largest] > BLOCKS[0]:
+                config = replace(config, **{largest: blocks[largest] // 2})
+            else:
+                raise ValueError(
+                    f"{self.kernel} {self.key}: got a device with {self.device.shared_bytes} bytes of shared memory "
+                    f"for a program; it takes {self.shared_bytes(config)}"
+                )
+        return config
+
+
+def _chosen(request: Request, heuristic, **takes: tuple[int, ...]):
+    """The configuration of a kernel: what `choosing_by` says, or the user's tuned one, or the heuristic's.
+
+    takes: for fields that must go with another kernel's configuration or with the sizes, what they may be.
+    """
+    config = _choose(request, heuristic)
+    for name, values in takes.items():
+        if getattr(config, name) not in values:
+            raise ValueError(
+                f"RADA_TUNED: {os.environ.get('RADA_TUNED')}: {request.kernel}: {request.key}: {name}: "
+                f"got {getattr(config, name)}; beside the other configurations it takes one of {values}"
+            )
+    return request.fitted(config)
+
+
+def tuned_or_heuristic(request: Request, heuristic):
+    path = os.environ.get("RADA_TUNED")
+    return _read_tuned(path).get((request.kernel, request.key), heuristic) if path else heuristic
+
+
+_choose: Callable = tuned_or_heuristic
+
+
+@contextlib.contextmanager
+def choosing_by(choose: Callable):
+    """Within it, choose(request, heuristic) answers every request for a configuration."""
+    global _choose
+    before, _choose = _choose, choose
+    try:
+        yield
+    finally:
+        _choose = before
 
 
 @functools.lru_cache
 def _read_tuned(path: str) -> dict:
-    with open(path) as file:
-        return json.load(file)
+    """A tuned file, {kernel: {key: {field: number}}}, as {(kernel, key): configuration}.
+
+    Raises ValueError naming the file, the entry, what it got and what it takes.
+    """
+    try:
+        with open(path) as file:
+            content = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"RADA_TUNED: {path}: {error}; it takes a file that bench/tune.py wrote") from error
+    tuned = {}
+    for kernel, by_key in _entries(path, content, KERNELS):
+        for key, entry in _entries(f"{path}: {kernel}", by_key):
+            kind, where = KERNELS[kernel].config, f"{path}: {kernel}: {key}"
+            numbers = dict(_entries(where, entry, [field.name for field in fields(kind)]))
+            for field in fields(kind):
+                value, takes = numbers.get(field.name), FIELDS.get(field.name, BLOCKS)
+                if type(value) is not type(takes[0]) or value not in takes:
+                    raise ValueError(f"RADA_TUNED: {where}: {field.name}: got {value!r}; it takes one of {takes}")
+            tuned[kernel, key] = kind(**numbers)
+    return tuned
 
 
-def _tuned() -> dict:
-    path = os.environ.get("RADA_TUNED")
-    return _read_tuned(path) if path else {}
-
-
-def config_key(device: Device, dtype: torch.dtype, *sizes: int) -> str:
-    """The name of a configuration in the tuned file: architecture, dtype, sizes."""
-    return "-".join([device.arch, str(dtype).removeprefix("torch."), *map(str, sizes)])
+def _entries(where: str, value, names=None):
+    """The items of a JSON object whose names must be among those given."""
+    if not isinstance(value, dict):
+        raise ValueError(f"RADA_TUNED: {where}: got {value!r}; it takes an object")
+    for name in value:
+        if names is not None and name not in names:
+            raise ValueError(f"RADA_TUNED: {where}: got {name!r}; it takes one of {', '.join(names)}")
+    return value.items()
 
 
 def _has_wide_products(device: Device) -> bool:
     """Whether operands come from shared memory (wgmma, tcgen05), not from every warp's own registers (mma)."""
-    return device.arch in ("sm_90", "sm_100", "sm_103")
+    return device.arch in ("sm_90", "sm_100")
 
 
 def pair_block(batch: int, classes: int, rows: int) -> dict[str, int]:
@@ -203,7 +391,7 @@ def projection_config(device: Device, dtype: torch.dtype, width: int, batch: int
         config = GemmConfig(128 if many else 64, 128, contracted_block(width, 64), 8 if many else 4, 3)
     else:
         config = GemmConfig(64, 128, contracted_block(width, 32), 4, 3)
-    return _chosen("projection", config_key(device, dtype, width, int(many)), config)
+    return _chosen(Request("projection", device, dtype, (width, int(many))), config)
 
 
 def attention_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
@@ -229,13 +417,14 @@ def attention_config(device: Device, dtype: torch.dtype, classes: int, head_widt
         config = AttentionConfig(16, 32, 4, 1)
     else:
         config = AttentionConfig(32, 32, 8, 1)  # 4 warps spill 24 to 80 bytes, BM = 64 more than 1 KiB
-    return _chosen("attention", config_key(device, dtype, head_width, int(many)), config)
+    return _chosen(Request("attention", device, dtype, (head_width, int(many)), head_width), config)
 
 
 def direct_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
     config = AttentionConfig(block, block, block // 16, 1)  # 16 rows a warp: what one instruction takes
-    return _chosen("direct", config_key(device, dtype, block, head_width), config)
+    request = Request("direct", device, dtype, (block, head_width), head_width)
+    return _chosen(request, config, BM=(block,), BN=(block,))
 
 
 def reduction_config(
@@ -262,14 +451,15 @@ def reduction_config(
     else:
         config = GemmConfig(64, 128, block, 8, 2) if classes > 256 else GemmConfig(64, 64, block, 8, 2)
     kernel = "reduction_bwd" if backward else "reduction"
-    key = config_key(device, dtype, width, head_width, int(direct), int(few), int(classes > 256))
-    return _chosen(kernel, key, config)
+    request = Request(kernel, device, dtype, (width, head_width, int(direct), int(few), int(classes > 256)))
+    return _chosen(request, config, BD=tuple(b for b in BLOCKS if (width if direct else head_width) % b == 0))
 
 
 def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
     config = AttentionConfig(block, block, block // 16, 1)
-    return _chosen("direct_bwd", config_key(device, dtype, block, head_width), config)
+    request = Request("direct_bwd", device, dtype, (block, head_width), head_width)
+    return _chosen(request, config, BM=(block,), BN=(block,))
 
 
 def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
@@ -291,7 +481,7 @@ def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> A
         config = AttentionConfig(64, 16, 4, 1) if device.arch == "sm_120" else AttentionConfig(64, 32, 4, 2)
     else:
         config = AttentionConfig(64, 64, 8, 2)  # 4 warps spill 32 to 80 bytes, whatever BN
-    return _chosen("queries_bwd", config_key(device, dtype, head_width), config)
+    return _chosen(Request("queries_bwd", device, dtype, (head_width,), head_width), config)
 
 
 def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
@@ -306,7 +496,7 @@ def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> Atte
         config = AttentionConfig(64, 64, 4, 1) if head_width <= 64 else AttentionConfig(32, 64, 8, 1)
     else:
         config = AttentionConfig(64, 32, 4, 1) if head_width <= 64 else AttentionConfig(32, 32, 8, 1)
-    return _chosen("keys_bwd", config_key(device, dtype, head_width), config)
+    return _chosen(Request("keys_bwd", device, dtype, (head_width,), head_width), config)
 
 
 def weight_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
@@ -314,7 +504,7 @@ def weight_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmCon
         config = GemmConfig(64, 64, 128, 8, 3)
     else:
         config = GemmConfig(32, 64, 64, 4, 2)
-    return _chosen("weight_bwd", config_key(device, dtype, width), config)
+    return _chosen(Request("weight_bwd", device, dtype, (width,)), config)
 
 
 def row_split(row_tiles: int, blocks: int) -> int:
@@ -331,7 +521,7 @@ def rows_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfi
         config = GemmConfig(64, 128, block, 4, 3)
     else:
         config = GemmConfig(64, 64, block, 4, 2)
-    return _chosen("rows_bwd", config_key(device, dtype, width), config)
+    return _chosen(Request("rows_bwd", device, dtype, (width,)), config)
 
 
 def feature_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -96,13 +98,179 @@ def test_float32_products_follow_torch():
 def test_a_tuned_configuration_is_preferred(tmp_path, monkeypatch):
     device = launch.Device.named("sm_90")
     own = launch.projection_config(device, torch.bfloat16, 512, 32, 1000)
-    tuned = {"BR": 128, "BC": 128, "BD": 64, "num_warps": 8, "num_stages": 4}
+    tuned = {"BR": 128, "BC": 128, "BD": 64, "num_warps": 8, "num_stages": 2}
     path = tmp_path / "tuned.json"
     key = launch.config_key(device, torch.bfloat16, 512, 1)
     path.write_text(json.dumps({"projection": {key: tuned}}))
     monkeypatch.setenv("RADA_TUNED", str(path))
     assert launch.projection_config(device, torch.bfloat16, 512, 32, 1000) == launch.GemmConfig(**tuned) != own
     assert launch.projection_config(device, torch.float16, 512, 32, 1000) == own
+
+
+@pytest.fixture
+def tuned_file(tmp_path, monkeypatch):
+    """write(content) makes a new file what RADA_TUNED names."""
+    numbers = itertools.count()
+
+    def write(content) -> str:
+        path = tmp_path / f"tuned-{next(numbers)}.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        monkeypatch.setenv("RADA_TUNED", str(path))
+        return str(path)
+
+    return write
+
+
+SM_90 = launch.Device.named("sm_90")
+KEY = launch.config_key(SM_90, torch.bfloat16, 512, 1)
+GOOD = {"BR": 128, "BC": 128, "BD": 64, "num_warps": 8, "num_stages": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("{", ["Expecting property name", "it takes a file that bench/tune.py wrote"]),
+        ([], ["got []; it takes an object"]),
+        ({"projections": {}}, ["got 'projections'; it takes one of", "projection", "attention"]),
+        ({"projection": {KEY: 3}}, [f"projection: {KEY}: got 3; it takes an object"]),
+        ({"projection": {KEY: GOOD | {"BX": 16}}}, [f"projection: {KEY}: got 'BX'; it takes one of BR, BC, BD"]),
+        ({"projection": {KEY: {"BR": 64}}}, [f"projection: {KEY}: BC: got None; it takes one of (16, 32"]),
+        ({"projection": {KEY: GOOD | {"BR": 48}}}, [f"projection: {KEY}: BR: got 48; it takes one of (16, 32"]),
+        ({"projection": {KEY: GOOD | {"BR": 4096}}}, [f"projection: {KEY}: BR: got 4096; it takes one of (16, 32"]),
+        ({"projection": {KEY: GOOD | {"BR": 64.0}}}, [f"projection: {KEY}: BR: got 64.0; it takes one of (16, 32"]),
+        ({"projection": {KEY: GOOD | {"num_warps": 3}}}, ["num_warps: got 3; it takes one of (1, 2, 4"]),
+        ({"projection": {KEY: GOOD | {"num_stages": 0}}}, ["num_stages: got 0; it takes one of (1, 2, 3"]),
+    ],
+)
+def test_a_wrong_tuned_file_is_named(tuned_file, content, parts):
+    path = tuned_file(content)
+    with pytest.raises(ValueError, match=f"^RADA_TUNED: {re.escape(path)}: ") as error:
+        launch.projection_config(SM_90, torch.bfloat16, 512, 32, 1000)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_missing_tuned_file_is_named(monkeypatch):
+    monkeypatch.setenv("RADA_TUNED", "/nowhere/tuned.json")
+    with pytest.raises(ValueError, match=r"^RADA_TUNED: /nowhere/tuned.json: .*No such file"):
+        launch.projection_config(SM_90, torch.bfloat16, 512, 32, 1000)
+
+
+def test_tuned_configurations_that_do_not_go_together_are_named(tuned_file):
+    reduction = launch.config_key(SM_90, torch.bfloat16, 512, 64, 0, 1, 0)
+    path = tuned_file({"reduction": {reduction: GOOD | {"BR": 64, "BD": 128}}})
+    part = re.escape(
+        f"{path}: reduction: {reduction}: BD: got 128; beside the other configurations it takes one of (16, 32, 64)"
+    )
+    with pytest.raises(ValueError, match=part):
+        launch.reduction_config(SM_90, torch.bfloat16, 32, 100, 512, 64, False, False)
+    direct = launch.config_key(SM_90, torch.bfloat16, 32, 64)
+    tuned_file({"direct": {direct: {"BM": 16, "BN": 32, "num_warps": 2, "num_stages": 1}}})
+    with pytest.raises(ValueError, match=r"BM: got 16; .* it takes one of \(32,\)"):
+        launch.direct_config(SM_90, torch.bfloat16, 20, 64)
+
+
+def configurations(device, dtype, head_width, classes=(1, 20, 33, 257, 1000, 65536)):
+    """(request, configuration) of every kernel, as they are launched."""
+    made = []
+
+    def note(request, heuristic):
+        config = launch.tuned_or_heuristic(request, heuristic)
+        made.append((request, request.fitted(config)))
+        return config
+
+    width = 8 * head_width
+    with launch.choosing_by(note):
+        for count in classes:
+            launch.attention_config(device, dtype, count, head_width)
+            for backward in (False, True):
+                direct = launch.is_direct(count)
+                for batch in (1, 64):
+                    launch.reduction_config(device, dtype, batch, count, width, head_width, direct, backward)
+            if launch.is_direct(count):
+                launch.direct_config(device, dtype, count, head_width)
+                launch.direct_bwd_config(device, dtype, count, head_width)
+            launch.projection_config(device, dtype, width, 64, count)
+        launch.queries_bwd_config(device, dtype, head_width)
+        launch.keys_bwd_config(device, dtype, head_width)
+        launch.weight_bwd_config(device, dtype, width)
+        launch.rows_bwd_config(device, dtype, width)
+    return made
+
+
+@pytest.mark.parametrize("arch", launch.SHARED_BYTES)
+def test_shipped_configurations_fit_as_they_are(arch):
+    """The heuristics' numbers are what is launched: nothing has to be made smaller on the architecture they are for."""
+    device = launch.Device.named(arch)
+    for dtype, head_width in itertools.product(backend.DTYPES, backend.HEAD_WIDTHS):
+        roomy = launch.Device(arch, 1 << 30)
+        for (request, config), (_, wish) in zip(
+            configurations(device, dtype, head_width), configurations(roomy, dtype, head_width), strict=True
+        ):
+            assert config == wish, request
+            assert request.shared_bytes(config) <= device.shared_bytes
+
+
+@pytest.mark.parametrize("arch", launch.SHARED_BYTES)
+@pytest.mark.parametrize("kib", [48, 64])
+def test_configurations_shrink_to_small_devices(arch, kib):
+    """Stages first, then blocks; what goes together still does."""
+    device = launch.Device(arch, kib * launch.KIB)
+    for dtype, head_width in itertools.product((torch.bfloat16, torch.float32), backend.HEAD_WIDTHS):
+        # Four blocks of 32 classes in float32 are 64 KiB where a head is wider than 64.
+        direct = (1, 20) if dtype == torch.bfloat16 or head_width <= 64 else ()
+        made = configurations(device, dtype, head_width, (*direct, 33, 257, 1000))
+        assert {request.kernel for request, _ in made} >= set(launch.KERNELS) - {"direct", "direct_bwd"}
+        for request, config in made:
+            assert request.shared_bytes(config) <= device.shared_bytes, request
+    config = launch.GemmConfig(256, 256, 64, 8, 4)
+    request = launch.Request("projection", device, torch.bfloat16, (512, 1))
+    fitted = request.fitted(config)
+    assert fitted.num_stages == 1, "stages first"
+    assert fitted.BR * fitted.BC < 256 * 256
+    assert request.shared_bytes(fitted) <= device.shared_bytes < request.shared_bytes(config)
+
+
+def test_a_device_that_is_too_small_is_named():
+    """Direct blocks hold all K classes. 48 KiB is less than any device has that the predicate takes."""
+    device = launch.Device("sm_86", 48 * launch.KIB)
+    with pytest.raises(
+        ValueError, match=r"direct_bwd sm_86-float32-32-128: got a device with 49152 bytes .* takes 86016"
+    ):
+        launch.direct_bwd_config(device, torch.float32, 32, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "served_as"),
+    [
+        ("sm_80", "sm_80"), ("sm_87", "sm_86"), ("sm_88", "sm_86"), ("sm_103", "sm_100"), ("sm_110", "sm_100"),
+        ("sm_121", "sm_120"), ("sm_130", "sm_120"), ("gfx90a", "gfx942"), ("gfx950", "gfx942"), ("gfx1030", "gfx1100"),
+        ("gfx1201", "gfx1100"), ("interpreter", "interpreter"),
+    ],
+)  # fmt: skip
+def test_an_unknown_architecture_is_served_as_its_nearest_relative(name, served_as):
+    shared = 128 * launch.KIB
+    for dtype, head_width in itertools.product(backend.DTYPES, backend.HEAD_WIDTHS):
+        mine = configurations(launch.Device(name, shared), dtype, head_width)
+        theirs = configurations(launch.Device(served_as, shared), dtype, head_width)
+        assert [config for _, config in mine] == [config for _, config in theirs]
+        assert all(name in request.key for request, _ in mine), "what is tuned is tuned for one device"
+    if name.startswith("sm"):
+        assert launch.Device.named(name).shared_bytes == launch.SHARED_BYTES[served_as]
+
+
+@pytest.mark.parametrize(
+    ("hip", "properties", "device"),
+    [
+        (None, {"major": 12, "minor": 1, "shared_memory_per_block_optin": 101376}, ("sm_121", 101376)),
+        # ROCm's properties have no shared_memory_per_block_optin.
+        ("6.4", {"gcnArchName": "gfx90a:sramecc+:xnack-", "shared_memory_per_block": 65536}, ("gfx90a", 65536)),
+    ],
+)
+def test_what_is_asked_of_a_device(hip, properties, device, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(**properties))
+    assert launch._cuda_device.__wrapped__(0) == launch.Device(*device)
 
 
 @pytest.mark.parametrize("arch", launch.SHARED_BYTES)
@@ -116,18 +284,3 @@ def test_blocks_fit_one_another(arch):
             assert width % reduction.BD == 0
         assert (8 * width) % reduction.BD == 0
         assert reduction.BD >= 16
-
-
-def test_tuning_tries_only_what_the_kernels_allow():
-    pytest.importorskip("triton")
-    import tune
-
-    device = launch.Device.named("sm_90")
-    trials = tune.Trials()
-    key = launch.config_key(device, torch.bfloat16, 768, 96, 0, 0, 1)
-    reduction = trials("reduction", key, launch.GemmConfig(64, 128, 32, 8, 2))
-    tried = [c for c in tune.neighbours("reduction", reduction) if tune.legal("reduction", c, key)]
-    assert len(tried) > 5
-    assert all(96 % c.BD == 0 for c in tried)
-    trials.trial = {("reduction", key): tried[0]}
-    assert trials("reduction", key, reduction) == tried[0]
