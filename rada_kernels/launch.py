@@ -384,13 +384,21 @@ def pair_block(batch: int, classes: int, rows: int) -> dict[str, int]:
 
 def projection_config(device: Device, dtype: torch.dtype, width: int, batch: int, classes: int) -> GemmConfig:
     many = classes > 256 and batch * classes >= 16384
-    if dtype == torch.float32:
-        config = GemmConfig(64, 64, contracted_block(width, 32), 4, 2)
-    elif _has_wide_products(device):
-        # 128 rows halve what is read of the weights for a product; 64 give few rows enough programs, two at a time.
-        config = GemmConfig(128 if many else 64, 128, contracted_block(width, 64), 8 if many else 4, 3)
+    block = contracted_block(width, 32)
+    if dtype == torch.float32 and device.is_amd:
+        # The two or three parts of bf16x3 are held at a time.
+        config = GemmConfig(32 if device.arch == "gfx1100" else 64, 64, 16, 4, 1)
+    elif dtype == torch.float32:
+        config = GemmConfig(64, 64, block, 4, 2)
+    elif device.arch == "gfx1100":
+        config = GemmConfig(64, 64, block, 8, 2)  # 183 registers; 4 warps with 64 x 128 spill
+    elif not _has_wide_products(device):
+        config = GemmConfig(64, 128, block, 4, 3)
+    elif many and device.arch == "sm_90":
+        # Twice the rows halve what is read of the weights for a product. sm_100 spills 16 bytes.
+        config = GemmConfig(128, 128, contracted_block(width, 64), 8, 3)
     else:
-        config = GemmConfig(64, 128, contracted_block(width, 32), 4, 3)
+        config = GemmConfig(64, 128, contracted_block(width, 64), 4, 3)
     return _chosen(Request("projection", device, dtype, (width, int(many))), config)
 
 
@@ -437,21 +445,30 @@ def reduction_config(
     direct: bool,
     backward: bool,
 ) -> GemmConfig:
-    half = dtype.itemsize == 2
-    block = contracted_block(width if direct else head_width, 64 if half else 32)
-    few = batch * classes <= 8192
-    if device == INTERPRETER or not half or device.is_amd:
+    block = contracted_block(width if direct else head_width, 64 if dtype.itemsize == 2 else 32)
+    few, many = batch * classes <= 8192, classes > 256
+    wide = _has_wide_products(device)
+    if device.arch == "gfx1100":
+        # 173 to 199 registers; 64 rows spill.
+        config = GemmConfig(32, 64, block if dtype.itemsize == 2 else 16, 4, 1)
+    elif dtype == torch.float32 and not device.is_amd and not backward:
+        config = GemmConfig(64, 64, block, 8, 2)  # 4 warps spill 8 to 24 bytes where products are exact
+    elif device == INTERPRETER or device.is_amd or dtype == torch.float32:
         config = GemmConfig(64, 64, block, 4, 2)
+    elif backward and wide:
+        config = GemmConfig(64, 128, block, 8, 3) if many else GemmConfig(64, 64, block, 4, 2)
     elif backward:
-        config = GemmConfig(64, 128, block, 8, 3) if _has_wide_products(device) else GemmConfig(64, 64, block, 8, 2)
+        config = GemmConfig(64, 64, block, 8, 2)
     elif few:
+        # Twice the programs; every one of them goes over the whole layer.
         config = GemmConfig(32, 128, min(block, 32), 4, 2)
-    elif _has_wide_products(device):
-        config = GemmConfig(64, 256, block, 8, 3) if classes > 256 else GemmConfig(64, 128, min(block, 32), 4, 3)
+    elif many:
+        # A pass over the rows forms them anew: as few passes as registers allow.
+        config = GemmConfig(64, 256 if device.arch == "sm_90" else 128, block, 8, 3 if wide else 2)
     else:
-        config = GemmConfig(64, 128, block, 8, 2) if classes > 256 else GemmConfig(64, 64, block, 8, 2)
+        config = GemmConfig(64, 64, block, 8, 2)
     kernel = "reduction_bwd" if backward else "reduction"
-    request = Request(kernel, device, dtype, (width, head_width, int(direct), int(few), int(classes > 256)))
+    request = Request(kernel, device, dtype, (width, head_width, int(direct), int(few), int(many)))
     return _chosen(request, config, BD=tuple(b for b in BLOCKS if (width if direct else head_width) % b == 0))
 
 
@@ -502,6 +519,8 @@ def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> Atte
 def weight_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
     if dtype.itemsize == 2 and _has_wide_products(device):
         config = GemmConfig(64, 64, 128, 8, 3)
+    elif dtype == torch.float32 and device.is_amd:
+        config = GemmConfig(16, 64, 32 if device.arch == "gfx1100" else 64, 4, 1)
     else:
         config = GemmConfig(32, 64, 64, 4, 2)
     return _chosen(Request("weight_bwd", device, dtype, (width,)), config)
@@ -515,10 +534,12 @@ def row_split(row_tiles: int, blocks: int) -> int:
 
 def rows_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
     block = contracted_block(width, 32)
-    if dtype.itemsize == 2 and _has_wide_products(device):
+    if dtype.itemsize == 2 and device.arch == "sm_90":
         config = GemmConfig(128, 128, block, 8, 4)
     elif dtype.itemsize == 2:
         config = GemmConfig(64, 128, block, 4, 3)
+    elif device.arch == "gfx1100":
+        config = GemmConfig(32, 64, 16, 4, 1)
     else:
         config = GemmConfig(64, 64, block, 4, 2)
     return _chosen(Request("rows_bwd", device, dtype, (width,)), config)
