@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rada.fused import RAdaHead
 from rada_kernels import PENALTIES, Params, rada_logits
 from rada_kernels.backends import cpu
 from tests.test_backends import DTYPES
@@ -117,3 +121,36 @@ def test_expanded_and_strided_upstream_gradients(dtype):
         expected = torch.autograd.grad(logits, layers, strided.contiguous(), retain_graph=True)
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a, b)
+
+
+def _send_logits(head, image, text, queue):
+    with torch.no_grad():
+        queue.put(head(image, text, 20.0).numpy())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize(("batch", "classes", "width"), [(3, 5, 16), (70, 3, 512), (2, 80, 512)])
+def test_the_whole_head_in_a_forked_child(batch, classes, width):
+    """At the parent's thread count, whose threads the child lacks: nothing in the call may wait for them.
+
+    The larger features have more elements than torch handles without its threads.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        head = RAdaHead(width, 4, backend="cpu")
+        image, text = torch.randn(batch, width), torch.randn(classes, width)
+        expected = head(image, text, 20.0).detach()
+        (torch.randn(512, 512) @ torch.randn(512, 512)).exp()  # the parent has started its threads
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        child = context.Process(target=_send_logits, args=(head, image, text, queue), daemon=True)
+        child.start()
+        child.join(20)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+        assert child.exitcode == 0
+        torch.testing.assert_close(torch.from_numpy(queue.get()), expected)
+    finally:
+        torch.set_num_threads(before)
