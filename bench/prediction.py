@@ -98,16 +98,16 @@ def work_of(launch: Launch) -> tuple[int, int]:
     a = launch.arguments
     kinds = a.get("TEXT", False) + a.get("RATIONAL", False)
     n = launch.programs
-    if launch.name == "query_fwd":
-        return n * 2 * a["BR"] * a["BC"] * a["D"] * a["PROJECT"], 0
-    if launch.name in ("rational_projection_fwd", "rational_projection_bwd_rows"):
+    if launch.name == "rational_projection_fwd":
+        return n * 2 * a["BI"] * a["BK"] * a["BC"] * a["D"], 0
+    if launch.name == "rational_projection_bwd_rows":
         return n * 2 * a["BR"] * a["BC"] * a["D"] * a["LAYERS"], 0
     if launch.name == "rational_projection_bwd_weight":
-        return n * 2 * a["SPLIT"] * a["BC"] * a["BD"], 0
+        return n * 2 * a["SPLIT"] * a["BI"] * a["BK"] * a["BC"] * a["BD"], 0
     if launch.name in ("logit_reduction_fwd", "logit_reduction_bwd"):
         width = a["H"] * a["E"]
         columns = -(-width // a["BC"]) * a["BC"] if launch.name.endswith("fwd") else a["BC"]
-        return n * 2 * a["BR"] * columns * width, 0
+        return n * 2 * a["BI"] * a["BK"] * columns * width, 0
     if launch.name == "mask_attention_direct_fwd":
         return n * 2 * a["BK"] ** 2 * a["BE"] * (kinds + 1), n * kinds * a["BK"] ** 2
     if launch.name == "mask_attention_direct_bwd":

@@ -4,8 +4,9 @@ The dialect, in every kernel of this package:
 
 - `x` is a tensor's pointer and bears the tensor's name; `b_x` is a block of it in registers; `o_` are offsets along
   an axis, `m_` masks. Sizes are capitals: B images, K classes, D width, H heads, E head width.
-- Block sizes are BM (rows of scores), BN (columns of scores, which are classes), BR (rows of width D, counted over
-  all images), BC (columns that are written), BD (columns that are contracted), BE (E padded to a power of two).
+- Block sizes are BM (rows of scores), BN (columns of scores, which are classes), BR (rows of width D), BI and BK (the
+  images and the classes whose pairs are those rows: BR = BI·BK), BC (columns that are written), BD (columns that are
+  contracted), BE (E padded to a power of two).
 - Rows of the last axis are contiguous. Row offsets are int64 before they are multiplied.
 - Products accumulate in float32 with `input_precision=PRECISION`; a result is rounded once, when it is stored.
 - Scores are in base 2: log2(e) is folded into the factor, and exp2 takes the place of exp.
@@ -52,3 +53,29 @@ def load_columns(bias, o_c, D: tl.constexpr, BC: tl.constexpr):
     if D % BC == 0:
         return tl.load(bias + o_c).to(tl.float32)
     return tl.load(bias + o_c, mask=o_c < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def pair_rows(tile, B, K, BI: tl.constexpr, BK: tl.constexpr):
+    """A tile's images [BI] and classes [BK] with masks, and their pairs as rows of [B·K]: offsets [BR] and mask."""
+    tiles = tl.cdiv(K, BK)
+    o_i = tile // tiles * BI + tl.arange(0, BI)
+    o_k = tile % tiles * BK + tl.arange(0, BK)
+    m_i = o_i < B
+    m_k = o_k < K
+    o_r = (o_i.to(tl.int64)[:, None] * K + o_k[None, :]).reshape(BI * BK)
+    m_r = (m_i[:, None] & m_k[None, :]).reshape(BI * BK)
+    return o_i, m_i, o_k, m_k, o_r, m_r
+
+
+@triton.jit
+def products_of_pairs(b_image, b_text):
+    """b_image[i] * b_text[k] of all pairs: [BI, BD], [BK, BD] -> [BR, BD]."""
+    b_pairs = b_image[:, None, :] * b_text[None, :, :]
+    return b_pairs.reshape(b_image.shape[0] * b_text.shape[0], b_image.shape[1])
+
+
+@triton.jit
+def factors_of_pairs(b_image, b_text):
+    """b_image[i] * b_text[k] of all pairs: [BI], [BK] -> [BR]."""
+    return (b_image[:, None] * b_text[None, :]).reshape(b_image.shape[0] * b_text.shape[0])

@@ -127,8 +127,8 @@ class GemmConfig:
     num_stages: int
 
     @property
-    def blocks(self) -> dict[str, int]:
-        return {"BR": self.BR, "BC": self.BC, "BD": self.BD}
+    def columns(self) -> dict[str, int]:
+        return {"BC": self.BC, "BD": self.BD}
 
     @property
     def launch(self) -> dict[str, int]:
@@ -158,6 +158,11 @@ DIRECT_CLASSES = 32
 def tile_block(tiles: int) -> int:
     """BT: row tiles that are normalised at a time. Up to 32 the reduction stays within a warp."""
     return 32 if tiles <= 32 else 128
+
+
+def share_block(tiles: int, pairs: int) -> int:
+    """BT where the shares of several (image, head) pairs are worked out together: at most 2048 numbers at a time."""
+    return max(1, min(next_power(tiles), 2048 // pairs))
 
 
 def is_direct(classes: int) -> bool:
@@ -190,12 +195,8 @@ def _gemm_operands(c: GemmConfig, width: int, in_flight: int) -> Operands:
 
 
 def _reduction_operands(c: GemmConfig, width: int, in_flight: int) -> Operands:
-    # The streaming form's rows are weighted before they are multiplied.
-    return max(1, in_flight) * (c.BR + c.BC) * c.BD, [c.BR * c.BD], 0, c.BR * c.BC
-
-
-def _projection_operands(c: GemmConfig, width: int, in_flight: int) -> Operands:
-    return max(1, in_flight) * (2 * c.BR + 3 * c.BC) * c.BD, [c.BR * c.BD], 0, c.BR * c.BC
+    # The streaming form's rows, two query kinds and the image's, are weighted before they are multiplied.
+    return max(1, in_flight) * (3 * c.BR + c.BC) * c.BD, [c.BR * c.BD], 0, c.BR * c.BC
 
 
 def _weight_bwd_operands(c: GemmConfig, width: int, in_flight: int) -> Operands:
@@ -237,8 +238,7 @@ class Kernel:
 
 _ROWS, _SCORES = ("BR", "BC", "BD"), ("BM", "BN")
 KERNELS = {
-    "query": Kernel(GemmConfig, _gemm_operands, _ROWS),
-    "projection": Kernel(GemmConfig, _projection_operands, _ROWS),
+    "projection": Kernel(GemmConfig, _gemm_operands, _ROWS),
     "attention": Kernel(AttentionConfig, _attention_operands, _SCORES),
     "direct": Kernel(AttentionConfig, _direct_operands, ()),
     "reduction": Kernel(GemmConfig, _reduction_operands, _ROWS),
@@ -374,17 +374,35 @@ def _has_wide_products(device: Device) -> bool:
     return device.arch in ("sm_90", "sm_100")
 
 
-def query_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
-    """A few thousand rows at most: small blocks, so that there are enough programs."""
-    config = GemmConfig(32, 64, contracted_block(width, 64), 4, 2)
-    return _chosen(Request("query", device, dtype, (width,)), config)
+def pair_block(batch: int, classes: int, rows: int) -> dict[str, int]:
+    """BI images and BK classes whose pairs are a tile's rows: how many are read for a tile is BI + BK.
+
+    Few empty rows first, then near a square. B matters below BI only, so that a last batch is served by the same code.
+    """
+    side = 1 << (rows.bit_length() // 2)
+    block = max(k for k in (1, 2, 4, 8, 16) if k <= side and -classes % k <= classes // 32)
+    images = min(rows // block, next_power(batch))
+    return {"BI": images, "BK": rows // images}
 
 
-def projection_config(device: Device, dtype: torch.dtype, width: int, layers: int) -> GemmConfig:
-    # Three accumulators of 64 x 64 take 96 registers a thread: 166 to 168 in all, three programs a multiprocessor. With
-    # BD = 32 the blocks of two stages stay below 48 KiB, so that two programs fit where there are 100 KiB.
-    config = GemmConfig(64, 64, contracted_block(width, 32), 4, 2)
-    return _chosen(Request("projection", device, dtype, (width, layers)), config)
+def projection_config(device: Device, dtype: torch.dtype, width: int, batch: int, classes: int) -> GemmConfig:
+    many = classes > 256 and batch * classes >= 16384
+    block = contracted_block(width, 32)
+    if dtype == torch.float32 and device.is_amd:
+        # The two or three parts of bf16x3 are held at a time.
+        config = GemmConfig(32 if device.arch == "gfx1100" else 64, 64, 16, 4, 1)
+    elif dtype == torch.float32:
+        config = GemmConfig(64, 64, block, 4, 2)
+    elif device.arch == "gfx1100":
+        config = GemmConfig(64, 64, block, 8, 2)  # 183 registers; 4 warps with 64 x 128 spill
+    elif not _has_wide_products(device):
+        config = GemmConfig(64, 128, block, 4, 3)
+    elif many and device.arch == "sm_90":
+        # Twice the rows halve what is read of the weights for a product. sm_100 spills 16 bytes.
+        config = GemmConfig(128, 128, contracted_block(width, 64), 8, 3)
+    else:
+        config = GemmConfig(64, 128, contracted_block(width, 64), 4, 3)
+    return _chosen(Request("projection", device, dtype, (width, int(many))), config)
 
 
 def attention_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
@@ -421,30 +439,40 @@ def direct_config(device: Device, dtype: torch.dtype, classes: int, head_width: 
 
 
 def reduction_config(
-    device: Device, dtype: torch.dtype, classes: int, width: int, head_width: int, direct: bool, backward: bool
+    device: Device,
+    dtype: torch.dtype,
+    batch: int,
+    classes: int,
+    width: int,
+    head_width: int,
+    direct: bool,
+    backward: bool,
 ) -> GemmConfig:
     block = contracted_block(width if direct else head_width, 64 if dtype.itemsize == 2 else 32)
-    many = classes > 256
-    if device.arch.startswith("gfx1"):
-        config = GemmConfig(32, 64, block, 4, 1)
-    elif many and not backward and dtype.itemsize == 2 and device.arch != "sm_100":
-        # Half as many passes over the rows; 180 to 206 registers, one program. sm_100 spills 40 bytes, the backward
-        # kernel 8 to 56.
-        config = GemmConfig(64, 128, block, 8, 2)
-    elif device.arch == "sm_120" and head_width <= 64:
-        config = GemmConfig(64, 64, block, 8, 2)  # 104 and 117 registers; 4 warps spill
+    few, many = batch * classes <= 8192, classes > 256
+    wide = _has_wide_products(device)
+    if device.arch == "gfx1100":
+        # 173 to 199 registers; 64 rows spill.
+        config = GemmConfig(32, 64, block if dtype.itemsize == 2 else 16, 4, 1)
+    elif dtype == torch.float32 and not device.is_amd and not backward:
+        config = GemmConfig(64, 64, block, 8, 2)  # 4 warps spill 8 to 24 bytes where products are exact
+    elif device == INTERPRETER or device.is_amd or dtype == torch.float32:
+        config = GemmConfig(64, 64, block, 4, 2)
+    elif backward and wide:
+        config = GemmConfig(64, 128, block, 8, 3) if many else GemmConfig(64, 64, block, 4, 2)
+    elif backward:
+        config = GemmConfig(64, 64, block, 8, 2)
+    elif few:
+        # Twice the programs; every one of them goes over the whole layer.
+        config = GemmConfig(32, 128, min(block, 32), 4, 2)
+    elif many:
+        # A pass over the rows forms them anew: as few passes as registers allow.
+        config = GemmConfig(64, 256 if device.arch == "sm_90" else 128, block, 8, 3 if wide else 2)
     else:
-        config = GemmConfig(64, 64, block, 4, 2)  # 142 to 214 registers: two programs
-    rows = attention_config(device, dtype, classes, head_width).BM
-    if rows < config.BR and not direct:  # a tile's rows share their tile of the attention
-        config = replace(config, BR=rows)
-    kernel, sizes = "reduction_bwd" if backward else "reduction", (width, head_width, int(many), int(direct))
-    return _chosen(
-        Request(kernel, device, dtype, sizes),
-        config,
-        BR=BLOCKS if direct else tuple(b for b in BLOCKS if rows % b == 0),
-        BD=tuple(b for b in BLOCKS if (width if direct else head_width) % b == 0),
-    )
+        config = GemmConfig(64, 64, block, 8, 2)
+    kernel = "reduction_bwd" if backward else "reduction"
+    request = Request(kernel, device, dtype, (width, head_width, int(direct), int(few), int(many)))
+    return _chosen(request, config, BD=tuple(b for b in BLOCKS if (width if direct else head_width) % b == 0))
 
 
 def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
@@ -492,18 +520,31 @@ def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> Atte
 
 
 def weight_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
-    config = GemmConfig(32, 64, 64, 4, 2)
+    if dtype.itemsize == 2 and _has_wide_products(device):
+        config = GemmConfig(64, 64, 128, 8, 3)
+    elif dtype == torch.float32 and device.is_amd:
+        config = GemmConfig(16, 64, 32 if device.arch == "gfx1100" else 64, 4, 1)
+    else:
+        config = GemmConfig(32, 64, 64, 4, 2)
     return _chosen(Request("weight_bwd", device, dtype, (width,)), config)
 
 
-def row_split(rows: int, tiles: int, block: int) -> int:
-    """Rows that one program of the weight gradient sums: enough programs for every multiprocessor, few partial sums."""
-    splits = max(1, min(512 // tiles, rows // (8 * block)))
-    return -(-rows // splits // block) * block
+def row_split(row_tiles: int, blocks: int) -> int:
+    """Row tiles that one program of the weight gradient sums: enough programs for every multiprocessor, few sums."""
+    splits = max(1, min(400 // blocks, row_tiles // 8))
+    return -(-row_tiles // splits)
 
 
 def rows_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfig:
-    config = GemmConfig(64, 64, contracted_block(width, 32), 4, 2)
+    block = contracted_block(width, 32)
+    if dtype.itemsize == 2 and device.arch == "sm_90":
+        config = GemmConfig(128, 128, block, 8, 4)
+    elif dtype.itemsize == 2:
+        config = GemmConfig(64, 128, block, 4, 3)
+    elif device.arch == "gfx1100":
+        config = GemmConfig(32, 64, 16, 4, 1)
+    else:
+        config = GemmConfig(64, 64, block, 4, 2)
     return _chosen(Request("rows_bwd", device, dtype, (width,)), config)
 
 

@@ -118,14 +118,14 @@ def test_float32_products_follow_torch():
 
 def test_a_tuned_configuration_is_preferred(tmp_path, monkeypatch):
     device = launch.Device.named("sm_90")
-    own = launch.projection_config(device, torch.bfloat16, 512, 3)
+    own = launch.projection_config(device, torch.bfloat16, 512, 32, 1000)
     tuned = {"BR": 128, "BC": 128, "BD": 64, "num_warps": 8, "num_stages": 2}
     path = tmp_path / "tuned.json"
-    key = launch.config_key(device, torch.bfloat16, 512, 3)
+    key = launch.config_key(device, torch.bfloat16, 512, 1)
     path.write_text(json.dumps({"projection": {key: tuned}}))
     monkeypatch.setenv("RADA_TUNED", str(path))
-    assert launch.projection_config(device, torch.bfloat16, 512, 3) == launch.GemmConfig(**tuned) != own
-    assert launch.projection_config(device, torch.float16, 512, 3) == own
+    assert launch.projection_config(device, torch.bfloat16, 512, 32, 1000) == launch.GemmConfig(**tuned) != own
+    assert launch.projection_config(device, torch.float16, 512, 32, 1000) == own
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def tuned_file(tmp_path, monkeypatch):
 
 
 SM_90 = launch.Device.named("sm_90")
-KEY = launch.config_key(SM_90, torch.bfloat16, 512, 3)
+KEY = launch.config_key(SM_90, torch.bfloat16, 512, 1)
 GOOD = {"BR": 128, "BC": 128, "BD": 64, "num_warps": 8, "num_stages": 2}
 
 
@@ -166,7 +166,7 @@ GOOD = {"BR": 128, "BC": 128, "BD": 64, "num_warps": 8, "num_stages": 2}
 def test_a_wrong_tuned_file_is_named(tuned_file, content, parts):
     path = tuned_file(content)
     with pytest.raises(ValueError, match=f"^RADA_TUNED: {re.escape(path)}: ") as error:
-        launch.projection_config(SM_90, torch.bfloat16, 512, 3)
+        launch.projection_config(SM_90, torch.bfloat16, 512, 32, 1000)
     for part in parts:
         assert part in str(error.value)
 
@@ -174,23 +174,17 @@ def test_a_wrong_tuned_file_is_named(tuned_file, content, parts):
 def test_a_missing_tuned_file_is_named(monkeypatch):
     monkeypatch.setenv("RADA_TUNED", "/nowhere/tuned.json")
     with pytest.raises(ValueError, match=r"^RADA_TUNED: /nowhere/tuned.json: .*No such file"):
-        launch.projection_config(SM_90, torch.bfloat16, 512, 3)
+        launch.projection_config(SM_90, torch.bfloat16, 512, 32, 1000)
 
 
 def test_tuned_configurations_that_do_not_go_together_are_named(tuned_file):
-    attention, reduction = (launch.config_key(SM_90, torch.bfloat16, *sizes) for sizes in ((64, 0), (512, 64, 0, 0)))
-    scores = {"attention": {attention: {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 1}}}
-    path = tuned_file(scores)
-    assert launch.reduction_config(SM_90, torch.bfloat16, 100, 512, 64, False, False).BR == 32, "the heuristic follows"
-    path = tuned_file(scores | {"reduction": {reduction: GOOD | {"BR": 64}}})
+    reduction = launch.config_key(SM_90, torch.bfloat16, 512, 64, 0, 1, 0)
+    path = tuned_file({"reduction": {reduction: GOOD | {"BR": 64, "BD": 128}}})
     part = re.escape(
-        f"{path}: reduction: {reduction}: BR: got 64; beside the other configurations it takes one of (16, 32)"
+        f"{path}: reduction: {reduction}: BD: got 128; beside the other configurations it takes one of (16, 32, 64)"
     )
     with pytest.raises(ValueError, match=part):
-        launch.reduction_config(SM_90, torch.bfloat16, 100, 512, 64, False, False)
-    tuned_file({"reduction": {reduction: GOOD | {"BR": 64, "BD": 128}}})
-    with pytest.raises(ValueError, match=r"BD: got 128; .* it takes one of \(16, 32, 64\)"):
-        launch.reduction_config(SM_90, torch.bfloat16, 100, 512, 64, False, False)
+        launch.reduction_config(SM_90, torch.bfloat16, 32, 100, 512, 64, False, False)
     direct = launch.config_key(SM_90, torch.bfloat16, 32, 64)
     tuned_file({"direct": {direct: {"BM": 16, "BN": 32, "num_warps": 2, "num_stages": 1}}})
     with pytest.raises(ValueError, match=r"BM: got 16; .* it takes one of \(32,\)"):
@@ -212,12 +206,12 @@ def configurations(device, dtype, head_width, classes=(1, 20, 33, 257, 1000, 655
             launch.attention_config(device, dtype, count, head_width)
             for backward in (False, True):
                 direct = launch.is_direct(count)
-                launch.reduction_config(device, dtype, count, width, head_width, direct, backward)
+                for batch in (1, 64):
+                    launch.reduction_config(device, dtype, batch, count, width, head_width, direct, backward)
             if launch.is_direct(count):
                 launch.direct_config(device, dtype, count, head_width)
                 launch.direct_bwd_config(device, dtype, count, head_width)
-        launch.query_config(device, dtype, width)
-        launch.projection_config(device, dtype, width, 3)
+            launch.projection_config(device, dtype, width, 64, count)
         launch.queries_bwd_config(device, dtype, head_width)
         launch.keys_bwd_config(device, dtype, head_width)
         launch.weight_bwd_config(device, dtype, width)
@@ -251,7 +245,7 @@ def test_configurations_shrink_to_small_devices(arch, kib):
         for request, config in made:
             assert request.shared_bytes(config) <= device.shared_bytes, request
     config = launch.GemmConfig(256, 256, 64, 8, 4)
-    request = launch.Request("projection", device, torch.bfloat16, (512, 3))
+    request = launch.Request("projection", device, torch.bfloat16, (512, 1))
     fitted = request.fitted(config)
     assert fitted.num_stages == 1, "stages first"
     assert fitted.BR * fitted.BC < 256 * 256
@@ -302,14 +296,12 @@ def test_what_is_asked_of_a_device(hip, properties, device, monkeypatch):
 
 @pytest.mark.parametrize("arch", launch.SHARED_BYTES)
 def test_blocks_fit_one_another(arch):
-    """A reduction's rows lie in one row tile of the attention; contracted blocks end where a head does."""
+    """Contracted blocks end where a head does."""
     device = launch.Device.named(arch)
     for dtype, width, classes in itertools.product(backend.DTYPES, backend.HEAD_WIDTHS, (1, 33, 257, 1000, 65536)):
         direct = launch.is_direct(classes)
-        attention = launch.attention_config(device, dtype, classes, width)
-        reduction = launch.reduction_config(device, dtype, classes, 8 * width, width, direct, False)
+        reduction = launch.reduction_config(device, dtype, 32, classes, 8 * width, width, direct, False)
         if not direct:
-            assert attention.BM % reduction.BR == 0
             assert width % reduction.BD == 0
         assert (8 * width) % reduction.BD == 0
         assert reduction.BD >= 16

@@ -100,23 +100,15 @@ def _run(image: Tensor, text: Tensor, params: Params, options: Options) -> tuple
     """The three steps: masked sums [B, K], each image's statistic of |M - 1| [B], and what a backward pass needs."""
     from rada_kernels.logit_reduction.triton import deviation_and_peak, logit_reduction_fwd
     from rada_kernels.mask_attention.triton import empty_attended_rows, mask_attention_fwd
-    from rada_kernels.rational_projection.triton import query_fwd, rational_projection_fwd
+    from rada_kernels.rational_projection.triton import rational_projection_fwd
 
-    scale, normalize = params.logit_scale, options.normalize
-    query_image, inverse_image = query_fwd(
-        image, scale, params.query_image_weight, params.query_image_bias, normalize, "image" in options.queries
-    )
-    query_text, inverse_text = query_fwd(
-        text, scale, params.query_text_weight, params.query_text_bias, normalize, "text" in options.queries
-    )
-    layers = 2 + ("rational" in options.queries)
-    projections = image.new_empty(layers, len(image), len(text), image.shape[1])
-    rational_projection_fwd(image, text, inverse_image, inverse_text, params, projections)
+    projected = rational_projection_fwd(image, text, params, options)
     attended = empty_attended_rows(image, len(text), options)
-    mask_attention_fwd(query_image, query_text, projections, options, attended)
-    sums, statistic, place = logit_reduction_fwd(attended, params, image, text, inverse_image, inverse_text, options)
+    mask_attention_fwd(projected.query_image, projected.query_text, projected.projections, options, attended)
+    inverse = projected.inverse_image, projected.inverse_text
+    sums, statistic, place = logit_reduction_fwd(attended, params, image, text, *inverse, options)
     deviation, peak = deviation_and_peak(statistic, place, image.shape[1], options.penalty)
-    kept = Kept(query_image, query_text, inverse_image, inverse_text, projections, *attended, peak)
+    kept = Kept(*projected, *attended, peak)
     return sums, deviation, kept
 
 

@@ -11,79 +11,118 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_kernels.blocks import load_columns, load_rows, load_transposed, store_rows
-from rada_kernels.launch import attention_config, device_of, is_direct, product_precision, reduction_config, tile_block
-from rada_kernels.mask_attention.triton import AttendedRows, kind_flags, share_of_tile
+from rada_kernels.blocks import (
+    factors_of_pairs,
+    load_columns,
+    load_rows,
+    load_transposed,
+    pair_rows,
+    products_of_pairs,
+    store_rows,
+)
+from rada_kernels.launch import (
+    attention_config,
+    device_of,
+    is_direct,
+    next_power,
+    pair_block,
+    product_precision,
+    reduction_config,
+    share_block,
+)
+from rada_kernels.mask_attention.triton import AttendedRows, kind_flags
 from rada_kernels.options import Options, Params
 
 
 @triton.jit
-def _row_tile(pid, B, K, BR: tl.constexpr, DIRECT: tl.constexpr):
-    """A program's rows: offsets [BR] in B·K, image and class of each [BR], mask; streaming: the image, the first class.
+def _row_shares(
+    tops, totals, o_i, m_i, o_k, m_k, T, factor,
+    H: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """factor times the weight of each row's attended row in O_n / K, by head: [BH, BR].
 
-    Direct: rows as they come, of several images where K is small. Streaming: rows of one image.
+    It is the part that the row's tile of the attention has of the sum over all pairs of classes.
     """
-    if DIRECT:
-        k = pid * BR
-        o_r = (k + tl.arange(0, BR)).to(tl.int64)
-        m_r = o_r < B * K
-        o_b = (o_r // K).to(tl.int32)
-        o_k = (o_r - o_b * K).to(tl.int32)
-        b = pid
-    else:
-        tiles = tl.cdiv(K, BR)
-        b = pid // tiles
-        k = (pid - b * tiles) * BR
-        o_k = k + tl.arange(0, BR)
-        m_r = o_k < K
-        o_b = b + o_k * 0
-        o_r = b.to(tl.int64) * K + o_k
-    return o_r, o_b, o_k, m_r, b, k
+    o_h = tl.arange(0, BH)
+    m_pair = m_i[:, None] & (o_h < H)[None, :]
+    p_pair = (o_i.to(tl.int64)[:, None] * H + o_h[None, :]) * T  # [BI, BH]
+    b_most = tl.full([BI, BH, BT], float("-inf"), tl.float32)
+    for start in range(0, T, BT):
+        o_t = start + tl.arange(0, BT)
+        m_t = m_pair[:, :, None] & (o_t < T)[None, None, :]
+        b_most = tl.maximum(b_most, tl.load(tops + p_pair[:, :, None] + o_t, mask=m_t, other=float("-inf")))
+    b_top = tl.max(b_most, 2)
+    b_sum = tl.zeros([BI, BH, BT], tl.float32)
+    for start in range(0, T, BT):
+        o_t = start + tl.arange(0, BT)
+        m_t = m_pair[:, :, None] & (o_t < T)[None, None, :]
+        b_exps = tl.exp2(tl.load(tops + p_pair[:, :, None] + o_t, mask=m_t, other=float("-inf")) - b_top[:, :, None])
+        b_sum += tl.where(m_t, b_exps * tl.load(totals + p_pair[:, :, None] + o_t, mask=m_t, other=0.0), 0.0)
+    b_scale = factor / tl.sum(b_sum, 2)
+    p_row = p_pair[:, None, :] + (o_k // BM)[None, :, None]  # [BI, BK, BH]
+    m_row = m_pair[:, None, :] & m_k[None, :, None]
+    b_exps = tl.exp2(tl.load(tops + p_row, mask=m_row, other=float("-inf")) - b_top[:, None, :])
+    b_shares = b_exps * tl.load(totals + p_row, mask=m_row, other=0.0) * b_scale[:, None, :]
+    return tl.trans(tl.where(m_row, b_shares, 0.0).reshape(BI * BK, BH))
+
+
+@triton.jit
+def _of_head(b_shares, h, BH: tl.constexpr):
+    """Row h of shares [BH, BR]: [BR]."""
+    return tl.sum(tl.where((tl.arange(0, BH) == h)[:, None], b_shares, 0.0), 0)
+
+
+@triton.jit
+def _shares_of_kinds(
+    tops, totals, o_i, m_i, o_k, m_k, B, K, T,
+    H: tl.constexpr, IMAGE: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr, DIRECT: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """_row_shares of the matrix query kinds in use, first and second: what takes their stored rows to those of O."""
+    b_first = tl.zeros([BH, BI * BK], tl.float32)
+    b_second = tl.zeros([BH, BI * BK], tl.float32)
+    factor = K * (1.0 / (IMAGE + TEXT + RATIONAL))
+    if (TEXT or RATIONAL) and not DIRECT:
+        b_first = _row_shares(tops, totals, o_i, m_i, o_k, m_k, T, factor, H, BM, BT, BI, BK, BH)
+    if TEXT and RATIONAL and not DIRECT:
+        kind = B * H * T
+        b_second = _row_shares(tops + kind, totals + kind, o_i, m_i, o_k, m_k, T, factor, H, BM, BT, BI, BK, BH)
+    return b_first, b_second
 
 
 @triton.jit
 def _output_block(
-    rows, image_row, tops, totals, weight, bias, o_r, m_r, o_c, b, k, B, K, T,
+    rows, image_row, weight, bias, b_first, b_second, o_i, m_i, o_r, m_r, o_c, B, K,
     H: tl.constexpr, E: tl.constexpr, IMAGE: tl.constexpr, TEXT: tl.constexpr, RATIONAL: tl.constexpr,
-    DIRECT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, attended, m_keep, KEEP: tl.constexpr,
+    DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+    BI: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    attended, m_keep, KEEP: tl.constexpr,
 ):  # fmt: skip
     """max(O Woᵀ + co, -1) = M - 1 for rows o_r and columns o_c: [BR, BC]. KEEP: store O where m_keep."""
     D: tl.constexpr = H * E
     KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
-    b_out = tl.zeros([BR, BC], tl.float32)
-    if DIRECT:
-        for start in range(0, D, BD):
-            o_d = start + tl.arange(0, BD)
+    layer = B.to(tl.int64) * K * D
+    b_out = tl.zeros([BI * BK, BC], tl.float32)
+    for start in range(0, D, BD):
+        o_d = start + tl.arange(0, BD)
+        if DIRECT:
             b_rows = load_rows(rows, o_r, m_r, o_d, D, D, BD)  # [BR, BD]
-            b_weight = load_transposed(weight, o_c, o_d, D, BC, BD)
-            b_out = tl.dot(b_rows, b_weight, b_out, input_precision=PRECISION)
-    else:
-        layer = B.to(tl.int64) * K * D
-        kind_tiles = B * H * T
-        for h in range(0, H):
-            p_tiles = (b * H + h) * T
-            b_first = 0.0
-            b_second = 0.0
+        else:
+            b_rows = tl.zeros([BI * BK, BD], tl.float32)
             if TEXT or RATIONAL:
-                b_first = share_of_tile(tops, totals, p_tiles, k // BM, T, BT) * (K * 1.0 / KINDS)
+                b_share = _of_head(b_first, start // E, BH)[:, None]
+                b_rows += b_share * load_rows(rows, o_r, m_r, o_d, D, D, BD).to(tl.float32)
             if TEXT and RATIONAL:
-                b_second = share_of_tile(tops, totals, kind_tiles + p_tiles, k // BM, T, BT) * (K * 1.0 / KINDS)
-            for start in tl.static_range(0, E, BD):
-                o_d = h * E + start + tl.arange(0, BD)
-                b_rows = tl.zeros([BR, BD], tl.float32)
-                if TEXT or RATIONAL:
-                    b_rows += b_first * load_rows(rows, o_r, m_r, o_d, D, D, BD).to(tl.float32)
-                if TEXT and RATIONAL:
-                    b_rows += b_second * load_rows(rows + layer, o_r, m_r, o_d, D, D, BD).to(tl.float32)
-                if IMAGE:
-                    b_image = tl.load(image_row + b.to(tl.int64) * D + o_d).to(tl.float32)
-                    b_rows += (b_image * (1.0 / KINDS))[None, :]
-                b_rows = b_rows.to(weight.dtype.element_ty)
-                if KEEP:
-                    store_rows(attended, b_rows, o_r, m_keep, o_d, D, D, BD)
-                b_weight = load_transposed(weight, o_c, o_d, D, BC, BD)
-                b_out = tl.dot(b_rows, b_weight, b_out, input_precision=PRECISION)
+                b_share = _of_head(b_second, start // E, BH)[:, None]
+                b_rows += b_share * load_rows(rows + layer, o_r, m_r, o_d, D, D, BD).to(tl.float32)
+            if IMAGE:
+                b_image = load_rows(image_row, o_i, m_i, o_d, D, D, BD).to(tl.float32) * (1.0 / KINDS)
+                b_rows += products_of_pairs(b_image, tl.full([BK, BD], 1.0, tl.float32))
+            b_rows = b_rows.to(weight.dtype.element_ty)
+            if KEEP:
+                store_rows(attended, b_rows, o_r, m_keep, o_d, D, D, BD)
+        b_weight = load_transposed(weight, o_c, o_d, D, BC, BD)
+        b_out = tl.dot(b_rows, b_weight, b_out, input_precision=PRECISION)
     b_out += load_columns(bias, o_c, D, BC)[None, :]
     return tl.where(b_out < -1.0, -1.0, b_out)  # NaN stays NaN
 
@@ -116,37 +155,43 @@ def _logit_reduction_fwd_kernel(
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
-    BR: tl.constexpr,
+    BI: tl.constexpr,
+    BK: tl.constexpr,
+    BH: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
 ):
     D: tl.constexpr = H * E
-    o_r, o_b, o_k, m_r, b, k = _row_tile(tl.program_id(0), B, K, BR, DIRECT)
-    b_sum = tl.zeros([BR], tl.float32)
-    b_statistic = tl.zeros([BR], tl.float32)
-    b_place = tl.zeros([BR], tl.int32)
+    o_i, m_i, o_k, m_k, o_r, m_r = pair_rows(tl.program_id(0), B, K, BI, BK)
+    b_first, b_second = _shares_of_kinds(
+        tops, totals, o_i, m_i, o_k, m_k, B, K, T, H, IMAGE, TEXT, RATIONAL, DIRECT, BM, BT, BI, BK, BH
+    )
+    b_sum = tl.zeros([BI * BK], tl.float32)
+    b_statistic = tl.zeros([BI * BK], tl.float32)
+    b_place = tl.zeros([BI * BK], tl.int32)
     for start in range(0, D, BC):
         o_c = start + tl.arange(0, BC)
         b_change = _output_block(
-            rows, image_row, tops, totals, weight, bias, o_r, m_r, o_c, b, k, B, K, T, H, E, IMAGE, TEXT, RATIONAL,
-            DIRECT, PRECISION, BM, BT, BR, BC, BD, rows, m_r, False,
+            rows, image_row, weight, bias, b_first, b_second, o_i, m_i, o_r, m_r, o_c, B, K,
+            H, E, IMAGE, TEXT, RATIONAL, DIRECT, PRECISION, BI, BK, BH, BC, BD, rows, m_r, False,
         )  # fmt: skip
-        b_f = load_rows(image, o_b, m_r, o_c, D, D, BC).to(tl.float32)
-        b_h = load_rows(text, o_k, m_r, o_c, D, D, BC).to(tl.float32)
-        b_sum += tl.sum((1.0 + b_change) * (b_f * b_h), 1)
+        b_f = load_rows(image, o_i, m_i, o_c, D, D, BC).to(tl.float32)  # [BI, BC]
+        b_h = load_rows(text, o_k, m_k, o_c, D, D, BC).to(tl.float32)  # [BK, BC]
+        b_sum += tl.sum((1.0 + b_change) * products_of_pairs(b_f, b_h), 1)
         if D % BC != 0:
             b_change = tl.where((o_c < D)[None, :], b_change, 0.0)
         if PENALTY == "linf":
-            b_largest, b_first = tl.max(tl.abs(b_change), 1, return_indices=True)
+            b_largest, b_column = tl.max(tl.abs(b_change), 1, return_indices=True)
             m_new = b_largest > b_statistic
             b_statistic = tl.where(m_new, b_largest, b_statistic)
-            b_place = tl.where(m_new, start + b_first, b_place)
+            b_place = tl.where(m_new, start + b_column, b_place)
         elif PENALTY == "l1":
             b_statistic += tl.sum(tl.abs(b_change), 1)
         else:
             b_statistic += tl.sum(b_change * b_change, 1)
-    b_scale = tl.load(inverse_image + o_b, mask=m_r, other=0.0) * tl.load(inverse_text + o_k, mask=m_r, other=0.0)
-    b_sum *= b_scale
+    b_image = tl.load(inverse_image + o_i, mask=m_i, other=0.0)
+    b_text = tl.load(inverse_text + o_k, mask=m_k, other=0.0)
+    b_sum *= factors_of_pairs(b_image, b_text)
     tl.store(sums + o_r, b_sum, mask=m_r)
     # A comparison loses NaN; a mask element that is NaN has made the sum NaN too.
     tl.store(statistic + o_r, tl.where(b_sum == b_sum, b_statistic, b_sum), mask=m_r)
@@ -187,7 +232,9 @@ def _logit_reduction_bwd_kernel(
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BT: tl.constexpr,
-    BR: tl.constexpr,
+    BI: tl.constexpr,
+    BK: tl.constexpr,
+    BH: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -195,24 +242,29 @@ def _logit_reduction_bwd_kernel(
     columns: tl.constexpr = (D + BC - 1) // BC
     pid = tl.program_id(0)
     column = pid % columns
-    o_r, o_b, o_k, m_r, b, k = _row_tile(pid // columns, B, K, BR, DIRECT)
+    o_i, m_i, o_k, m_k, o_r, m_r = pair_rows(pid // columns, B, K, BI, BK)
     o_c = column * BC + tl.arange(0, BC)
+    b_first, b_second = _shares_of_kinds(
+        tops, totals, o_i, m_i, o_k, m_k, B, K, T, H, IMAGE, TEXT, RATIONAL, DIRECT, BM, BT, BI, BK, BH
+    )
     b_change = _output_block(
-        rows, image_row, tops, totals, weight, bias, o_r, m_r, o_c, b, k, B, K, T, H, E, IMAGE, TEXT, RATIONAL,
-        DIRECT, PRECISION, BM, BT, BR, BC, BD, attended, m_r & (column == 0), KEEP,
+        rows, image_row, weight, bias, b_first, b_second, o_i, m_i, o_r, m_r, o_c, B, K,
+        H, E, IMAGE, TEXT, RATIONAL, DIRECT, PRECISION, BI, BK, BH, BC, BD, attended, m_r & (column == 0), KEEP,
     )  # fmt: skip
-    b_scale = tl.load(inverse_image + o_b, mask=m_r, other=0.0) * tl.load(inverse_text + o_k, mask=m_r, other=0.0)
-    b_upstream = tl.load(grad_sums + o_r, mask=m_r, other=0.0)
-    b_f = load_rows(image, o_b, m_r, o_c, D, D, BC).to(tl.float32)
-    b_h = load_rows(text, o_k, m_r, o_c, D, D, BC).to(tl.float32)
-    b_grad = (b_upstream * b_scale)[:, None] * (b_f * b_h)
+    b_upstream = tl.load(grad_sums + o_r, mask=m_r, other=0.0)[:, None]  # [BR, 1]
+    b_image = tl.load(inverse_image + o_i, mask=m_i, other=0.0)
+    b_text = tl.load(inverse_text + o_k, mask=m_k, other=0.0)
+    b_f = load_rows(image, o_i, m_i, o_c, D, D, BC).to(tl.float32) * b_image[:, None]  # [BI, BC]
+    b_h = load_rows(text, o_k, m_k, o_c, D, D, BC).to(tl.float32) * b_text[:, None]  # [BK, BC]
+    b_grad = b_upstream * products_of_pairs(b_f, b_h)
     if PENALTY != "none":
-        b_deviation = tl.load(grad_deviation + o_b, mask=m_r, other=0.0)[:, None]
+        b_ones = tl.full([BK], 1.0, tl.float32)
+        b_deviation = factors_of_pairs(tl.load(grad_deviation + o_i, mask=m_i, other=0.0), b_ones)[:, None]
         b_sign = tl.where(b_change > 0.0, 1.0, tl.where(b_change < 0.0, -1.0, 0.0))
         if PENALTY == "linf":
-            b_peak = tl.load(peak + o_b, mask=m_r, other=-1)
-            m_peak = (o_k.to(tl.int64) * D)[:, None] + o_c[None, :] == b_peak[:, None]
-            b_grad += tl.where(m_peak, b_deviation * b_sign, 0.0)
+            b_peak = tl.load(peak + o_i, mask=m_i, other=-1)  # k·D + d of each image
+            b_peak = (b_peak[:, None] - o_k.to(tl.int64)[None, :] * D).reshape(BI * BK)  # d, where this is the class
+            b_grad += tl.where(b_peak[:, None] == o_c[None, :], b_deviation * b_sign, 0.0)
         elif PENALTY == "l1":
             b_grad += b_deviation * b_sign / (K * 1.0 * D)
         else:
@@ -220,7 +272,7 @@ def _logit_reduction_bwd_kernel(
     b_grad = tl.where(b_change > -1.0, b_grad, 0.0)  # relu passes none at M = 0
     store_rows(grad_out, b_grad, o_r, m_r, o_c, D, D, BC)
     if FEATURES:
-        store_rows(masked, b_upstream[:, None] * (1.0 + b_change), o_r, m_r, o_c, D, D, BC)
+        store_rows(masked, b_upstream * (1.0 + b_change), o_r, m_r, o_c, D, D, BC)
 
 
 def logit_reduction_fwd(
@@ -237,34 +289,30 @@ def logit_reduction_fwd(
     sums, statistic = (image.new_empty(batch, classes, dtype=torch.float32) for _ in range(2))
     linf = options.penalty == "linf"
     place = image.new_empty(batch if linf else 0, classes, dtype=torch.int32)
-    arguments, config = _common(attended, image, text, options, backward=False)
-    tiles = row_tile_count(batch, classes, config.BR, is_direct(classes))
+    tiles, arguments = _common(attended, image, text, options, backward=False)
     _logit_reduction_fwd_kernel[(tiles,)](
         weight=params.out_weight, bias=params.out_bias, image=image, text=text, inverse_image=inverse_image,
-        inverse_text=inverse_text, sums=sums, statistic=statistic, place=place, PENALTY=options.penalty,
-        **arguments, **config.blocks, **config.launch,
+        inverse_text=inverse_text, sums=sums, statistic=statistic, place=place, PENALTY=options.penalty, **arguments,
     )  # fmt: skip
     return sums, statistic, place
 
 
-def row_tile_count(batch: int, classes: int, block: int, direct: bool) -> int:
-    """Programs that cover B·K rows: tiles of rows as they come (direct) or of one image's rows."""
-    return triton.cdiv(batch * classes, block) if direct else batch * triton.cdiv(classes, block)
-
-
-def _common(attended: AttendedRows, image: Tensor, text: Tensor, options: Options, backward: bool):
-    """What the forward and the backward kernel are both launched with."""
-    width, heads = image.shape[-1], options.num_heads
-    device, direct = device_of(image), is_direct(len(text))
-    config = reduction_config(device, image.dtype, len(text), width, width // heads, direct, backward)
-    tiles = attended.tops.shape[-1]
+def _common(attended: AttendedRows, image: Tensor, text: Tensor, options: Options, backward: bool) -> tuple[int, dict]:
+    """Tiles of rows, and what the forward and the backward kernel are both launched with."""
+    (batch, width), classes, heads = image.shape, len(text), options.num_heads
+    head_width, device, direct = width // heads, device_of(image), is_direct(classes)
+    config = reduction_config(device, image.dtype, batch, classes, width, head_width, direct, backward)
+    pairs = pair_block(batch, classes, config.BR)
+    tiles, head_block = attended.tops.shape[-1], next_power(heads)
     arguments = {
         "rows": attended.rows, "image_row": attended.image_row, "tops": attended.tops, "totals": attended.totals,
-        "B": len(image), "K": len(text), "T": tiles, "H": heads, "E": width // heads, **kind_flags(options),
-        "DIRECT": direct, "PRECISION": product_precision(image.dtype, device),
-        "BM": attention_config(device, image.dtype, len(text), width // heads).BM, "BT": tile_block(tiles),
+        "B": batch, "K": classes, "T": tiles, "H": heads, "E": head_width, **kind_flags(options), "DIRECT": direct,
+        "PRECISION": product_precision(image.dtype, device),
+        "BM": attention_config(device, image.dtype, classes, head_width).BM,
+        "BT": share_block(tiles, pairs["BI"] * head_block), "BH": head_block,
+        **pairs, **config.columns, **config.launch,
     }  # fmt: skip
-    return arguments, config
+    return triton.cdiv(batch, pairs["BI"]) * triton.cdiv(classes, pairs["BK"]), arguments
 
 
 def deviation_and_peak(
@@ -298,17 +346,16 @@ def logit_reduction_bwd(
     Each [B, K, D]; the second with B = 0 unless layers, the third with B = 0 unless features.
     """
     batch, classes, width = len(image), len(text), image.shape[-1]
-    arguments, config = _common(attended, image, text, options, backward=True)
+    tiles, arguments = _common(attended, image, text, options, backward=True)
     direct = is_direct(classes)
     grad_out = image.new_empty(batch, classes, width)
     combined = attended.rows[0] if direct else image.new_empty(batch * layers, classes, width)
     masked = image.new_empty(batch * features, classes, width)
-    programs = row_tile_count(batch, classes, config.BR, direct) * triton.cdiv(width, config.BC)
-    _logit_reduction_bwd_kernel[(programs,)](
+    _logit_reduction_bwd_kernel[(tiles * triton.cdiv(width, arguments["BC"]),)](
         weight=params.out_weight, bias=params.out_bias, image=image, text=text, inverse_image=inverse_image,
         inverse_text=inverse_text, peak=peak, grad_sums=grad_sums,
         grad_deviation=grad_sums if grad_deviation is None else grad_deviation, grad_out=grad_out, attended=combined,
         masked=masked, PENALTY="none" if grad_deviation is None else options.penalty, KEEP=layers and not direct,
-        FEATURES=features, **arguments, **config.blocks, **config.launch,
+        FEATURES=features, **arguments,
     )  # fmt: skip
     return grad_out, combined, masked

@@ -3,7 +3,7 @@
 Two forms. *Direct*, where one program holds all score rows of an (image, head): the joint softmax is finished in
 registers and one value product serves all query kinds. *Streaming*, for any K: a program has BM score rows and goes
 over the classes with a running softmax per row; the rows of a tile are then weighted against each other, and the
-tiles' own weights (`share_of_tile`) are left to the next step. The image query is one more score row after the K
+tiles' own weights are left to the next step. The image query is one more score row after the K
 class rows. No score leaves the registers in either form.
 """
 
@@ -48,13 +48,6 @@ def joint_normaliser(tops, totals, p_tiles, T, BT: tl.constexpr):
         b_share = tl.exp2(tl.load(tops + p_tiles + o_t, mask=o_t < T, other=float("-inf")) - b_top)
         b_sum += b_share * tl.load(totals + p_tiles + o_t, mask=o_t < T, other=0.0)
     return b_top, tl.sum(b_sum, 0)
-
-
-@triton.jit
-def share_of_tile(tops, totals, p_tiles, tile, T, BT: tl.constexpr):
-    """The weight of a row tile's attended rows in O_n / K: its part of the sum over all pairs of classes."""
-    b_top, b_total = joint_normaliser(tops, totals, p_tiles, T, BT)
-    return tl.exp2(tl.load(tops + p_tiles + tile) - b_top) * tl.load(totals + p_tiles + tile) / b_total
 
 
 @triton.jit

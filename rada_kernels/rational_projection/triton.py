@@ -1,141 +1,171 @@
-"""The rational projection in Triton: queries, keys and values from tiles of the rational matrix made in registers."""
+"""The rational projection in Triton: queries, keys and values from tiles of the rational matrix made in registers.
+
+A tile's rows are all pairs of BI images and BK classes: BI + BK rows of features make BI·BK rows of X.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_kernels.blocks import load_columns, load_rows, load_transposed, store_rows
+from rada_kernels.blocks import (
+    factors_of_pairs,
+    load_columns,
+    load_rows,
+    load_transposed,
+    pair_rows,
+    products_of_pairs,
+    store_rows,
+)
 from rada_kernels.launch import (
     device_of,
     feature_bwd_config,
+    next_power,
+    pair_block,
     product_precision,
     projection_config,
-    query_config,
     row_split,
     rows_bwd_config,
     weight_bwd_config,
 )
-from rada_kernels.options import Params
+from rada_kernels.options import Options, Params
 from rada_kernels.rows import ZERO_NORM
 
 
-@triton.jit(do_not_specialize=["N"])
-def _query_fwd_kernel(
-    rows,  # [N, D] features as given
-    weight,  # [D, D]
-    bias,  # [D]
-    scale,  # []
-    query,  # [N, D]
-    inverse,  # [N] 1 / norm, 0 for a zero row, 1 without NORMALIZE
-    N,
-    D: tl.constexpr,
-    ZERO: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    PROJECT: tl.constexpr,  # false: the norms only
-    PRECISION: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-    BD: tl.constexpr,
-):
-    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
-    m_r = o_r < N
-    b_query = tl.zeros([BR, BC], tl.float32)
-    b_square = tl.zeros([BR], tl.float32)
-    for start in range(0, D, BD):
-        o_d = start + tl.arange(0, BD)
-        b_rows = load_rows(rows, o_r, m_r, o_d, D, D, BD)  # [BR, BD]
-        b_wide = b_rows.to(tl.float32)
-        b_square += tl.sum(b_wide * b_wide, 1)
-        if PROJECT:
-            b_weight = load_transposed(weight, o_c, o_d, D, BC, BD)  # [BD, BC]
-            b_query = tl.dot(b_rows, b_weight, b_query, input_precision=PRECISION)
-    b_inverse = tl.full([BR], 1.0, tl.float32)
+@triton.jit
+def _inverse_norms(rows, o_r, m_r, D: tl.constexpr, ZERO: tl.constexpr, NORMALIZE: tl.constexpr, BW: tl.constexpr):
+    """1 / norm of feature rows: 0 for a zero row, 1 without NORMALIZE."""
+    b_square = tl.zeros([o_r.shape[0]], tl.float32)
     if NORMALIZE:
+        for start in tl.static_range(0, D, BW):
+            b_rows = load_rows(rows, o_r, m_r, start + tl.arange(0, BW), D, D, BW).to(tl.float32)
+            b_square += tl.sum(b_rows * b_rows, 1)
         b_norm = tl.sqrt(b_square)
         b_inverse = tl.where(b_norm < ZERO, 0.0, 1.0 / tl.where(b_norm < ZERO, 1.0, b_norm))
-    if tl.program_id(1) == 0:
-        tl.store(inverse + o_r, b_inverse, mask=m_r)
-    if PROJECT:
-        # W (√s x / |x|) + c with the row's factor taken out of the product.
-        b_query = b_query * (tl.sqrt(tl.load(scale)) * b_inverse)[:, None] + load_columns(bias, o_c, D, BC)[None, :]
-        store_rows(query, b_query, o_r, m_r, o_c, D, D, BC)
+    else:
+        b_inverse = b_square + 1.0
+    return b_inverse
 
 
 @triton.jit
-def _rational_block(image, text, o_b, o_k, m_r, o_d, b_factor, D: tl.constexpr, BD: tl.constexpr):
-    """Rows of X / b_factor in the features' dtype, or in float16 rows of X: [BR, BD].
+def _query_tile(
+    rows, weight, bias, scale, query, inverse, tile, column, N, project,
+    D: tl.constexpr, ZERO: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """W (√s x / |x|) + c for a tile of feature rows x, if project; the first columns' program stores 1 / |x| too."""
+    o_r = tile * BR + tl.arange(0, BR)
+    o_c = column * BC + tl.arange(0, BC)
+    m_r = o_r < N
+    b_inverse = _inverse_norms(rows, o_r, m_r, D, ZERO, NORMALIZE, BW)
+    if column == 0:
+        tl.store(inverse + o_r, b_inverse, mask=m_r)
+    if project:
+        b_query = tl.zeros([BR, BC], tl.float32)
+        for start in range(0, D, BD):
+            o_d = start + tl.arange(0, BD)
+            b_rows = load_rows(rows, o_r, m_r, o_d, D, D, BD)  # [BR, BD]
+            b_weight = load_transposed(weight, o_c, o_d, D, BC, BD)  # [BD, BC]
+            b_query = tl.dot(b_rows, b_weight, b_query, input_precision=PRECISION)
+        b_factor = tl.sqrt(tl.load(scale)) * b_inverse  # a factor per row may as well multiply the result
+        b_query = b_query * b_factor[:, None] + load_columns(bias, o_c, D, BC)[None, :]
+        store_rows(query, b_query, o_r, m_r, o_c, D, D, BC)
 
-    A factor per row may as well multiply the product's result. In float16 the raw features' products could overflow.
-    """
-    b_f = load_rows(image, o_b, m_r, o_d, D, D, BD)
-    b_h = load_rows(text, o_k, m_r, o_d, D, D, BD)
-    if image.dtype.element_ty == tl.float16:
-        return (b_f.to(tl.float32) * b_factor[:, None] * b_h.to(tl.float32)).to(tl.float16)
-    return b_f * b_h
 
-
-@triton.jit(do_not_specialize=["R", "K"])
+@triton.jit(do_not_specialize=["B", "K"])
 def _rational_projection_fwd_kernel(
     image,  # [B, D]
     text,  # [K, D]
-    inverse_image,  # [B]
-    inverse_text,  # [K]
     scale,  # []
-    key_weight,  # [D, D]
-    key_bias,  # [D]
+    query_image_weight,  # [D, D]
+    query_image_bias,  # [D]
+    query_text_weight,
+    query_text_bias,
+    query_rational_weight,
+    query_rational_bias,
+    key_weight,
+    key_bias,
     value_weight,
     value_bias,
-    query_weight,
-    query_bias,
+    query_image,  # [B, D]
+    query_text,  # [K, D]
+    inverse_image,  # [B] see _inverse_norms
+    inverse_text,  # [K]
     projections,  # [LAYERS, B·K, D]
-    R,  # B·K
+    B,
     K,
     D: tl.constexpr,
     LAYERS: tl.constexpr,  # 2: keys and values; 3: rational queries too
+    IMAGE: tl.constexpr,
+    TEXT: tl.constexpr,
+    ZERO: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
-    BR: tl.constexpr,
+    BI: tl.constexpr,
+    BK: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
+    BW: tl.constexpr,  # columns of features that are squared at a time
 ):
-    # Neighbouring programs share a tile of X: its rows come from L2 for all but the first.
+    BR: tl.constexpr = BI * BK
     columns: tl.constexpr = (D + BC - 1) // BC
     pid = tl.program_id(0)
-    o_r = (pid // columns) * BR + tl.arange(0, BR)  # rows of several images where K is small
-    o_c = (pid % columns) * BC + tl.arange(0, BC)
-    m_r = o_r < R
-    o_b = o_r // K
-    o_k = o_r - o_b * K
-    b_factor = tl.load(inverse_image + o_b, mask=m_r, other=0.0) * tl.load(inverse_text + o_k, mask=m_r, other=0.0)
-    b_factor *= tl.load(scale)  # [BR]
-    b_key = tl.zeros([BR, BC], tl.float32)
-    b_value = tl.zeros([BR, BC], tl.float32)
-    b_query = tl.zeros([BR, BC], tl.float32)
-    for start in range(0, D, BD):
-        o_d = start + tl.arange(0, BD)
-        b_x = _rational_block(image, text, o_b, o_k, m_r, o_d, b_factor, D, BD)  # one tile of X for all layers
-        b_key = tl.dot(b_x, load_transposed(key_weight, o_c, o_d, D, BC, BD), b_key, input_precision=PRECISION)
-        b_value = tl.dot(b_x, load_transposed(value_weight, o_c, o_d, D, BC, BD), b_value, input_precision=PRECISION)
-        if LAYERS == 3:
-            b_query = tl.dot(
-                b_x, load_transposed(query_weight, o_c, o_d, D, BC, BD), b_query, input_precision=PRECISION
-            )
-    if image.dtype.element_ty == tl.float16:
-        b_factor = tl.full([BR], 1.0, tl.float32)
-    layer = R.to(tl.int64) * D
-    b_key = b_key * b_factor[:, None] + load_columns(key_bias, o_c, D, BC)[None, :]
-    store_rows(projections, b_key, o_r, m_r, o_c, D, D, BC)
-    b_value = b_value * b_factor[:, None] + load_columns(value_bias, o_c, D, BC)[None, :]
-    store_rows(projections + layer, b_value, o_r, m_r, o_c, D, D, BC)
-    if LAYERS == 3:
-        b_query = b_query * b_factor[:, None] + load_columns(query_bias, o_c, D, BC)[None, :]
-        store_rows(projections + 2 * layer, b_query, o_r, m_r, o_c, D, D, BC)
+    column = pid % columns
+    tile = pid // columns
+    o_c = column * BC + tl.arange(0, BC)
+    image_tiles = tl.cdiv(B, BR)
+    query_tiles = image_tiles + tl.cdiv(K, BR)
+    if tile < query_tiles:
+        is_image = tile < image_tiles
+        _query_tile(
+            image if is_image else text,
+            query_image_weight if is_image else query_text_weight,
+            query_image_bias if is_image else query_text_bias,
+            scale,
+            query_image if is_image else query_text,
+            inverse_image if is_image else inverse_text,
+            tile if is_image else tile - image_tiles,
+            column,
+            B if is_image else K,
+            IMAGE if is_image else TEXT,
+            D, ZERO, NORMALIZE, PRECISION, BR, BC, BD, BW,
+        )  # fmt: skip
+    else:
+        layer = (tile - query_tiles) % LAYERS
+        weight = key_weight
+        bias = key_bias
+        if layer == 1:
+            weight = value_weight
+            bias = value_bias
+        if layer == 2:
+            weight = query_rational_weight
+            bias = query_rational_bias
+        o_i, m_i, o_k, m_k, o_r, m_r = pair_rows((tile - query_tiles) // LAYERS, B, K, BI, BK)
+        b_image = _inverse_norms(image, o_i, m_i, D, ZERO, NORMALIZE, BW) * tl.load(scale)
+        b_text = _inverse_norms(text, o_k, m_k, D, ZERO, NORMALIZE, BW)
+        b_out = tl.zeros([BR, BC], tl.float32)
+        for start in range(0, D, BD):
+            o_d = start + tl.arange(0, BD)
+            b_f = load_rows(image, o_i, m_i, o_d, D, D, BD)  # [BI, BD]
+            b_h = load_rows(text, o_k, m_k, o_d, D, D, BD)  # [BK, BD]
+            if image.dtype.element_ty == tl.float16:
+                # The product of two raw features may exceed float16's largest number.
+                b_f = b_f.to(tl.float32) * b_image[:, None]
+                b_h = b_h.to(tl.float32) * b_text[:, None]
+            b_x = products_of_pairs(b_f, b_h).to(image.dtype.element_ty)  # a tile of X: [BR, BD]
+            b_weight = load_transposed(weight, o_c, o_d, D, BC, BD)
+            b_out = tl.dot(b_x, b_weight, b_out, input_precision=PRECISION)
+        if image.dtype.element_ty != tl.float16:
+            b_out *= factors_of_pairs(b_image, b_text)[:, None]
+        b_out += load_columns(bias, o_c, D, BC)[None, :]
+        store_rows(projections + layer.to(tl.int64) * B * K * D, b_out, o_r, m_r, o_c, D, D, BC)
 
 
-@triton.jit(do_not_specialize=["R", "K", "SPLIT"])
+@triton.jit(do_not_specialize=["B", "K", "SPLIT"])
 def _rational_projection_bwd_weight_kernel(
     image,  # [B, D]
     text,  # [K, D]
@@ -145,13 +175,14 @@ def _rational_projection_bwd_weight_kernel(
     grad_projections,  # [LAYERS, B·K, D]
     grad_weights,  # [splits, LAYERS, D, D] sums over a split's rows
     grad_biases,  # [splits, LAYERS, D]
-    R,  # B·K
+    B,
     K,
-    SPLIT,  # rows of a split
+    SPLIT,  # tiles of rows of a split
     D: tl.constexpr,
     LAYERS: tl.constexpr,
     PRECISION: tl.constexpr,
-    BR: tl.constexpr,
+    BI: tl.constexpr,
+    BK: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -163,26 +194,26 @@ def _rational_projection_bwd_weight_kernel(
     o_d = (inside % inputs) * BD + tl.arange(0, BD)  # inputs of the layer
     layer = (pid // (outputs * inputs)) % LAYERS
     split = pid // (outputs * inputs * LAYERS)
-    grad = grad_projections + layer.to(tl.int64) * R * D
+    grad = grad_projections + layer.to(tl.int64) * B * K * D
     b_scale = tl.load(scale)
-    b_weight = tl.zeros([BC, BD], tl.float32)
+    first = inside % inputs == 0
+    b_weight = tl.zeros([BD, BC], tl.float32)  # transposed: tiles of X are formed as the first factor, in registers
     b_bias = tl.zeros([BC], tl.float32)
-    end = min(R, (split + 1) * SPLIT)
-    for start in range(split * SPLIT, end, BR):
-        o_r = start + tl.arange(0, BR)
-        m_r = o_r < end
-        o_b = o_r // K
-        o_k = o_r - o_b * K
-        b_factor = tl.load(inverse_image + o_b, mask=m_r, other=0.0) * tl.load(inverse_text + o_k, mask=m_r, other=0.0)
-        b_f = load_rows(image, o_b, m_r, o_d, D, D, BD).to(tl.float32)
-        b_h = load_rows(text, o_k, m_r, o_d, D, D, BD).to(tl.float32)
-        b_x = ((b_factor * b_scale)[:, None] * b_f * b_h).to(image.dtype.element_ty)  # a tile of X: [BR, BD]
+    end = min(tl.cdiv(B, BI) * tl.cdiv(K, BK), (split + 1) * SPLIT)
+    for tile in range(split * SPLIT, end):
+        o_i, m_i, o_k, m_k, o_r, m_r = pair_rows(tile, B, K, BI, BK)
+        b_image = tl.load(inverse_image + o_i, mask=m_i, other=0.0) * b_scale
+        b_text = tl.load(inverse_text + o_k, mask=m_k, other=0.0)
+        b_f = load_rows(image, o_i, m_i, o_d, D, D, BD).to(tl.float32) * b_image[:, None]
+        b_h = load_rows(text, o_k, m_k, o_d, D, D, BD).to(tl.float32) * b_text[:, None]
+        b_x = products_of_pairs(b_f, b_h).to(image.dtype.element_ty)  # a tile of X: [BR, BD]
         b_grad = load_rows(grad, o_r, m_r, o_c, D, D, BC)  # [BR, BC]
-        b_weight = tl.dot(tl.trans(b_grad), b_x, b_weight, input_precision=PRECISION)
-        b_bias += tl.sum(b_grad.to(tl.float32), 0)
+        b_weight = tl.dot(tl.trans(b_x), b_grad, b_weight, input_precision=PRECISION)
+        if first:
+            b_bias += tl.sum(b_grad.to(tl.float32), 0)
     p_out = (split * LAYERS + layer).to(tl.int64) * D
-    store_rows(grad_weights + p_out * D, b_weight, o_c, o_c < D, o_d, D, D, BD)
-    if inside % inputs == 0:
+    store_rows(grad_weights + p_out * D, tl.trans(b_weight), o_c, o_c < D, o_d, D, D, BD)
+    if first:
         tl.store(grad_biases + p_out + o_c, b_bias, mask=o_c < D)
 
 
@@ -249,47 +280,46 @@ def _feature_bwd_kernel(
     tl.store(grad + n.to(tl.int64) * D + o_c, b_grad, mask=o_c < D)
 
 
-def query_fwd(
-    rows: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, normalize: bool, project: bool
-) -> tuple[Tensor, Tensor]:
-    """W (√s x / |x|) + c for feature rows x, and 1 / |x| (0 for a zero row; 1 without normalize).
+class Projections(NamedTuple):
+    """What the projection leaves to the next steps and to the backward pass."""
 
-    rows [N, D] -> query [N, D], or [0, D] without project, and inverse [N] in float32.
-    """
-    count, width = rows.shape
-    device = device_of(rows)
-    config = query_config(device, rows.dtype, width)
-    query = torch.empty_like(rows) if project else rows.new_empty(0, width)
-    inverse = rows.new_empty(count, dtype=torch.float32)
-    grid = (triton.cdiv(count, config.BR), triton.cdiv(width, config.BC) if project else 1)
-    _query_fwd_kernel[grid](
-        rows=rows, weight=weight, bias=bias, scale=scale, query=query, inverse=inverse, N=count, D=width,
-        ZERO=ZERO_NORM, NORMALIZE=normalize, PROJECT=project, PRECISION=product_precision(rows.dtype, device),
-        **config.blocks, **config.launch,
-    )  # fmt: skip
-    return query, inverse
+    query_image: Tensor  # [B, D], or [0, D] where that kind is not in use
+    query_text: Tensor  # [K, D], or [0, D]
+    inverse_image: Tensor  # [B] float32: 1 / norm, 0 for a zero row; 1 without normalize
+    inverse_text: Tensor  # [K] float32
+    projections: Tensor  # [2 or 3, B, K, D] keys, values, rational queries if in use
 
 
 def rational_projection_fwd(
     image: Tensor,  # [B, D]
     text: Tensor,  # [K, D]
-    inverse_image: Tensor,  # [B]
-    inverse_text: Tensor,  # [K]
     params: Params,
-    projections: Tensor,  # [2 or 3, B, K, D] to be filled with keys, values and rational queries
-) -> None:
-    layers, batch, classes, width = projections.shape
+    options: Options,
+) -> Projections:
+    """All projections in one launch: W (√s x / |x|) + c of the feature rows, and of the rows of X."""
+    (batch, width), classes = image.shape, len(text)
+    layers = 2 + ("rational" in options.queries)
     device = device_of(image)
-    config = projection_config(device, image.dtype, width, layers)
-    grid = (triton.cdiv(batch * classes, config.BR) * triton.cdiv(width, config.BC),)
-    _rational_projection_fwd_kernel[grid](
-        image=image, text=text, inverse_image=inverse_image, inverse_text=inverse_text, scale=params.logit_scale,
-        key_weight=params.key_weight, key_bias=params.key_bias,
-        value_weight=params.value_weight, value_bias=params.value_bias,
-        query_weight=params.query_rational_weight, query_bias=params.query_rational_bias,
-        projections=projections, R=batch * classes, K=classes, D=width, LAYERS=layers,
-        PRECISION=product_precision(image.dtype, device), **config.blocks, **config.launch,
+    config = projection_config(device, image.dtype, width, batch, classes)
+    out = Projections(
+        query_image=image.new_empty(batch * ("image" in options.queries), width),
+        query_text=image.new_empty(classes * ("text" in options.queries), width),
+        inverse_image=image.new_empty(batch, dtype=torch.float32),
+        inverse_text=image.new_empty(classes, dtype=torch.float32),
+        projections=image.new_empty(layers, batch, classes, width),
+    )
+    pairs = pair_block(batch, classes, config.BR)
+    rational_tiles = triton.cdiv(batch, pairs["BI"]) * triton.cdiv(classes, pairs["BK"])
+    query_tiles = triton.cdiv(batch, config.BR) + triton.cdiv(classes, config.BR)
+    _rational_projection_fwd_kernel[((query_tiles + layers * rational_tiles) * triton.cdiv(width, config.BC),)](
+        image=image, text=text, scale=params.logit_scale,
+        **{name: layer for name, layer in params._asdict().items() if name.startswith(("query", "key", "value"))},
+        **out._asdict(), B=batch, K=classes, D=width, LAYERS=layers,
+        IMAGE="image" in options.queries, TEXT="text" in options.queries, ZERO=ZERO_NORM, NORMALIZE=options.normalize,
+        PRECISION=product_precision(image.dtype, device), BW=min(128, next_power(width)),
+        **pairs, **config.columns, **config.launch,
     )  # fmt: skip
+    return out
 
 
 def rational_projection_bwd_weights(
@@ -302,19 +332,20 @@ def rational_projection_bwd_weights(
 ) -> tuple[Tensor, Tensor]:
     """The layers' gradients in float32: weights [2 or 3, D, D] and biases [2 or 3, D]. X is never in memory."""
     layers, batch, classes, width = grad_projections.shape
-    rows = batch * classes
     device = device_of(image)
     config = weight_bwd_config(device, image.dtype, width)
-    tiles = layers * triton.cdiv(width, config.BC) * triton.cdiv(width, config.BD)
-    split = row_split(rows, tiles, config.BR)
-    splits = triton.cdiv(rows, split)
+    pairs = pair_block(batch, classes, config.BR)
+    blocks = layers * triton.cdiv(width, config.BC) * triton.cdiv(width, config.BD)
+    row_tiles = triton.cdiv(batch, pairs["BI"]) * triton.cdiv(classes, pairs["BK"])
+    split = row_split(row_tiles, blocks)
+    splits = triton.cdiv(row_tiles, split)
     grad_weights = image.new_empty(splits, layers, width, width, dtype=torch.float32)
     grad_biases = grad_weights.new_empty(splits, layers, width)
-    _rational_projection_bwd_weight_kernel[(splits * tiles,)](
+    _rational_projection_bwd_weight_kernel[(splits * blocks,)](
         image=image, text=text, inverse_image=inverse_image, inverse_text=inverse_text, scale=scale,
-        grad_projections=grad_projections, grad_weights=grad_weights, grad_biases=grad_biases, R=rows, K=classes,
+        grad_projections=grad_projections, grad_weights=grad_weights, grad_biases=grad_biases, B=batch, K=classes,
         SPLIT=split, D=width, LAYERS=layers, PRECISION=product_precision(image.dtype, device),
-        **config.blocks, **config.launch,
+        **pairs, **config.columns, **config.launch,
     )  # fmt: skip
     return grad_weights.sum(0), grad_biases.sum(0)
 
@@ -338,7 +369,7 @@ def rational_projection_bwd_features(
         scale=params.logit_scale, key_weight=params.key_weight, value_weight=params.value_weight,
         query_weight=params.query_rational_weight, grad_projections=grad_projections, masked=masked,
         grad_rational=grad_rational, R=batch * classes, D=width, LAYERS=layers,
-        PRECISION=product_precision(image.dtype, device), **config.blocks, **config.launch,
+        PRECISION=product_precision(image.dtype, device), BR=config.BR, **config.columns, **config.launch,
     )  # fmt: skip
     grad_image, grad_text = (rows.new_empty(rows.shape, dtype=torch.float32) for rows in (image, text))
     config = feature_bwd_config(device, image.dtype, width)

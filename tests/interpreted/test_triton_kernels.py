@@ -13,7 +13,6 @@ from rada_kernels.mask_attention.triton import empty_attended_rows, mask_attenti
 from rada_kernels.options import QUERIES
 from rada_kernels.rational_projection import reference as projection_reference
 from rada_kernels.rational_projection.triton import (
-    query_fwd,
     rational_projection_bwd_features,
     rational_projection_bwd_weights,
     rational_projection_fwd,
@@ -42,11 +41,9 @@ def test_rational_projection(classes, poisoned_empty):
     layers = [layer.requires_grad_() for layer in double.layers]
     query, key, value = projection_reference.rational_projection(f, h, double.scale, Params(*layers), QUERIES)
 
-    scale = params.logit_scale
-    query_image, inverse_image = query_fwd(single.image, scale, *params[:2], normalize=True, project=True)
-    query_text, inverse_text = query_fwd(single.text, scale, *params[2:4], normalize=True, project=True)
-    projections = single.image.new_empty(3, BATCH, classes, WIDTH)
-    rational_projection_fwd(single.image, single.text, inverse_image, inverse_text, params, projections)
+    query_image, query_text, *inverse, projections = rational_projection_fwd(
+        single.image, single.text, params, single.options
+    )
     close(query_image, query["image"][:, 0])
     close(query_text, query["text"][0])
     truth = torch.stack([key, value, query["rational"]])
@@ -55,10 +52,10 @@ def test_rational_projection(classes, poisoned_empty):
     upstream, masked = torch.randn(truth.shape), torch.randn(truth.shape[1:])
     through_sums = (masked.double() * f[:, None] * h).sum()
     grads = torch.autograd.grad((truth * upstream.double()).sum() + through_sums, [f, h, *layers[4:10]])
-    arguments = single.image, single.text, inverse_image, inverse_text
+    arguments = single.image, single.text, *inverse
     for mine, true in zip(rational_projection_bwd_features(*arguments, params, upstream, masked), grads, strict=False):
         close(mine, true)
-    weights, biases = rational_projection_bwd_weights(*arguments, scale, upstream)
+    weights, biases = rational_projection_bwd_weights(*arguments, params.logit_scale, upstream)
     for index, layer in enumerate((2, 4, 0)):  # key, value, rational query among the layers from the fifth on
         close(weights[index], grads[2 + layer])
         close(biases[index], grads[3 + layer])
