@@ -75,10 +75,8 @@ class _TorchCalls(TorchDispatchMode):
         if not function.is_view and "empty" not in name and name not in ("detach", "_unsafe_view"):
             count = flop_registry.get(function.overloadpacket)
             flop = count(*args, **kwargs, out_val=out) if count else 0
-            results = tree_leaves(out)
-            self.calls.append(
-                TorchCall(name, flop, tensor_bytes(tree_leaves((args, kwargs)) + results), results[0].dtype)
-            )
+            tensors = [leaf for leaf in tree_leaves((out, args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.calls.append(TorchCall(name, flop, tensor_bytes(tensors), tensors[0].dtype))
         return out
 
 

@@ -12,7 +12,7 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -352,7 +352,8 @@ def _read_tuned(path: str) -> dict:
             kind, where = KERNELS[kernel].config, f"{path}: {kernel}: {key}"
             numbers = dict(_entries(where, entry, [field.name for field in fields(kind)]))
             for field in fields(kind):
-                value, takes = numbers.get(field.name), FIELDS.get(field.name, BLOCKS)
+                value = numbers.get(field.name, None if field.default is MISSING else field.default)
+                takes = FIELDS.get(field.name, BLOCKS)
                 if type(value) is not type(takes[0]) or value not in takes:
                     raise ValueError(f"RADA_TUNED: {where}: {field.name}: got {value!r}; it takes one of {takes}")
             tuned[kernel, key] = kind(**numbers)
