@@ -294,6 +294,17 @@ def test_what_is_asked_of_a_device(hip, properties, device, monkeypatch):
     assert launch._cuda_device.__wrapped__(0) == launch.Device(*device)
 
 
+@pytest.mark.parametrize("classes", [1, 2, 7, 10, 47, 100, 101, 1000, 65536])
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+def test_pairs_of_images_and_classes_fill_a_tile(rows, classes):
+    many = launch.pair_block(rows, classes, rows)
+    assert -(-classes // many["BK"]) * many["BK"] <= classes * 33 / 32, "few empty rows"
+    for batch in (1, 2, 5, 31, 512):
+        pairs = launch.pair_block(batch, classes, rows)
+        assert pairs["BI"] * pairs["BK"] == rows
+        assert pairs == many or pairs["BI"] < 2 * batch, "a last batch is served by the same code, one image by its own"
+
+
 @pytest.mark.parametrize("arch", launch.SHARED_BYTES)
 def test_blocks_fit_one_another(arch):
     """Contracted blocks end where a head does."""

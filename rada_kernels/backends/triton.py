@@ -1,6 +1,6 @@
 """The `triton` backend: the three steps as Triton kernels for CUDA and ROCm, no pair of classes and no mask in memory.
 
-Three launches after the two small query projections; float32 products follow torch.get_float32_matmul_precision().
+Three launches forward; float32 products follow torch.get_float32_matmul_precision().
 Results are deterministic. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly, as numpy.
 """
 

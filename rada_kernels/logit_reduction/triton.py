@@ -1,7 +1,8 @@
 """The logit reduction in Triton: attended rows → output layer → mask → masked sums and each row's statistic of |M - 1|.
 
 The mask lives in registers only. The rows come from the direct attention as they are, [B·K, D]; from the streaming
-attention as one tensor per matrix query kind, to be weighted by head and row tile, plus the image query's row.
+attention as one tensor per matrix query kind, to be weighted by head and row tile, plus the image query's row. A tile
+of rows is all pairs of BI images and BK classes, whatever tiles the attention made of them.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def _row_shares(
     m_row = m_pair[:, None, :] & m_k[None, :, None]
     b_exps = tl.exp2(tl.load(tops + p_row, mask=m_row, other=float("-inf")) - b_top[:, None, :])
     b_shares = b_exps * tl.load(totals + p_row, mask=m_row, other=0.0) * b_scale[:, None, :]
+    # Heads first: a sum over the second axis would impose its layout on the rows that the shares multiply.
     return tl.trans(tl.where(m_row, b_shares, 0.0).reshape(BI * BK, BH))
 
 
