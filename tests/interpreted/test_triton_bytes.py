@@ -1,4 +1,4 @@
-"""The bytes of a forward pass, counted where the interpreted kernels load and store, against those from the shapes."""
+"""Bytes and FLOP, counted where the interpreted kernels load, store and multiply, against those from the shapes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from launches import Launch
+from prediction import work_of
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from rada_kernels import Params
@@ -14,11 +15,12 @@ from tests.truth import make_case
 
 
 class Traffic:
-    """For each launch: distinct bytes loaded, distinct bytes stored, all bytes asked for."""
+    """For each launch: distinct bytes loaded and stored, FLOP of the products."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.launches: list[tuple[Launch, int, int]] = []
-        load, store, run = (
+        dot, load, store, run = (
+            InterpreterBuilder.create_dot,
             InterpreterBuilder.create_masked_load,
             InterpreterBuilder.create_masked_store,
             InterpretedFunction.run,
@@ -26,10 +28,9 @@ class Traffic:
 
         def note(kind, pointers, mask, width):
             addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
-            addresses = addresses[np.broadcast_to(mask.data, addresses.shape)]
-            self.seen[kind].append(np.unique(addresses))
-            self.widths.update(dict.fromkeys(np.unique(addresses).tolist(), width))
-            self.asked += addresses.size * width
+            addresses = np.unique(addresses[np.broadcast_to(mask.data, addresses.shape)])
+            self.seen[kind].append(addresses)
+            self.widths.update(dict.fromkeys(addresses.tolist(), width))
 
         def masked_load(builder, pointers, mask, *rest, **named):
             note("load", pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -39,17 +40,22 @@ class Traffic:
             note("store", pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
             return store(builder, pointers, value, mask, *rest, **named)
 
+        def counted_dot(builder, a, b, *rest):
+            self.flop += 2 * a.data.size * b.data.shape[-1]
+            return dot(builder, a, b, *rest)
+
         def counted(function, *args, grid, warmup, **arguments):
-            self.seen, self.widths, self.asked = {"load": [], "store": []}, {}, 0
+            self.seen, self.widths, self.flop = {"load": [], "store": []}, {}, 0
             run(function, *args, grid=grid, warmup=warmup, **arguments)
             distinct = 0
             for addresses in self.seen.values():
                 if addresses:
                     distinct += sum(map(self.widths.get, np.unique(np.concatenate(addresses)).tolist()))
-            self.launches.append((Launch(function, grid, arguments), distinct, self.asked))
+            self.launches.append((Launch(function.fn, grid, arguments), distinct, self.flop))
 
         patch.setattr(InterpreterBuilder, "create_masked_load", masked_load)
         patch.setattr(InterpreterBuilder, "create_masked_store", masked_store)
+        patch.setattr(InterpreterBuilder, "create_dot", counted_dot)
         patch.setattr(InterpretedFunction, "run", counted)
 
 
@@ -68,7 +74,7 @@ def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
 
     # The least: weights, features and logits once, one write and one read of what is passed between launches.
     kept = backend.Kept(*kept)
-    inputs = [case.image, case.text, *params.layers]
+    inputs = [case.image, case.text, *params.layers]  # the query projections' weights too
     between = [kept.projections, kept.rows, kept.query_image, kept.query_text, kept.image_row]
     least = sum(t.numel() * t.element_size() for t in inputs) + 4 * batch * classes
     least += 2 * sum(t.numel() * t.element_size() for t in between)
@@ -76,3 +82,19 @@ def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
     assert counted <= 1.25 * least
     wide = [t for t in (*kept.tensors(),) if t.dtype == torch.float32 and t.numel() >= batch * classes * 64]
     assert dtype == torch.float32 or not wide, "a float32 [B, K, D]"
+
+
+@pytest.mark.parametrize(("batch", "classes"), [(3, 10), (2, 70)], ids=["direct", "streaming"])
+def test_products_of_a_step(batch, classes, monkeypatch):
+    """The model's FLOP, padding included, are what the kernels multiply: every launch, forward and backward."""
+    case = make_case(batch, classes, 96, 2).cast(torch.float32)
+    params = Params(*case.layers, logit_scale=case.scale.float())
+    with monkeypatch.context() as patch:
+        traffic = Traffic(patch)
+        sums, deviation, kept = backend.forward(case.image, case.text, params, case.options, True)
+        wanted = backend.Wanted(True, True, True)
+        backend.backward(sums, deviation, case.image, case.text, params, kept, case.options, wanted)
+    counted = {launch.name: flop for launch, _, flop in traffic.launches}
+    assert sum(map(bool, counted.values())) >= 6
+    for launch, _, flop in traffic.launches:
+        assert flop == work_of(launch)[0], launch.name
