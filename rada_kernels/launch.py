@@ -395,7 +395,7 @@ def projection_config(device: Device, dtype: torch.dtype, width: int, batch: int
     elif dtype == torch.float32:
         config = GemmConfig(64, 64, block, 4, 2)
     elif device.arch == "gfx1100":
-        config = GemmConfig(64, 64, block, 8, 2)  # 183 registers; 4 warps with 64 x 128 spill
+        config = GemmConfig(32, 64, block, 4, 2)  # 64 x 128 spills, 8 warps leave one program
     elif not _has_wide_products(device):
         config = GemmConfig(64, 128, block, 4, 3)
     elif many and device.arch == "sm_90":
@@ -453,14 +453,17 @@ def reduction_config(
     few, many = batch * classes <= 8192, classes > 256
     wide = _has_wide_products(device)
     if device.arch == "gfx1100":
-        # 173 to 199 registers; 64 rows spill.
-        config = GemmConfig(32, 64, block if dtype.itemsize == 2 else 16, 4, 1)
+        # 4 warps spill at E = 96; in float32 they do with more than 16 columns of exact products at a time.
+        config = GemmConfig(32, 64, block, 8, 1) if dtype.itemsize == 2 else GemmConfig(32, 64, 16, 4, 1)
     elif dtype == torch.float32 and not device.is_amd and not backward:
         config = GemmConfig(64, 64, block, 8, 2)  # 4 warps spill 8 to 24 bytes where products are exact
     elif device == INTERPRETER or device.is_amd or dtype == torch.float32:
         config = GemmConfig(64, 64, block, 4, 2)
+    elif backward and many and wide:
+        config = GemmConfig(64, 128, block, 8, 3)
     elif backward and wide:
-        config = GemmConfig(64, 128, block, 8, 3) if many else GemmConfig(64, 64, block, 4, 2)
+        # sm_100 spills 8 bytes with 8 warps at 64 columns and with 4 at fewer.
+        config = GemmConfig(64, 64, block, 8 if device.arch == "sm_100" and block < 64 else 4, 2)
     elif backward:
         config = GemmConfig(64, 64, block, 8, 2)
     elif few:
