@@ -5,7 +5,8 @@ The dialect, in every kernel of this package:
 - `x` is a tensor's pointer and bears the tensor's name; `b_x` is a block of it in registers; `o_` are offsets along
   an axis, `m_` masks. Sizes are capitals: B images, K classes, D width, H heads, E head width.
 - Block sizes are BM (rows of scores), BN (columns of scores, which are classes), BR (rows of width D, counted over
-  all images), BC (columns that are written), BD (columns that are contracted), BE (E padded to a power of two).
+  all images), BC (columns that are written), BD (columns that are contracted).
+- A head's rows [R, E] are a tuple of one or two pieces, each a power of two wide: 96 = 64 + 32. No column is padding.
 - Rows of the last axis are contiguous. Row offsets are int64 before they are multiplied.
 - Products accumulate in float32 with `input_precision=PRECISION`; a result is rounded once, when it is stored.
 - Scores are in base 2: log2(e) is folded into the factor, and exp2 takes the place of exp.
@@ -52,3 +53,98 @@ def load_columns(bias, o_c, D: tl.constexpr, BC: tl.constexpr):
     if D % BC == 0:
         return tl.load(bias + o_c).to(tl.float32)
     return tl.load(bias + o_c, mask=o_c < D, other=0.0).to(tl.float32)
+
+
+@triton.constexpr_function
+def first_piece(E):
+    """Width of the first piece of a head's columns: the largest power of two in E."""
+    return 1 << (E.bit_length() - 1)
+
+
+@triton.jit
+def load_head(p_rows, m_r, E: tl.constexpr):
+    """E columns of the rows that begin at p_rows [R], zero where m_r [R] is false: pieces [R, BE]."""
+    BE: tl.constexpr = first_piece(E)
+    b_first = tl.load(p_rows[:, None] + tl.arange(0, BE)[None, :], mask=m_r[:, None], other=0.0)
+    if BE == E:
+        return (b_first,)
+    else:
+        b_rest = tl.load(p_rows[:, None] + (BE + tl.arange(0, E - BE))[None, :], mask=m_r[:, None], other=0.0)
+        return b_first, b_rest
+
+
+@triton.jit
+def store_head(p_rows, b_head, m_r):
+    """Round pieces [R, BE] and store them in the rows that begin at p_rows [R]."""
+    tl.store(
+        p_rows[:, None] + tl.arange(0, b_head[0].shape[1])[None, :],
+        b_head[0].to(p_rows.dtype.element_ty),
+        mask=m_r[:, None],
+    )
+    if len(b_head) == 2:
+        o_rest = b_head[0].shape[1] + tl.arange(0, b_head[1].shape[1])
+        tl.store(p_rows[:, None] + o_rest[None, :], b_head[1].to(p_rows.dtype.element_ty), mask=m_r[:, None])
+
+
+@triton.jit
+def zero_head(R: tl.constexpr, E: tl.constexpr):
+    """Pieces [R, BE] of float32."""
+    BE: tl.constexpr = first_piece(E)
+    if BE == E:
+        return (tl.zeros([R, BE], tl.float32),)
+    else:
+        return tl.zeros([R, BE], tl.float32), tl.zeros([R, E - BE], tl.float32)
+
+
+@triton.jit
+def scale_head(b_head, b_factor):
+    """Pieces times a number or a column [R, 1]."""
+    b_scaled = ()
+    for i in tl.static_range(len(b_head)):
+        b_scaled += (b_head[i] * b_factor,)
+    return b_scaled
+
+
+@triton.jit
+def product_transposed(b_left, b_right, PRECISION: tl.constexpr):
+    """left rightᵀ of two heads' rows, summed over the pieces: [M, N]."""
+    b_sum = tl.dot(b_left[0], tl.trans(b_right[0]), input_precision=PRECISION)
+    if len(b_left) == 2:
+        b_sum = tl.dot(b_left[1], tl.trans(b_right[1]), b_sum, input_precision=PRECISION)
+    return b_sum
+
+
+@triton.jit
+def add_product(b_sum, b_weights, b_head, PRECISION: tl.constexpr):
+    """sum + weights head, piece by piece: weights [M, N], head's pieces [N, BE]."""
+    b_new = ()
+    for i in tl.static_range(len(b_head)):
+        b_new += (tl.dot(b_weights, b_head[i], b_sum[i], input_precision=PRECISION),)
+    return b_new
+
+
+@triton.jit
+def along_rows(b_left, b_right):
+    """Σ_e left · right in float32, [R]; the right pieces may be one row for all, [1, BE]."""
+    b_sum = tl.sum(b_left[0].to(tl.float32) * b_right[0].to(tl.float32), 1)
+    if len(b_left) == 2:
+        b_sum += tl.sum(b_left[1].to(tl.float32) * b_right[1].to(tl.float32), 1)
+    return b_sum
+
+
+@triton.jit
+def add_heads(b_left, b_right):
+    """left + right, piece by piece; either may be one row for all, [1, BE]."""
+    b_sum = ()
+    for i in tl.static_range(len(b_left)):
+        b_sum += (b_left[i] + b_right[i],)
+    return b_sum
+
+
+@triton.jit
+def sum_rows(b_head):
+    """Σ_r head[r] in float32: pieces [1, BE]."""
+    b_sum = ()
+    for i in tl.static_range(len(b_head)):
+        b_sum += (tl.sum(b_head[i].to(tl.float32), 0, keep_dims=True),)
+    return b_sum

@@ -114,12 +114,13 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Blocks of scores: BM rows by BN classes; direct: both hold all K classes."""
+    """Blocks of scores: BM rows by BN classes; direct: both hold all K classes. apart: one query kind per program."""
 
     BM: int
     BN: int
     num_warps: int
     num_stages: int
+    apart: bool = False
 
     @property
     def launch(self) -> dict[str, int]:
@@ -250,8 +251,12 @@ def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_wid
     return _chosen("direct_bwd", config_key(device, dtype, block, head_width), config)
 
 
-def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
+def joint_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
     return AttentionConfig(64, 32, 4, 2)
+
+
+def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
+    return queries_bwd_config(device, dtype, head_width)
 
 
 def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
