@@ -56,44 +56,45 @@ def load_columns(bias, o_c, D: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.constexpr_function
-def first_piece(E):
-    """Width of the first piece of a head's columns: the largest power of two in E."""
-    return 1 << (E.bit_length() - 1)
+def pieces(E):
+    """Widths of the pieces of a head's E columns: the powers of two that make up E, the largest first."""
+    return tuple(1 << bit for bit in reversed(range(E.bit_length())) if E >> bit & 1)
+
+
+@triton.constexpr_function
+def piece_start(widths, index):
+    """The first column of a piece."""
+    return sum(widths[:index])
 
 
 @triton.jit
 def load_head(p_rows, m_r, E: tl.constexpr):
-    """E columns of the rows that begin at p_rows [R], zero where m_r [R] is false: pieces [R, BE]."""
-    BE: tl.constexpr = first_piece(E)
-    b_first = tl.load(p_rows[:, None] + tl.arange(0, BE)[None, :], mask=m_r[:, None], other=0.0)
-    if BE == E:
-        return (b_first,)
-    else:
-        b_rest = tl.load(p_rows[:, None] + (BE + tl.arange(0, E - BE))[None, :], mask=m_r[:, None], other=0.0)
-        return b_first, b_rest
+    """E columns of the rows that begin at p_rows [R], zero where m_r [R] is false: pieces [R, their widths]."""
+    WIDTHS: tl.constexpr = pieces(E)
+    b_head = ()
+    for i in tl.static_range(len(WIDTHS)):
+        o_e = piece_start(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        b_head += (tl.load(p_rows[:, None] + o_e[None, :], mask=m_r[:, None], other=0.0),)
+    return b_head
 
 
 @triton.jit
-def store_head(p_rows, b_head, m_r):
-    """Round pieces [R, BE] and store them in the rows that begin at p_rows [R]."""
-    tl.store(
-        p_rows[:, None] + tl.arange(0, b_head[0].shape[1])[None, :],
-        b_head[0].to(p_rows.dtype.element_ty),
-        mask=m_r[:, None],
-    )
-    if len(b_head) == 2:
-        o_rest = b_head[0].shape[1] + tl.arange(0, b_head[1].shape[1])
-        tl.store(p_rows[:, None] + o_rest[None, :], b_head[1].to(p_rows.dtype.element_ty), mask=m_r[:, None])
+def store_head(p_rows, b_head, m_r, E: tl.constexpr):
+    """Round pieces and store them in the rows that begin at p_rows [R]."""
+    WIDTHS: tl.constexpr = pieces(E)
+    for i in tl.static_range(len(WIDTHS)):
+        o_e = piece_start(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        tl.store(p_rows[:, None] + o_e[None, :], b_head[i].to(p_rows.dtype.element_ty), mask=m_r[:, None])
 
 
 @triton.jit
 def zero_head(R: tl.constexpr, E: tl.constexpr):
-    """Pieces [R, BE] of float32."""
-    BE: tl.constexpr = first_piece(E)
-    if BE == E:
-        return (tl.zeros([R, BE], tl.float32),)
-    else:
-        return tl.zeros([R, BE], tl.float32), tl.zeros([R, E - BE], tl.float32)
+    """Pieces of float32."""
+    WIDTHS: tl.constexpr = pieces(E)
+    b_head = ()
+    for i in tl.static_range(len(WIDTHS)):
+        b_head += (tl.zeros([R, WIDTHS[i]], tl.float32),)
+    return b_head
 
 
 @triton.jit
@@ -109,14 +110,14 @@ def scale_head(b_head, b_factor):
 def product_transposed(b_left, b_right, PRECISION: tl.constexpr):
     """left rightᵀ of two heads' rows, summed over the pieces: [M, N]."""
     b_sum = tl.dot(b_left[0], tl.trans(b_right[0]), input_precision=PRECISION)
-    if len(b_left) == 2:
-        b_sum = tl.dot(b_left[1], tl.trans(b_right[1]), b_sum, input_precision=PRECISION)
+    for i in tl.static_range(1, len(b_left)):
+        b_sum = tl.dot(b_left[i], tl.trans(b_right[i]), b_sum, input_precision=PRECISION)
     return b_sum
 
 
 @triton.jit
 def add_product(b_sum, b_weights, b_head, PRECISION: tl.constexpr):
-    """sum + weights head, piece by piece: weights [M, N], head's pieces [N, BE]."""
+    """sum + weights head, piece by piece: weights [M, N], head [N, E]."""
     b_new = ()
     for i in tl.static_range(len(b_head)):
         b_new += (tl.dot(b_weights, b_head[i], b_sum[i], input_precision=PRECISION),)
@@ -125,16 +126,16 @@ def add_product(b_sum, b_weights, b_head, PRECISION: tl.constexpr):
 
 @triton.jit
 def along_rows(b_left, b_right):
-    """Σ_e left · right in float32, [R]; the right pieces may be one row for all, [1, BE]."""
+    """Σ_e left · right in float32, [R]; right may be one row for all, [1, E]."""
     b_sum = tl.sum(b_left[0].to(tl.float32) * b_right[0].to(tl.float32), 1)
-    if len(b_left) == 2:
-        b_sum += tl.sum(b_left[1].to(tl.float32) * b_right[1].to(tl.float32), 1)
+    for i in tl.static_range(1, len(b_left)):
+        b_sum += tl.sum(b_left[i].to(tl.float32) * b_right[i].to(tl.float32), 1)
     return b_sum
 
 
 @triton.jit
 def add_heads(b_left, b_right):
-    """left + right, piece by piece; either may be one row for all, [1, BE]."""
+    """left + right, piece by piece; either may be one row for all, [1, E]."""
     b_sum = ()
     for i in tl.static_range(len(b_left)):
         b_sum += (b_left[i] + b_right[i],)
@@ -143,7 +144,7 @@ def add_heads(b_left, b_right):
 
 @triton.jit
 def sum_rows(b_head):
-    """Σ_r head[r] in float32: pieces [1, BE]."""
+    """Σ_r head[r] in float32: [1, E]."""
     b_sum = ()
     for i in tl.static_range(len(b_head)):
         b_sum += (tl.sum(b_head[i].to(tl.float32), 0, keep_dims=True),)

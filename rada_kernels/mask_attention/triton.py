@@ -157,7 +157,7 @@ def _mask_attention_direct_fwd_kernel(
         b_weights += b_image[None, :]
     b_value = load_head(keys + layer + p_k, m_k, E)
     b_weights = (b_weights * (1.0 / KINDS)).to(b_value[0].dtype)
-    store_head(rows + p_rows + p_k, add_product(zero_head(BK, E), b_weights, b_value, PRECISION), m_k)
+    store_head(rows + p_rows + p_k, add_product(zero_head(BK, E), b_weights, b_value, PRECISION), m_k, E)
 
 
 @triton.jit
@@ -201,23 +201,6 @@ def _online_softmax(b_scores, b_state, b_value, factor, PRECISION: tl.constexpr)
     return b_new, b_total, add_product(b_rows, b_exps.to(b_value[0].dtype), b_value, PRECISION)
 
 
-@triton.jit
-def _attend(
-    b_queries, b_states, keys, values, o_n, m_n, factor,
-    D: tl.constexpr, E: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One block of classes more for every query kind."""
-    b_key = load_head(keys + o_n.to(tl.int64) * D, m_n, E)  # [BN, E]
-    b_value = load_head(values + o_n.to(tl.int64) * D, m_n, E)
-    b_new = ()
-    for n in tl.static_range(len(b_queries)):
-        b_scores = product_transposed(b_queries[n], b_key, PRECISION)
-        if TAIL:
-            b_scores = tl.where(m_n[None, :], b_scores, float("-inf"))
-        b_new += (_online_softmax(b_scores, b_states[n], b_value, factor, PRECISION),)
-    return b_new
-
-
 @triton.jit(do_not_specialize=["B", "K"])
 def _mask_attention_streaming_fwd_kernel(
     query_image,  # [B, D]
@@ -227,8 +210,6 @@ def _mask_attention_streaming_fwd_kernel(
     image_row,  # [B, D]
     tops,  # [matrix kinds, B, H, T] each row tile's largest score
     totals,  # [matrix kinds, B, H, T] each row tile's sum of exp2(score - top)
-    image_top,  # [B, H] the same of the image's row
-    image_total,  # [B, H]
     B,
     K,
     factor,  # log2(e) / (√E τ)
@@ -255,13 +236,19 @@ def _mask_attention_streaming_fwd_kernel(
         p_query, m_query = _score_rows(queries[n], query_image + p_image, o_r, m_class, m_image, D, IMAGE and n == 0)
         b_queries += (load_head(p_query, m_query, E),)
         b_states += ((tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), zero_head(BM, E)),)
-    whole = K // BN * BN
-    for start in range(0, whole, BN):
+    for start in range(0, K, BN):
         o_n = start + tl.arange(0, BN)
-        b_states = _attend(b_queries, b_states, keys, keys + layer, o_n, o_n < whole, factor, D, E, False, PRECISION)
-    if whole < K:
-        o_n = whole + tl.arange(0, BN)
-        b_states = _attend(b_queries, b_states, keys, keys + layer, o_n, o_n < K, factor, D, E, True, PRECISION)
+        m_n = o_n < K
+        p_n = o_n.to(tl.int64) * D
+        b_key = load_head(keys + p_n, m_n, E)  # [BN, E]
+        b_value = load_head(keys + layer + p_n, m_n, E)
+        b_new = ()
+        for n in tl.static_range(len(queries)):
+            b_scores = product_transposed(b_queries[n], b_key, PRECISION)
+            if start + BN > K:  # the last block alone
+                b_scores = tl.where(m_n[None, :], b_scores, float("-inf"))
+            b_new += (_online_softmax(b_scores, b_states[n], b_value, factor, PRECISION),)
+        b_states = b_new
     for n in tl.static_range(len(queries)):
         b_top, b_total, b_rows = b_states[n]
         # A tile's class rows are weighted against each other; the image's row has a softmax of its own.
@@ -272,14 +259,11 @@ def _mask_attention_streaming_fwd_kernel(
         p_row, m_row = _score_rows(
             rows + (kind + n) * layer + p_rows, image_row + p_image, o_r, m_class, m_image, D, IMAGE and n == 0
         )
-        store_head(p_row, scale_head(b_rows, b_weight[:, None]), m_row)
+        store_head(p_row, scale_head(b_rows, b_weight[:, None]), m_row, E)
         if TEXT or RATIONAL:
             p_tile = ((kind + n) * B * H + pair) * T + tile
             tl.store(tops + p_tile, b_tile_top)
             tl.store(totals + p_tile, b_tile_total)
-        if IMAGE and n == 0:
-            tl.store(image_top + pair + o_r * 0, b_top, mask=m_image)
-            tl.store(image_total + pair + o_r * 0, b_total, mask=m_image)
 
 
 @triton.jit
@@ -346,7 +330,7 @@ def _mask_attention_direct_bwd_kernel(
         b_weights += b_part
         b_grad_key = add_product(b_grad_key, tl.trans(b_grad_scores), b_query, PRECISION)
         b_grad_query = add_product(zero_head(BK, E), b_grad_scores, b_key, PRECISION)
-        store_head(grad_queries[n] + p_k, scale_head(b_grad_query, grad_factor), m_k)
+        store_head(grad_queries[n] + p_k, scale_head(b_grad_query, grad_factor), m_k, E)
     if IMAGE:
         b_row, b_query_row = _image_weights(query_image + p_image, b_key, m_k, factor, E)
         b_grad_row = tl.sum(b_grad_weights, 0)  # every class row has the image's weights
@@ -355,29 +339,42 @@ def _mask_attention_direct_bwd_kernel(
         b_grad_key = add_heads(b_grad_key, scale_head(b_query_row, b_grad_row[:, None]))
         b_grad_query_row = sum_rows(scale_head(b_key, b_grad_row[:, None]))
         o_one = tl.arange(0, 1)
-        store_head(grad_image + p_image + o_one, scale_head(b_grad_query_row, grad_factor), o_one == 0)
-    store_head(grad_keys + p_k, scale_head(b_grad_key, grad_factor), m_k)
+        store_head(grad_image + p_image + o_one, scale_head(b_grad_query_row, grad_factor), o_one == 0, E)
+    store_head(grad_keys + p_k, scale_head(b_grad_key, grad_factor), m_k, E)
     b_weights = (b_weights * (1.0 / KINDS)).to(b_grad_rows[0].dtype)
     b_grad_value = add_product(zero_head(BK, E), tl.trans(b_weights), b_grad_rows, PRECISION)
-    store_head(grad_keys + layer + p_k, b_grad_value, m_k)
+    store_head(grad_keys + layer + p_k, b_grad_value, m_k, E)
+
+
+@triton.jit
+def _image_row(keys, values, b_query, b_upstream, o_k, K, factor, D: tl.constexpr, E: tl.constexpr):
+    """A block of classes: keys [BN, E], the image query's scores and the gradients of its weights [BN]."""
+    m_k = o_k < K
+    p_k = o_k.to(tl.int64) * D
+    b_key = load_head(keys + p_k, m_k, E)
+    b_scores = tl.where(m_k, along_rows(b_key, b_query) * factor, float("-inf"))
+    return b_key, b_scores, along_rows(load_head(values + p_k, m_k, E), b_upstream)
 
 
 @triton.jit(do_not_specialize=["B", "K", "T"])
 def _mask_attention_bwd_joint_kernel(
+    query_image,  # [B, D]
+    projections,  # [LAYERS, B, K, D]
     rows,  # [matrix kinds, B, K, D]
-    image_row,  # [B, D]
     tops,  # [matrix kinds, B, H, T]
     totals,  # [matrix kinds, B, H, T]
-    image_top,  # [B, H]
-    image_total,  # [B, H]
     grad_rows,  # [B, K, D]
-    joint_tops,  # [matrix kinds + 1, B, H] A_n = scale exp2(score - top); the image's last
-    joint_scales,  # [matrix kinds + 1, B, H]
-    deltas,  # [matrix kinds + 1, B, H] written if ROWS
+    joint_tops,  # [matrix kinds, B, H] A_n = scale exp2(score - top)
+    joint_scales,  # [matrix kinds, B, H]
+    deltas,  # [matrix kinds, B, H] written if ROWS
     upstream,  # [B, D] Σ_i grad_rows[i], what the image's row receives
+    image_parts,  # [2, B, H, K] the weights of the image's row, the gradients of its scores
+    grad_image,  # [B, D]
     B,
     K,
     T,
+    factor,  # log2(e) / (√E τ)
+    grad_factor,  # 1 / (√E τ KINDS)
     H: tl.constexpr,
     E: tl.constexpr,
     IMAGE: tl.constexpr,
@@ -388,22 +385,19 @@ def _mask_attention_bwd_joint_kernel(
     BN: tl.constexpr,
     BT: tl.constexpr,
 ):
+    """What all rows of an (image, head) share, and everything about the image's row: K numbers, not K²."""
     D: tl.constexpr = H * E
-    MATRIX: tl.constexpr = TEXT + RATIONAL
     pair = tl.program_id(0)  # (image, head)
     pairs = B * H
     _, p_image, p_rows = _head_offsets(pair, K, H, E)
     layer = B.to(tl.int64) * K * D
-    o_one = tl.arange(0, 1)
-    b_tops = ()
-    b_totals = ()
+    b_joint = ()
     b_sums = ()
-    for n in tl.static_range(MATRIX):
+    for n in tl.static_range(TEXT + RATIONAL):
         b_top, b_total = joint_normaliser(tops, totals, (n * pairs + pair) * T, T, BT)
         tl.store(joint_tops + n * pairs + pair, b_top)
         tl.store(joint_scales + n * pairs + pair, K / b_total)
-        b_tops += (b_top,)
-        b_totals += (b_total,)
+        b_joint += ((b_top, b_total),)
         b_sums += (tl.zeros([BN], tl.float32),)
     b_upstream = zero_head(1, E)
     for start in range(0, K, BN):
@@ -414,70 +408,69 @@ def _mask_attention_bwd_joint_kernel(
         b_upstream = add_heads(b_upstream, sum_rows(b_grad))
         if ROWS:
             b_new = ()
-            for n in tl.static_range(MATRIX):
+            for n in tl.static_range(TEXT + RATIONAL):
                 p_tiles = (n * pairs + pair) * T + o_k // BM
-                b_share = tl.exp2(tl.load(tops + p_tiles, mask=m_k, other=float("-inf")) - b_tops[n])
-                b_share *= tl.load(totals + p_tiles, mask=m_k, other=0.0)
+                b_share = tl.exp2(tl.load(tops + p_tiles, mask=m_k, other=float("-inf")) - b_joint[n][0])
+                b_share *= tl.load(totals + p_tiles, mask=m_k, other=0.0) / b_joint[n][1]
                 b_new += (b_sums[n] + b_share * along_rows(load_head(rows + n * layer + p_k, m_k, E), b_grad),)
             b_sums = b_new
-    for n in tl.static_range(MATRIX):
-        if ROWS:
-            tl.store(deltas + n * pairs + pair, tl.sum(b_sums[n], 0) / b_totals[n])
+    if ROWS:
+        for n in tl.static_range(TEXT + RATIONAL):
+            tl.store(deltas + n * pairs + pair, tl.sum(b_sums[n], 0))
     if IMAGE:
-        p_joint = MATRIX * pairs + pair
-        tl.store(joint_tops + p_joint, tl.load(image_top + pair))
-        tl.store(joint_scales + p_joint, 1.0 / tl.load(image_total + pair))
-        store_head(upstream + p_image + o_one, b_upstream, o_one == 0)
-        if ROWS:
-            b_image = load_head(image_row + p_image + o_one, o_one == 0, E)
-            tl.store(deltas + p_joint + o_one, along_rows(b_image, b_upstream))
+        o_one = tl.arange(0, 1)
+        store_head(upstream + p_image + o_one, b_upstream, o_one == 0, E)
+        b_query = load_head(query_image + p_image + o_one, o_one == 0, E)  # [1, E]
+        keys = projections + p_rows
+        # A softmax of its own again: rounded otherwise, the forward pass's would not cancel where dA - δ does.
+        top = float("-inf")
+        total = 0.0
+        delta = 0.0
+        for start in range(0, K, BN):
+            o_k = start + tl.arange(0, BN)
+            _, b_scores, b_grad_row = _image_row(keys, keys + layer, b_query, b_upstream, o_k, K, factor, D, E)
+            new = tl.maximum(top, tl.max(b_scores, 0))
+            b_exps = tl.exp2(b_scores - new)
+            decay = tl.exp2(top - new)
+            total = total * decay + tl.sum(b_exps, 0)
+            delta = delta * decay + tl.sum(b_exps * b_grad_row, 0)
+            top = new
+        delta /= total
+        b_grad_query = zero_head(1, E)
+        for start in range(0, K, BN):
+            o_k = start + tl.arange(0, BN)
+            b_key, b_scores, b_grad_row = _image_row(keys, keys + layer, b_query, b_upstream, o_k, K, factor, D, E)
+            b_row = tl.exp2(b_scores - top) / total
+            b_grad_scores = b_row * (b_grad_row - delta)
+            p_part = image_parts + pair.to(tl.int64) * K + o_k
+            tl.store(p_part, b_row, mask=o_k < K)
+            tl.store(p_part + pairs.to(tl.int64) * K, b_grad_scores, mask=o_k < K)
+            b_grad_query = add_heads(b_grad_query, sum_rows(scale_head(b_key, b_grad_scores[:, None])))
+        store_head(grad_image + p_image + o_one, scale_head(b_grad_query, grad_factor), o_one == 0, E)
 
 
 @triton.jit
-def _row_values(x, p_class, p_image, m_class, m_image, WITH_IMAGE: tl.constexpr):
-    """One value per score row [BM]: the class rows', the image row's, and 0 after them."""
-    b_values = tl.where(m_class, tl.load(x + p_class), 0.0)
-    if WITH_IMAGE:
-        b_values = tl.where(m_image, tl.load(x + p_image), b_values)
-    return b_values
-
-
-@triton.jit
-def _load_kind(
-    queries, query_image, joint_tops, joint_scales, p_kind, p_joint, o_r, m_class, m_image,
-    D: tl.constexpr, E: tl.constexpr, WITH_IMAGE: tl.constexpr,
-):  # fmt: skip
-    """One query kind's score rows [BM, E], and the top and the scale [BM] that make weights of their scores."""
-    p_row, m_row = _score_rows(queries, query_image, o_r, m_class, m_image, D, WITH_IMAGE)
-    b_top = _row_values(joint_tops, p_kind, p_joint, m_class, m_image, WITH_IMAGE)
-    b_scale = _row_values(joint_scales, p_kind, p_joint, m_class, m_image, WITH_IMAGE)
-    return load_head(p_row, m_row, E), b_top, b_scale
-
-
-@triton.jit
-def _weights(b_query, b_key, b_top, b_scale, m_n, factor, PRECISION: tl.constexpr):
-    """A_n of a block, [BM, BN]; zero past the last class."""
+def _weights(b_query, b_key, top, scale, start, o_n, K, factor, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """A_n of a block that begins at class `start`: [BM, BN]; zero past the last class."""
     b_scores = product_transposed(b_query, b_key, PRECISION)
-    b_weights = tl.exp2(b_scores * factor - b_top[:, None]) * b_scale[:, None]
-    return tl.where(m_n[None, :], b_weights, 0.0)
+    if start + BN > K:  # the last block alone
+        b_scores = tl.where((o_n < K)[None, :], b_scores, float("-inf"))
+    return tl.exp2(b_scores * factor - top) * scale
 
 
 @triton.jit(do_not_specialize=["B", "K"])
 def _mask_attention_bwd_delta_kernel(
-    query_image,  # [B, D]
     query_text,  # [K, D]
     projections,  # [LAYERS, B, K, D]
-    joint_tops,  # [matrix kinds + 1, B, H]
-    joint_scales,  # [matrix kinds + 1, B, H]
-    upstream,  # [B, D]
+    joint_tops,  # [matrix kinds, B, H]
+    joint_scales,  # [matrix kinds, B, H]
     grad_rows,  # [B, K, D]
-    parts,  # [matrix kinds + 1, B, H, T] each row tile's part of δ
+    parts,  # [matrix kinds, B, H, T] each row tile's part of δ
     B,
     K,
     factor,  # log2(e) / (√E τ)
     H: tl.constexpr,
     E: tl.constexpr,
-    IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
     RATIONAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -486,65 +479,55 @@ def _mask_attention_bwd_delta_kernel(
 ):
     """δ_n from the very A_n and dA that the gradients are made of: exact where one pair has all the weight."""
     D: tl.constexpr = H * E
-    T = tl.cdiv((K if TEXT or RATIONAL else 0) + IMAGE, BM)
-    pair, kind, tile, o_r, m_class, m_image = _row_tile(K, T, BM, TEXT or RATIONAL, False)
-    p_head, p_image, p_rows = _head_offsets(pair, K, H, E)
-    p_joint = (TEXT + RATIONAL) * B * H + pair  # the image's
+    T = tl.cdiv(K, BM)
+    pair, _, tile, o_r, m_r, _ = _row_tile(K, T, BM, True, False)
+    p_head, _, p_rows = _head_offsets(pair, K, H, E)
+    p_r = o_r.to(tl.int64) * D
     layer = B.to(tl.int64) * K * D
     keys = projections + p_rows
-    queries = _by_kind(query_text + p_head, keys + 2 * layer, kind, TEXT, RATIONAL, False)
-    p_row, m_row = _score_rows(grad_rows + p_rows, upstream + p_image, o_r, m_class, m_image, D, IMAGE)
-    b_grad_rows = load_head(p_row, m_row, E)  # [BM, E]
+    queries = _by_kind(query_text + p_head, keys + 2 * layer, 0, TEXT, RATIONAL, False)
+    b_grad_rows = load_head(grad_rows + p_rows + p_r, m_r, E)  # [BM, E]
     b_kinds = ()
     b_deltas = ()
-    for n in tl.static_range(len(queries)):
-        b_query, b_top, b_scale = _load_kind(
-            queries[n], query_image + p_image, joint_tops, joint_scales, n * B * H + pair, p_joint,
-            o_r, m_class, m_image, D, E, IMAGE and n == 0,
-        )  # fmt: skip
-        b_scale = tl.where(m_class, b_scale / K, b_scale)  # (K / total) / K is 1 where the total is
-        b_kinds += ((b_query, b_top, b_scale),)
+    for n in tl.static_range(TEXT + RATIONAL):
+        p_kind = n * B * H + pair
+        # (K / total) / K is 1 where the total is.
+        b_kinds += (
+            (load_head(queries[n] + p_r, m_r, E), tl.load(joint_tops + p_kind), tl.load(joint_scales + p_kind) / K),
+        )
         b_deltas += (tl.zeros([BM], tl.float32),)
     for start in range(0, K, BN):
         o_n = start + tl.arange(0, BN)
-        m_n = o_n < K
         p_n = o_n.to(tl.int64) * D
-        b_key = load_head(keys + p_n, m_n, E)  # [BN, E]
-        b_value = load_head(keys + layer + p_n, m_n, E)
+        b_key = load_head(keys + p_n, o_n < K, E)  # [BN, E]
+        b_value = load_head(keys + layer + p_n, o_n < K, E)
         b_grad_weights = product_transposed(b_grad_rows, b_value, PRECISION)  # [BM, BN]
         b_new = ()
-        for n in tl.static_range(len(queries)):
-            b_query, b_top, b_scale = b_kinds[n]
-            b_weights = _weights(b_query, b_key, b_top, b_scale, m_n, factor, PRECISION)
+        for n in tl.static_range(TEXT + RATIONAL):
+            b_query, top, scale = b_kinds[n]
+            b_weights = _weights(b_query, b_key, top, scale, start, o_n, K, factor, BN, PRECISION)
             b_new += (b_deltas[n] + tl.sum(b_weights * b_grad_weights, 1),)
         b_deltas = b_new
-    for n in tl.static_range(len(queries)):
-        if TEXT or RATIONAL:
-            tl.store(parts + (n * B * H + pair) * T + tile, tl.sum(tl.where(m_class, b_deltas[n], 0.0), 0))
-        if IMAGE and n == 0:
-            tl.store(parts + p_joint * T + tile, tl.sum(tl.where(m_image, b_deltas[n], 0.0), 0))
+    for n in tl.static_range(TEXT + RATIONAL):
+        tl.store(parts + (n * B * H + pair) * T + tile, tl.sum(tl.where(m_r, b_deltas[n], 0.0), 0))
 
 
 @triton.jit(do_not_specialize=["B", "K"])
 def _mask_attention_bwd_queries_kernel(
-    query_image,  # [B, D]
     query_text,  # [K, D]
     projections,  # [LAYERS, B, K, D]
-    joint_tops,  # [matrix kinds + 1, B, H]
-    joint_scales,  # [matrix kinds + 1, B, H]
-    deltas,  # [matrix kinds + 1, B, H]
-    upstream,  # [B, D]
+    joint_tops,  # [matrix kinds, B, H]
+    joint_scales,  # [matrix kinds, B, H]
+    deltas,  # [matrix kinds, B, H]
     grad_rows,  # [B, K, D]
     grad_projections,  # [LAYERS, B, K, D] the rational queries' part is written
     grad_text,  # [B, K, D] each image's part
-    grad_image,  # [B, D]
     B,
     K,
     factor,  # log2(e) / (√E τ)
     grad_factor,  # 1 / (√E τ KINDS)
     H: tl.constexpr,
     E: tl.constexpr,
-    IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
     RATIONAL: tl.constexpr,
     APART: tl.constexpr,
@@ -553,46 +536,36 @@ def _mask_attention_bwd_queries_kernel(
     BN: tl.constexpr,
 ):
     D: tl.constexpr = H * E
-    T = tl.cdiv((K if TEXT or RATIONAL else 0) + IMAGE, BM)
-    pair, kind, _, o_r, m_class, m_image = _row_tile(K, T, BM, TEXT or RATIONAL, APART)
-    p_head, p_image, p_rows = _head_offsets(pair, K, H, E)
-    p_joint = (TEXT + RATIONAL) * B * H + pair  # the image's
+    pair, kind, _, o_r, m_r, _ = _row_tile(K, tl.cdiv(K, BM), BM, True, APART)
+    p_head, _, p_rows = _head_offsets(pair, K, H, E)
+    p_r = o_r.to(tl.int64) * D
     layer = B.to(tl.int64) * K * D
     keys = projections + p_rows
     queries = _by_kind(query_text + p_head, keys + 2 * layer, kind, TEXT, RATIONAL, APART)
     grad_queries = _by_kind(grad_text + p_rows, grad_projections + 2 * layer + p_rows, kind, TEXT, RATIONAL, APART)
-    p_row, m_row = _score_rows(grad_rows + p_rows, upstream + p_image, o_r, m_class, m_image, D, IMAGE)
-    b_grad_rows = load_head(p_row, m_row, E)  # [BM, E]
+    b_grad_rows = load_head(grad_rows + p_rows + p_r, m_r, E)  # [BM, E]
     b_kinds = ()
     b_grads = ()
     for n in tl.static_range(len(queries)):
         p_kind = (kind + n) * B * H + pair
-        b_query, b_top, b_scale = _load_kind(
-            queries[n], query_image + p_image, joint_tops, joint_scales, p_kind, p_joint,
-            o_r, m_class, m_image, D, E, IMAGE and n == 0,
-        )  # fmt: skip
-        b_delta = _row_values(deltas, p_kind, p_joint, m_class, m_image, IMAGE and n == 0)
-        b_kinds += ((b_query, b_top, b_scale, b_delta),)
+        b_query = load_head(queries[n] + p_r, m_r, E)
+        b_kinds += ((b_query, tl.load(joint_tops + p_kind), tl.load(joint_scales + p_kind), tl.load(deltas + p_kind)),)
         b_grads += (zero_head(BM, E),)
     for start in range(0, K, BN):
         o_n = start + tl.arange(0, BN)
-        m_n = o_n < K
         p_n = o_n.to(tl.int64) * D
-        b_key = load_head(keys + p_n, m_n, E)  # [BN, E]
-        b_value = load_head(keys + layer + p_n, m_n, E)
+        b_key = load_head(keys + p_n, o_n < K, E)  # [BN, E]
+        b_value = load_head(keys + layer + p_n, o_n < K, E)
         b_grad_weights = product_transposed(b_grad_rows, b_value, PRECISION)  # [BM, BN]
         b_new = ()
         for n in tl.static_range(len(queries)):
-            b_query, b_top, b_scale, b_delta = b_kinds[n]
-            b_weights = _weights(b_query, b_key, b_top, b_scale, m_n, factor, PRECISION)
-            b_grad_scores = (b_weights * (b_grad_weights - b_delta[:, None])).to(b_key[0].dtype)
+            b_query, top, scale, delta = b_kinds[n]
+            b_weights = _weights(b_query, b_key, top, scale, start, o_n, K, factor, BN, PRECISION)
+            b_grad_scores = (b_weights * (b_grad_weights - delta)).to(b_key[0].dtype)
             b_new += (add_product(b_grads[n], b_grad_scores, b_key, PRECISION),)
         b_grads = b_new
     for n in tl.static_range(len(queries)):
-        b_grad = scale_head(b_grads[n], grad_factor)
-        store_head(grad_queries[n] + o_r.to(tl.int64) * D, b_grad, m_class)
-        if IMAGE and n == 0:
-            store_head(grad_image + p_image + o_r * 0, b_grad, m_image)
+        store_head(grad_queries[n] + p_r, scale_head(b_grads[n], grad_factor), m_r, E)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -600,10 +573,11 @@ def _mask_attention_bwd_keys_kernel(
     query_image,  # [B, D]
     query_text,  # [K, D]
     projections,  # [LAYERS, B, K, D]
-    joint_tops,  # [matrix kinds + 1, B, H]
-    joint_scales,  # [matrix kinds + 1, B, H]
-    deltas,  # [matrix kinds + 1, B, H]
+    joint_tops,  # [matrix kinds, B, H]
+    joint_scales,  # [matrix kinds, B, H]
+    deltas,  # [matrix kinds, B, H]
     upstream,  # [B, D]
+    image_parts,  # [2, B, H, K]
     grad_rows,  # [B, K, D]
     grad_projections,  # [LAYERS, B, K, D] the keys' and the values' parts are written
     B,
@@ -615,17 +589,19 @@ def _mask_attention_bwd_keys_kernel(
     IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
     RATIONAL: tl.constexpr,
+    KEYS: tl.constexpr,  # which gradients are computed
+    VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
+    """Scores are transposed here: what is rounded for the next product lies as that product takes its left operand."""
     D: tl.constexpr = H * E
     KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
     tiles = tl.cdiv(K, BN)
     pid = tl.program_id(0)
     pair = pid // tiles  # (image, head)
     p_head, p_image, p_rows = _head_offsets(pair, K, H, E)
-    p_joint = (TEXT + RATIONAL) * B * H + pair  # the image's
     layer = B.to(tl.int64) * K * D
     keys = projections + p_rows
     queries = _by_kind(query_text + p_head, keys + 2 * layer, 0, TEXT, RATIONAL, False)
@@ -633,34 +609,45 @@ def _mask_attention_bwd_keys_kernel(
     m_n = o_n < K
     p_n = o_n.to(tl.int64) * D
     b_key = load_head(keys + p_n, m_n, E)  # [BN, E]
-    b_value = load_head(keys + layer + p_n, m_n, E)
+    if KEYS:
+        b_value = load_head(keys + layer + p_n, m_n, E)
     b_grad_key = zero_head(BN, E)
     b_grad_value = zero_head(BN, E)
-    last = K if TEXT or RATIONAL else 0
-    for start in range(0, last + IMAGE, BM):
+    if IMAGE:
+        o_one = tl.arange(0, 1)
+        p_part = image_parts + pair.to(tl.int64) * K + o_n
+        if KEYS:
+            b_part = tl.load(p_part + B.to(tl.int64) * H * K, mask=m_n, other=0.0)
+            b_grad_key = scale_head(load_head(query_image + p_image + o_one, o_one == 0, E), b_part[:, None])
+        if VALUES:
+            b_part = tl.load(p_part, mask=m_n, other=0.0) * (1.0 / KINDS)
+            b_grad_value = scale_head(load_head(upstream + p_image + o_one, o_one == 0, E), b_part[:, None])
+    for start in range(0, K if TEXT or RATIONAL else 0, BM):
         o_r = start + tl.arange(0, BM)
-        m_class = o_r < last
-        m_image = o_r == last
-        p_row, m_row = _score_rows(grad_rows + p_rows, upstream + p_image, o_r, m_class, m_image, D, IMAGE)
-        b_grad_rows = load_head(p_row, m_row, E)  # [BM, E]
-        b_grad_weights = product_transposed(b_grad_rows, b_value, PRECISION)  # [BM, BN]
-        b_weights = tl.zeros([BM, BN], tl.float32)
-        for n in tl.static_range(len(queries)):
+        p_r = o_r.to(tl.int64) * D
+        b_grad_rows = load_head(grad_rows + p_rows + p_r, o_r < K, E)  # [BM, E]
+        if KEYS:
+            b_grad_weights = product_transposed(b_value, b_grad_rows, PRECISION)  # [BN, BM]
+        b_weights = tl.zeros([BN, BM], tl.float32)
+        for n in tl.static_range(TEXT + RATIONAL):
             p_kind = n * B * H + pair
-            b_query, b_top, b_scale = _load_kind(
-                queries[n], query_image + p_image, joint_tops, joint_scales, p_kind, p_joint,
-                o_r, m_class, m_image, D, E, IMAGE and n == 0,
+            b_query = load_head(queries[n] + p_r, o_r < K, E)
+            b_kind = _weights(
+                b_key, b_query, tl.load(joint_tops + p_kind), tl.load(joint_scales + p_kind),
+                start, o_r, K, factor, BM, PRECISION,
             )  # fmt: skip
-            b_delta = _row_values(deltas, p_kind, p_joint, m_class, m_image, IMAGE and n == 0)
-            b_part = _weights(b_query, b_key, b_top, b_scale, m_n, factor, PRECISION)
-            b_grad_scores = (b_part * (b_grad_weights - b_delta[:, None])).to(b_key[0].dtype)
-            b_weights += b_part
-            b_grad_key = add_product(b_grad_key, tl.trans(b_grad_scores), b_query, PRECISION)
-        b_weights = (b_weights * (1.0 / KINDS)).to(b_grad_rows[0].dtype)
-        b_grad_value = add_product(b_grad_value, tl.trans(b_weights), b_grad_rows, PRECISION)
+            b_weights += b_kind
+            if KEYS:
+                b_grad_scores = (b_kind * (b_grad_weights - tl.load(deltas + p_kind))).to(b_key[0].dtype)
+                b_grad_key = add_product(b_grad_key, b_grad_scores, b_query, PRECISION)
+        if VALUES:
+            b_weights = (b_weights * (1.0 / KINDS)).to(b_grad_rows[0].dtype)
+            b_grad_value = add_product(b_grad_value, b_weights, b_grad_rows, PRECISION)
     grad_keys = grad_projections + p_rows + p_n
-    store_head(grad_keys, scale_head(b_grad_key, grad_factor), m_n)
-    store_head(grad_keys + layer, b_grad_value, m_n)
+    if KEYS:
+        store_head(grad_keys, scale_head(b_grad_key, grad_factor), m_n, E)
+    if VALUES:
+        store_head(grad_keys + layer, b_grad_value, m_n, E)
 
 
 class AttendedRows(NamedTuple):
@@ -670,8 +657,6 @@ class AttendedRows(NamedTuple):
     image_row: Tensor  # streaming: the image query's attended row [B, D]
     tops: Tensor  # [n, B, H, T] largest score of each row tile, n matrix query kinds; direct: T = 1
     totals: Tensor  # [n, B, H, T] sum of exp2(score - largest)
-    image_top: Tensor  # streaming: the same of the image's row [B, H]
-    image_total: Tensor  # [B, H]
 
 
 def empty_attended_rows(image: Tensor, classes: int, options: Options) -> AttendedRows:
@@ -690,8 +675,6 @@ def empty_attended_rows(image: Tensor, classes: int, options: Options) -> Attend
         image_row=image.new_empty(0 if direct else batch, width),
         tops=float32(kinds, batch, heads, tiles),
         totals=float32(kinds, batch, heads, tiles),
-        image_top=float32(0 if direct else batch, heads),
-        image_total=float32(0 if direct else batch, heads),
     )
 
 
@@ -768,37 +751,45 @@ def mask_attention_bwd(
             tops=attended.tops, totals=attended.totals, BK=config.BM, **gradients, **backward, **common, **config.launch
         )
         return tuple(gradients.values())
-    rows = (options.queries != ("image",)) * classes + ("image" in options.queries)
-    upstream = grad_rows.new_empty(batch, width)
-    joint_tops, joint_scales, deltas = (attended.tops.new_empty(len(attended.tops) + 1, batch, heads) for _ in range(3))
+    joint_tops, joint_scales, deltas = (attended.tops.new_empty(attended.tops.shape[:-1]) for _ in range(3))
+    upstream = torch.empty_like(gradients["grad_image"])
+    image_parts = upstream.new_empty(2, len(upstream), heads, classes)
     tiles = attended.tops.shape[-1]
     # In float32, rounding of the rows would show where A (dA - δ) cancels; 16-bit gradients are coarser than that.
     exact = projections.dtype == torch.float32
     config = joint_config(device, projections.dtype, head_width)
     _mask_attention_bwd_joint_kernel[(batch * heads,)](
-        **attended._asdict(), grad_rows=grad_rows, joint_tops=joint_tops, joint_scales=joint_scales, deltas=deltas,
-        upstream=upstream, B=batch, K=classes, T=tiles, H=heads, E=head_width, **kind_flags(options), ROWS=not exact,
+        query_image=query_image, projections=projections, rows=attended.rows, tops=attended.tops,
+        totals=attended.totals, joint_tops=joint_tops,
+        joint_scales=joint_scales, deltas=deltas, upstream=upstream, image_parts=image_parts,
+        grad_image=gradients["grad_image"], B=batch, K=classes, T=tiles, factor=common["factor"], H=heads,
+        E=head_width, **kind_flags(options), ROWS=not exact,
         BM=attention_config(device, projections.dtype, classes, head_width).BM, BN=config.BN, BT=tile_block(tiles),
-        **config.launch,
+        **backward, **config.launch,
     )  # fmt: skip
-    joint = {"joint_tops": joint_tops, "joint_scales": joint_scales, "upstream": upstream}
-    if exact:
+    image = {name: common.pop(name) for name in ("query_image", "IMAGE")}
+    common |= {"joint_tops": joint_tops, "joint_scales": joint_scales, "grad_rows": grad_rows}
+    kinds = len(deltas)
+    if kinds and exact:
         config = delta_config(device, projections.dtype, head_width)
-        parts = deltas.new_empty(*deltas.shape, triton.cdiv(rows, config.BM))
+        parts = deltas.new_empty(*deltas.shape, triton.cdiv(classes, config.BM))
         _mask_attention_bwd_delta_kernel[(parts[0].numel(),)](
-            grad_rows=grad_rows, parts=parts, BM=config.BM, BN=config.BN, **common, **joint, **config.launch
+            parts=parts, BM=config.BM, BN=config.BN, **common, **config.launch
         )
         deltas = parts.sum(-1)
-    common |= joint | backward | {"deltas": deltas}
-    config = queries_bwd_config(device, projections.dtype, head_width)
-    apart = config.apart and len(attended.tops) == 2
-    _mask_attention_bwd_queries_kernel[(batch * heads * (1 + apart) * triton.cdiv(rows, config.BM),)](
-        APART=apart, BM=config.BM, BN=config.BN, **gradients, **common, **config.launch
-    )
+    common |= backward | {"deltas": deltas, "grad_projections": gradients["grad_projections"]}
+    if kinds:
+        config = queries_bwd_config(device, projections.dtype, head_width)
+        apart = config.apart and kinds == 2
+        _mask_attention_bwd_queries_kernel[(batch * heads * (1 + apart) * triton.cdiv(classes, config.BM),)](
+            grad_text=gradients["grad_text"], APART=apart, BM=config.BM, BN=config.BN, **common, **config.launch
+        )
     config = keys_bwd_config(device, projections.dtype, head_width)
-    _mask_attention_bwd_keys_kernel[(batch * heads * triton.cdiv(classes, config.BN),)](
-        grad_projections=gradients["grad_projections"], BM=config.BM, BN=config.BN, **common, **config.launch
-    )
+    for keys, values in ((True, False), (False, True)) if config.apart else ((True, True),):
+        _mask_attention_bwd_keys_kernel[(batch * heads * triton.cdiv(classes, config.BN),)](
+            upstream=upstream, image_parts=image_parts, KEYS=keys, VALUES=values, BM=config.BM, BN=config.BN,
+            **common, **image, **config.launch,
+        )  # fmt: skip
     return tuple(gradients.values())
 
 
