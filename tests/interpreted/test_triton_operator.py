@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rada_kernels import Params, rada_logits
+from rada_kernels import Params, launch, rada_logits
 from rada_kernels.backends import triton as backend
 from tests.test_reference import SUBSETS
 from tests.truth import assert_as_good_as_reference, make_case, results
@@ -43,6 +43,18 @@ def test_16_bits(dtype, batch, classes, poisoned_empty):
 def test_16_bits_in_every_shape(dtype, batch, classes, width, heads, poisoned_empty):
     case = make_case(batch, classes, width, heads, clear_gates=True, penalty="l1")
     assert_as_good_as_reference(case, "triton", dtype)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "width"),
+    [("sm_80", torch.float16, 96), ("sm_90", torch.float32, 96), ("gfx1100", torch.float16, 128)],
+    ids=["sm_80", "sm_90", "gfx1100"],
+)
+def test_configurations_of_other_devices(arch, dtype, width, poisoned_empty):
+    """Row tiles and class blocks of different sizes, one query kind or one gradient per program."""
+    case = make_case(1, 70, width, 1, clear_gates=True, penalty="mse")
+    with launch.planning_for(launch.Device.named(arch)):
+        assert_as_good_as_reference(case, "triton", dtype)
 
 
 @pytest.mark.parametrize("classes", [11, 131], ids=["direct", "streaming"])
