@@ -109,16 +109,18 @@ def work_of(launch: Launch) -> tuple[int, int]:
         columns = -(-width // a["BC"]) * a["BC"] if launch.name.endswith("fwd") else a["BC"]
         return n * 2 * a["BI"] * a["BK"] * columns * width, 0
     if launch.name == "mask_attention_direct_fwd":
-        return n * 2 * a["BK"] ** 2 * a["BE"] * (kinds + 1), n * kinds * a["BK"] ** 2
+        return n * 2 * a["BK"] ** 2 * a["E"] * (kinds + 1), n * kinds * a["BK"] ** 2
     if launch.name == "mask_attention_direct_bwd":
-        return n * 2 * a["BK"] ** 2 * a["BE"] * (3 * kinds + 2), n * kinds * a["BK"] ** 2
-    if launch.name in ("mask_attention_streaming_fwd", "mask_attention_bwd_queries"):
+        return n * 2 * a["BK"] ** 2 * a["E"] * (3 * kinds + 2), n * kinds * a["BK"] ** 2
+    if launch.name in ("mask_attention_streaming_fwd", "mask_attention_bwd_delta", "mask_attention_bwd_queries"):
         scores = n * a["BM"] * -(-a["K"] // a["BN"]) * a["BN"]
-        products = 2 * kinds + launch.name.endswith("queries")
-        return 2 * scores * a["BE"] * products, kinds * scores
+        kinds = 1 if a.get("APART") else kinds
+        step = launch.name.split("_")[-1]
+        products = {"fwd": 2 * kinds, "delta": kinds + 1, "queries": 2 * kinds + 1}[step]
+        return 2 * scores * a["E"] * products, kinds * scores
     if launch.name == "mask_attention_bwd_keys":
         scores = n * a["BN"] * -(-(a["K"] + a["IMAGE"]) // a["BM"]) * a["BM"]
-        return 2 * scores * a["BE"] * (2 * kinds + 2), kinds * scores
+        return 2 * scores * a["E"] * (2 * kinds + 2), kinds * scores
     return 0, 0
 
 

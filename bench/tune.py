@@ -31,6 +31,7 @@ POWERS = {
     "BN": (16, 32, 64, 128),
     "num_warps": (1, 2, 4, 8),
     "num_stages": (1, 2, 3, 4),
+    "apart": (False, True),
 }
 
 

@@ -6,7 +6,8 @@ The dialect, in every kernel of this package:
   an axis, `m_` masks. Sizes are capitals: B images, K classes, D width, H heads, E head width.
 - Block sizes are BM (rows of scores), BN (columns of scores, which are classes), BR (rows of width D), BI and BK (the
   images and the classes whose pairs are those rows: BR = BI·BK), BC (columns that are written), BD (columns that are
-  contracted), BE (E padded to a power of two).
+  contracted).
+- A head's rows [R, E] are a tuple of one or more pieces, each a power of two wide: 96 = 64 + 32. No column is padding.
 - Rows of the last axis are contiguous. Row offsets are int64 before they are multiplied.
 - Products accumulate in float32 with `input_precision=PRECISION`; a result is rounded once, when it is stored.
 - Scores are in base 2: log2(e) is folded into the factor, and exp2 takes the place of exp.
@@ -79,3 +80,99 @@ def products_of_pairs(b_image, b_text):
 def factors_of_pairs(b_image, b_text):
     """b_image[i] * b_text[k] of all pairs: [BI], [BK] -> [BR]."""
     return (b_image[:, None] * b_text[None, :]).reshape(b_image.shape[0] * b_text.shape[0])
+
+
+@triton.constexpr_function
+def pieces(E):
+    """Widths of the pieces of a head's E columns: the powers of two that make up E, the largest first."""
+    return tuple(1 << bit for bit in reversed(range(E.bit_length())) if E >> bit & 1)
+
+
+@triton.constexpr_function
+def piece_start(widths, index):
+    """The first column of a piece."""
+    return sum(widths[:index])
+
+
+@triton.jit
+def load_head(p_rows, m_r, E: tl.constexpr):
+    """E columns of the rows that begin at p_rows [R], zero where m_r [R] is false: pieces [R, their widths]."""
+    WIDTHS: tl.constexpr = pieces(E)
+    b_head = ()
+    for i in tl.static_range(len(WIDTHS)):
+        o_e = piece_start(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        b_head += (tl.load(p_rows[:, None] + o_e[None, :], mask=m_r[:, None], other=0.0),)
+    return b_head
+
+
+@triton.jit
+def store_head(p_rows, b_head, m_r, E: tl.constexpr):
+    """Round pieces and store them in the rows that begin at p_rows [R]."""
+    WIDTHS: tl.constexpr = pieces(E)
+    for i in tl.static_range(len(WIDTHS)):
+        o_e = piece_start(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        tl.store(p_rows[:, None] + o_e[None, :], b_head[i].to(p_rows.dtype.element_ty), mask=m_r[:, None])
+
+
+@triton.jit
+def zero_head(R: tl.constexpr, E: tl.constexpr):
+    """Pieces of float32."""
+    WIDTHS: tl.constexpr = pieces(E)
+    b_head = ()
+    for i in tl.static_range(len(WIDTHS)):
+        b_head += (tl.zeros([R, WIDTHS[i]], tl.float32),)
+    return b_head
+
+
+@triton.jit
+def scale_head(b_head, b_factor):
+    """Pieces times a number or a column [R, 1]."""
+    b_scaled = ()
+    for i in tl.static_range(len(b_head)):
+        b_scaled += (b_head[i] * b_factor,)
+    return b_scaled
+
+
+@triton.jit
+def product_transposed(b_left, b_right, PRECISION: tl.constexpr):
+    """left rightᵀ of two heads' rows, summed over the pieces: [M, N]."""
+    b_sum = tl.dot(b_left[0], tl.trans(b_right[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(b_left)):
+        b_sum = tl.dot(b_left[i], tl.trans(b_right[i]), b_sum, input_precision=PRECISION)
+    return b_sum
+
+
+@triton.jit
+def add_product(b_sum, b_weights, b_head, PRECISION: tl.constexpr):
+    """sum + weights head, piece by piece: weights [M, N], head [N, E]."""
+    b_new = ()
+    for i in tl.static_range(len(b_head)):
+        b_new += (tl.dot(b_weights, b_head[i], b_sum[i], input_precision=PRECISION),)
+    return b_new
+
+
+@triton.jit
+def along_rows(b_left, b_right):
+    """Σ_e left · right in float32, [R]; right may be one row for all, [1, E]."""
+    b_sum = tl.sum(b_left[0].to(tl.float32) * b_right[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(b_left)):
+        b_sum += tl.sum(b_left[i].to(tl.float32) * b_right[i].to(tl.float32), 1)
+    return b_sum
+
+
+@triton.jit
+def add_heads(b_left, b_right):
+    """left + right, piece by piece; either may be one row for all, [1, E]."""
+    b_sum = ()
+    for i in tl.static_range(len(b_left)):
+        b_sum += (b_left[i] + b_right[i],)
+    return b_sum
+
+
+@triton.jit
+def sum_rows(b_head):
+    """Σ_r head[r] in float32: [1, E]."""
+    b_sum = ()
+    for i in tl.static_range(len(b_head)):
+        b_sum += (tl.sum(b_head[i].to(tl.float32), 0, keep_dims=True),)
+    return b_sum

@@ -137,12 +137,13 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Blocks of scores: BM rows by BN classes; direct: both hold all K classes."""
+    """Blocks of scores: BM rows by BN classes; direct: both hold all K classes. apart: one query kind per program."""
 
     BM: int
     BN: int
     num_warps: int
     num_stages: int
+    apart: bool = False
 
     @property
     def launch(self) -> dict[str, int]:
@@ -250,7 +251,8 @@ KERNELS = {
     "rows_bwd": Kernel(GemmConfig, _gemm_operands, _ROWS),
 }
 BLOCKS = (16, 32, 64, 128, 256)  # 16 is the least that a product takes
-FIELDS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": tuple(range(1, 9))}  # of a configuration; the others are blocks
+# Of a configuration; its other fields are blocks.
+FIELDS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": tuple(range(1, 9)), "apart": (False, True)}
 
 
 @dataclass(frozen=True)
@@ -406,29 +408,40 @@ def projection_config(device: Device, dtype: torch.dtype, width: int, batch: int
     return _chosen(Request("projection", device, dtype, (width, int(many))), config)
 
 
+def _float32_config(device: Device, head_width: int) -> AttentionConfig:
+    """Operands take twice the registers; without tensor cores E = 64 side by side spills 32 bytes.
+
+    BM does not depend on the precision, which may change between a forward pass and its backward pass.
+    """
+    narrow = head_width <= 64
+    apart = not narrow or product_precision(torch.float32, device) == "ieee"
+    return AttentionConfig(64 if narrow else 32, 16, 4, 1, apart)
+
+
 def attention_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     """Of the streaming form."""
-    many = classes > 512
+    many, narrow = classes > 512, head_width <= 64
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)  # large blocks: what takes time is numpy's calls
     elif device.arch.startswith("gfx1"):
-        config = AttentionConfig(64, 16, 4, 1)  # BN = 32 spills 256 bytes: operands lie twice in a wave of 32
+        # Operands lie twice in a wave of 32; 198 and 236 registers apart, spills of 228 and 700 bytes side by side.
+        config = AttentionConfig(64, 16, 4, 1, apart=not narrow)
     elif dtype == torch.float32:
-        config = AttentionConfig(64 if head_width <= 64 else 32, 16, 4, 1)  # operands take twice the registers
+        config = _float32_config(device, head_width)
     elif device.arch.startswith("gfx9"):
-        config = AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 1)  # one stage: 64 KiB of shared memory
+        # One stage: 64 KiB of shared memory. 294 registers side by side at E = 128: no second program.
+        config = AttentionConfig(64, 64 if narrow else 32, 4, 1, apart=head_width > 96)
     elif _has_wide_products(device):
-        if head_width <= 64:
-            # Twice the rows halve what is read of keys and values; with few classes two small programs are better.
-            config = AttentionConfig(128, 64, 8, 2) if many else AttentionConfig(64, 64, 4, 2)
+        # Twice the rows halve what is read of keys and values; with few classes two small programs are better.
+        if many and head_width <= 96:
+            config = AttentionConfig(128, 64, 8, 2)
         else:
-            config = AttentionConfig(64, 32, 8, 2)  # 4 warps spill
-    elif head_width <= 64:
-        config = AttentionConfig(64, 32, 4, 1 if device.arch == "sm_120" else 2)  # BN = 64 spills 24 bytes
-    elif device.arch == "sm_120":
-        config = AttentionConfig(16, 32, 4, 1)
+            config = AttentionConfig(64, 64, 4, 2, apart=not narrow)  # 168 registers; side by side spills at E = 128
     else:
-        config = AttentionConfig(32, 32, 8, 1)  # 4 warps spill 24 to 80 bytes, BM = 64 more than 1 KiB
+        # 232 registers at E = 64; BN = 64 spills 8 to 264 bytes. At E = 128 sm_120 spills 192 side by side; one stage
+        # there, so that two programs share 100 KiB. sm_80 spills apart, not side by side.
+        apart = head_width > 96 and device.arch != "sm_80"
+        config = AttentionConfig(64, 32, 4, 1 if apart else 2, apart)
     return _chosen(Request("attention", device, dtype, (head_width, int(many)), head_width), config)
 
 
@@ -486,40 +499,48 @@ def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_wid
     return _chosen(request, config, BM=(block,), BN=(block,))
 
 
-def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
+def joint_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
     return AttentionConfig(64, 32, 4, 2)
 
 
+def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
+    return queries_bwd_config(device, dtype, head_width)
+
+
 def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
+    narrow = head_width <= 64
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)
     elif device.arch.startswith("gfx1"):
-        config = AttentionConfig(64, 16, 4, 1)
+        config = AttentionConfig(64, 16, 4, 1, apart=True)  # 198 registers at E = 64; side by side spills 100 bytes
     elif dtype == torch.float32:
-        config = AttentionConfig(64 if head_width <= 64 else 32, 16, 4, 1)
+        config = _float32_config(device, head_width)
     elif device.arch.startswith("gfx9"):
-        config = AttentionConfig(64, 32, 4, 1)
+        config = AttentionConfig(64, 32, 4, 1, apart=head_width > 96)
     elif _has_wide_products(device):
-        config = AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 2)  # 198 and 240 registers
-    elif head_width <= 64:
-        config = AttentionConfig(64, 16, 4, 1) if device.arch == "sm_120" else AttentionConfig(64, 32, 4, 2)
+        config = AttentionConfig(64, 64 if narrow else 32, 4, 2)  # 211 registers; 196 and 237 with wide heads
     else:
-        config = AttentionConfig(64, 64, 8, 2)  # 4 warps spill 32 to 80 bytes, whatever BN
+        # 226 registers, apart 168 to 206; E = 96 side by side spills 8 bytes. One stage at E = 128: two fit in 100 KiB.
+        config = AttentionConfig(64, 32, 4, 2 if head_width <= 96 else 1, apart=not narrow)
     return _chosen(Request("queries_bwd", device, dtype, (head_width,), head_width), config)
 
 
 def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
+    """apart: the keys' gradient in one launch, the values' in another, one accumulator each."""
+    narrow = head_width <= 64
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)
-    elif device.arch.startswith("gfx1") or dtype == torch.float32:
-        config = AttentionConfig(32, 32, 4, 1)
+    elif device.arch.startswith("gfx1"):
+        config = AttentionConfig(16, 64, 4, 1, apart=not narrow)
+    elif dtype == torch.float32:
+        large = narrow and product_precision(dtype, device) != "ieee"  # 64 classes spill without tensor cores
+        config = AttentionConfig(16, 64 if large else 32, 4, 1, apart=not large)
     elif device.arch.startswith("gfx9"):
-        config = AttentionConfig(64, 32, 4, 1)
+        config = AttentionConfig(32, 64, 4, 1, apart=head_width > 96)
     elif _has_wide_products(device):
-        # A second stage makes the narrow heads spill; the wide ones spill 360 bytes with BM = 64.
-        config = AttentionConfig(64, 64, 4, 1) if head_width <= 64 else AttentionConfig(32, 64, 8, 1)
+        config = AttentionConfig(64, 64, 4, 2) if narrow else AttentionConfig(32, 64, 4, 1)
     else:
-        config = AttentionConfig(64, 32, 4, 1) if head_width <= 64 else AttentionConfig(32, 32, 8, 1)
+        config = AttentionConfig(32, 64, 4, 1) if narrow else AttentionConfig(16, 64, 4, 2)
     return _chosen(Request("keys_bwd", device, dtype, (head_width,), head_width), config)
 
 

@@ -68,6 +68,7 @@ KERNEL_OF = {
     "logit_reduction_fwd": "reduction",
     "logit_reduction_bwd": "reduction_bwd",
     "mask_attention_direct_bwd": "direct_bwd",
+    "mask_attention_bwd_delta": "queries_bwd",
     "mask_attention_bwd_queries": "queries_bwd",
     "mask_attention_bwd_keys": "keys_bwd",
     "rational_projection_bwd_weight": "weight_bwd",

@@ -73,8 +73,6 @@ class Kept:
     image_row: Tensor
     tops: Tensor
     totals: Tensor
-    image_top: Tensor
-    image_total: Tensor
     peak: Tensor  # [B] int64, with penalty "linf": the first place of the largest |M - 1|
 
     def tensors(self) -> list[Tensor]:

@@ -5,6 +5,11 @@ registers and one value product serves all query kinds. *Streaming*, for any K: 
 over the classes with a running softmax per row; the rows of a tile are then weighted against each other, and the
 tiles' own weights are left to the next step. The image query is one more score row after the K
 class rows. No score leaves the registers in either form.
+
+Where registers are short, a streaming program takes one query kind (APART): twice the programs, each with half of
+what is alive.
+
+Backward differentiates the sum Σ_n A_n: the mean's 1 / KINDS is part of `grad_factor`.
 """
 
 from __future__ import annotations
@@ -17,7 +22,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_kernels.blocks import load_rows, store_rows
+from rada_kernels.blocks import (
+    add_heads,
+    add_product,
+    along_rows,
+    load_head,
+    product_transposed,
+    scale_head,
+    store_head,
+    sum_rows,
+    zero_head,
+)
 from rada_kernels.launch import (
     attention_config,
     delta_config,
@@ -25,8 +40,8 @@ from rada_kernels.launch import (
     direct_bwd_config,
     direct_config,
     is_direct,
+    joint_config,
     keys_bwd_config,
-    next_power,
     product_precision,
     queries_bwd_config,
     tile_block,
@@ -51,9 +66,30 @@ def joint_normaliser(tops, totals, p_tiles, T, BT: tl.constexpr):
 
 
 @triton.jit
+def _by_kind(text, rational, kind, TEXT: tl.constexpr, RATIONAL: tl.constexpr, APART: tl.constexpr):
+    """Of a pointer per matrix query kind, those of the kinds that a program takes; the text's where there is none."""
+    if APART:
+        return (tl.where(kind == 0, text, rational),)
+    elif TEXT and RATIONAL:
+        return text, rational
+    elif RATIONAL:
+        return (rational,)
+    else:
+        return (text,)
+
+
+@triton.jit
+def _head_offsets(pair, K, H: tl.constexpr, E: tl.constexpr):
+    """Where the head of a pair (image, head) begins: in a row of D, in [B, D], in [B, K, D]."""
+    p_head = pair % H * E
+    b = (pair // H).to(tl.int64)
+    return p_head, b * (H * E) + p_head, b * K * (H * E) + p_head
+
+
+@triton.jit
 def _joint_weights(b_query, b_key, m_pair, factor, K, PRECISION: tl.constexpr):
     """A_n of one query kind where a block holds all pairs, the scores' maximum, the sum of exp2(score - maximum)."""
-    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+    b_scores = product_transposed(b_query, b_key, PRECISION)
     b_scores = tl.where(m_pair, b_scores, float("-inf"))
     b_top = tl.max(tl.max(b_scores, 1), 0) * factor
     b_exps = tl.exp2(b_scores * factor - b_top)
@@ -62,11 +98,11 @@ def _joint_weights(b_query, b_key, m_pair, factor, K, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _image_weights(query_image, b_key, m_k, o_e, p_head, factor, E: tl.constexpr):
-    """The one row of A_image, [BK], and the image query [BE] in float32."""
-    b_query = tl.load(query_image + p_head + o_e, mask=o_e < E, other=0.0).to(tl.float32)
-    b_scores = tl.sum(b_key.to(tl.float32) * b_query[None, :], 1) * factor
-    b_scores = tl.where(m_k, b_scores, float("-inf"))
+def _image_weights(p_query, b_key, m_k, factor, E: tl.constexpr):
+    """The one row of A_image, [BK], and the image query, pieces [1, BE]."""
+    o_one = tl.arange(0, 1)
+    b_query = load_head(p_query + o_one, o_one == 0, E)
+    b_scores = tl.where(m_k, along_rows(b_key, b_query) * factor, float("-inf"))
     b_exps = tl.exp2(b_scores - tl.max(b_scores, 0))
     return b_exps / tl.sum(b_exps, 0), b_query
 
@@ -89,98 +125,73 @@ def _mask_attention_direct_fwd_kernel(
     RATIONAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BK: tl.constexpr,  # at least K
-    BE: tl.constexpr,
 ):
     D: tl.constexpr = H * E
     KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
-    pid = tl.program_id(0)  # (image, head)
-    b = pid // H
-    h = pid % H
+    pair = tl.program_id(0)  # (image, head)
     o_k = tl.arange(0, BK)
     m_k = o_k < K
     m_pair = m_k[:, None] & m_k[None, :]
-    o_e = tl.arange(0, BE)
-    p_rows = b.to(tl.int64) * K * D + h * E
+    p_head, p_image, p_rows = _head_offsets(pair, K, H, E)
+    p_k = o_k.to(tl.int64) * D
     layer = B.to(tl.int64) * K * D
-    b_key = load_rows(projections + p_rows, o_k, m_k, o_e, D, E, BE)  # [BK, BE]
+    keys = projections + p_rows
+    queries = _by_kind(query_text + p_head, keys + 2 * layer, 0, TEXT, RATIONAL, False)
+    b_key = load_head(keys + p_k, m_k, E)  # [BK, E]
     b_weights = tl.zeros([BK, BK], tl.float32)
-    if TEXT:
-        b_query = load_rows(query_text + h * E, o_k, m_k, o_e, D, E, BE)
+    for n in tl.static_range(TEXT + RATIONAL):
+        b_query = load_head(queries[n] + p_k, m_k, E)
         b_joint, b_top, b_total = _joint_weights(b_query, b_key, m_pair, factor, K, PRECISION)
         b_weights += b_joint
-        tl.store(tops + pid, b_top)
-        tl.store(totals + pid, b_total)
-    if RATIONAL:
-        b_query = load_rows(projections + 2 * layer + p_rows, o_k, m_k, o_e, D, E, BE)
-        b_joint, b_top, b_total = _joint_weights(b_query, b_key, m_pair, factor, K, PRECISION)
-        b_weights += b_joint
-        tl.store(tops + TEXT * B * H + pid, b_top)
-        tl.store(totals + TEXT * B * H + pid, b_total)
+        tl.store(tops + n * B * H + pair, b_top)
+        tl.store(totals + n * B * H + pair, b_total)
     if IMAGE:
-        b_image, _ = _image_weights(query_image, b_key, m_k, o_e, b.to(tl.int64) * D + h * E, factor, E)
+        b_image, _ = _image_weights(query_image + p_image, b_key, m_k, factor, E)
         b_weights += b_image[None, :]
-    b_value = load_rows(projections + layer + p_rows, o_k, m_k, o_e, D, E, BE)
-    b_rows = tl.dot((b_weights * (1.0 / KINDS)).to(b_value.dtype), b_value, input_precision=PRECISION)
-    store_rows(rows + p_rows, b_rows, o_k, m_k, o_e, D, E, BE)
+    b_value = load_head(keys + layer + p_k, m_k, E)
+    b_weights = (b_weights * (1.0 / KINDS)).to(b_value[0].dtype)
+    store_head(rows + p_rows + p_k, add_product(zero_head(BK, E), b_weights, b_value, PRECISION), m_k, E)
 
 
 @triton.jit
-def _online_softmax(b_scores, b_top, b_total, b_rows, b_value, factor, PRECISION: tl.constexpr):
-    """One block of classes more: scores [BM, BN] without factor, state top [BM], total [BM], rows [BM, BE]."""
+def _row_tile(K, T, BM: tl.constexpr, CLASSES: tl.constexpr, APART: tl.constexpr):
+    """A program's pair (image, head), first matrix kind, tile; its score rows [BM], and which of them are the K
+    classes' and which is the image's, the one after them. It goes with the first kind.
+    """
+    pid = tl.program_id(0)
+    tile = pid % T  # neighbours read the same keys and values
+    pair = pid // T
+    kind = 0
+    o_r = tile * BM + tl.arange(0, BM)
+    last = K if CLASSES else 0
+    m_image = o_r == last
+    if APART:
+        kind = pair % 2
+        pair = pair // 2
+        m_image = m_image & (kind == 0)
+    return pair, kind, tile, o_r, o_r < last, m_image
+
+
+@triton.jit
+def _score_rows(rows, image, o_r, m_class, m_image, D: tl.constexpr, WITH_IMAGE: tl.constexpr):
+    """Where score rows o_r [BM] begin, and which there are: class rows and, if WITH_IMAGE, the image's."""
+    p_rows = rows + o_r.to(tl.int64) * D
+    if WITH_IMAGE:
+        return tl.where(m_image, image, p_rows), m_class | m_image
+    else:
+        return p_rows, m_class
+
+
+@triton.jit
+def _online_softmax(b_scores, b_state, b_value, factor, PRECISION: tl.constexpr):
+    """One block of classes more: scores [BM, BN] without factor; state: top [BM], total [BM], rows [BM, E]."""
+    b_top, b_total, b_rows = b_state
     b_new = tl.maximum(b_top, tl.max(b_scores, 1) * factor)
     b_exps = tl.exp2(b_scores * factor - b_new[:, None])
     b_decay = tl.exp2(b_top - b_new)
     b_total = b_total * b_decay + tl.sum(b_exps, 1)
-    b_rows = tl.dot(b_exps.to(b_value.dtype), b_value, b_rows * b_decay[:, None], input_precision=PRECISION)
-    return b_new, b_total, b_rows
-
-
-@triton.jit
-def _load_queries(rows, query_image, p_rows, p_image, o_r, K, o_e, D: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
-                  CLASSES: tl.constexpr, WITH_IMAGE: tl.constexpr):  # fmt: skip
-    """Score rows o_r: K class rows if CLASSES, then the image's if WITH_IMAGE; zero after them: [BM, BE]."""
-    if CLASSES:
-        b_rows = load_rows(rows + p_rows, o_r, o_r < K, o_e, D, E, BE)
-        if WITH_IMAGE:
-            # A stride of 0: only one row is the image's.
-            b_image = load_rows(query_image + p_image, o_r * 0, o_r == K, o_e, D, E, BE)
-            b_rows = tl.where((o_r == K)[:, None], b_image.to(b_rows.dtype), b_rows)
-    else:
-        b_rows = load_rows(query_image + p_image, o_r * 0, o_r == 0, o_e, D, E, BE).to(rows.dtype.element_ty)
-    return b_rows
-
-
-@triton.jit
-def _store_tile(
-    rows, image_row, tops, totals, image_top, image_total, b_top, b_total, b_rows,
-    p_rows, p_image, pair, p_tile, o_r, K, o_e,
-    D: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, CLASSES: tl.constexpr, WITH_IMAGE: tl.constexpr,
-):  # fmt: skip
-    """Finish one query kind's tile: weight its rows against each other and store them; the image's row by itself."""
-    last = 0
-    if CLASSES:
-        last = K
-        m_class = o_r < K
-        b_tile_top = tl.max(tl.where(m_class, b_top, float("-inf")), 0)
-        b_share = tl.where(m_class, tl.exp2(b_top - b_tile_top), 0.0)
-        b_tile_total = tl.sum(b_share * b_total, 0)
-        tl.store(tops + p_tile, b_tile_top)
-        tl.store(totals + p_tile, b_tile_total)
-        store_rows(rows + p_rows, b_rows * (b_share / b_tile_total)[:, None], o_r, m_class, o_e, D, E, BE)
-    if WITH_IMAGE:
-        m_image = o_r == last
-        tl.store(image_top + pair + o_r * 0, b_top, mask=m_image)
-        tl.store(image_total + pair + o_r * 0, b_total, mask=m_image)
-        store_rows(image_row + p_image, b_rows / b_total[:, None], o_r * 0, m_image, o_e, D, E, BE)
-
-
-@triton.jit
-def _scores(b_query, b_key, o_n, K, TAIL: tl.constexpr, PRECISION: tl.constexpr):
-    """query keyᵀ [BM, BN] without factor; -inf past the last class."""
-    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
-    if TAIL:
-        b_scores = tl.where((o_n < K)[None, :], b_scores, float("-inf"))
-    return b_scores
+    b_rows = scale_head(b_rows, b_decay[:, None])
+    return b_new, b_total, add_product(b_rows, b_exps.to(b_value[0].dtype), b_value, PRECISION)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -192,8 +203,6 @@ def _mask_attention_streaming_fwd_kernel(
     image_row,  # [B, D]
     tops,  # [matrix kinds, B, H, T] each row tile's largest score
     totals,  # [matrix kinds, B, H, T] each row tile's sum of exp2(score - top)
-    image_top,  # [B, H] the same of the image's row
-    image_total,  # [B, H]
     B,
     K,
     factor,  # log2(e) / (√E τ)
@@ -202,89 +211,64 @@ def _mask_attention_streaming_fwd_kernel(
     IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
     RATIONAL: tl.constexpr,
+    APART: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    BE: tl.constexpr,
 ):
     D: tl.constexpr = H * E
     T = tl.cdiv((K if TEXT or RATIONAL else 0) + IMAGE, BM)
-    pid = tl.program_id(0)
-    pair = pid // T  # (image, head)
-    tile = pid - pair * T  # neighbours read the same keys and values
-    b = pair // H
-    h = pair % H
-    o_r = tile * BM + tl.arange(0, BM)
-    o_e = tl.arange(0, BE)
-    p_rows = b.to(tl.int64) * K * D + h * E
-    p_image = b.to(tl.int64) * D + h * E
+    pair, kind, tile, o_r, m_class, m_image = _row_tile(K, T, BM, TEXT or RATIONAL, APART)
+    p_head, p_image, p_rows = _head_offsets(pair, K, H, E)
     layer = B.to(tl.int64) * K * D
-    # The image's row goes with the first kind in use.
-    FIRST_TEXT: tl.constexpr = TEXT or not RATIONAL
-    if FIRST_TEXT:
-        b_text = _load_queries(query_text, query_image, h * E, p_image, o_r, K, o_e, D, E, BE, TEXT, IMAGE)
-    if RATIONAL:
-        b_rational = _load_queries(
-            projections + 2 * layer, query_image, p_rows, p_image, o_r, K, o_e, D, E, BE, True, IMAGE and not TEXT
-        )
-    b_text_top = tl.full([BM], float("-inf"), tl.float32)
-    b_text_total = tl.zeros([BM], tl.float32)
-    b_text_rows = tl.zeros([BM, BE], tl.float32)
-    b_rational_top = tl.full([BM], float("-inf"), tl.float32)
-    b_rational_total = tl.zeros([BM], tl.float32)
-    b_rational_rows = tl.zeros([BM, BE], tl.float32)
-    whole = K // BN * BN
-    for start in range(0, whole, BN):
+    keys = projections + p_rows
+    queries = _by_kind(query_text + p_head, keys + 2 * layer, kind, TEXT, RATIONAL, APART)
+    b_queries = ()
+    b_states = ()
+    for n in tl.static_range(len(queries)):
+        p_query, m_query = _score_rows(queries[n], query_image + p_image, o_r, m_class, m_image, D, IMAGE and n == 0)
+        b_queries += (load_head(p_query, m_query, E),)
+        b_states += ((tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), zero_head(BM, E)),)
+    for start in range(0, K, BN):
         o_n = start + tl.arange(0, BN)
-        m_n = o_n < whole
-        b_key = load_rows(projections + p_rows, o_n, m_n, o_e, D, E, BE)  # [BN, BE]
-        b_value = load_rows(projections + layer + p_rows, o_n, m_n, o_e, D, E, BE)
-        if FIRST_TEXT:
-            b_scores = _scores(b_text, b_key, o_n, K, False, PRECISION)
-            b_text_top, b_text_total, b_text_rows = _online_softmax(
-                b_scores, b_text_top, b_text_total, b_text_rows, b_value, factor, PRECISION
-            )
-        if RATIONAL:
-            b_scores = _scores(b_rational, b_key, o_n, K, False, PRECISION)
-            b_rational_top, b_rational_total, b_rational_rows = _online_softmax(
-                b_scores, b_rational_top, b_rational_total, b_rational_rows, b_value, factor, PRECISION
-            )
-    if whole < K:
-        o_n = whole + tl.arange(0, BN)
         m_n = o_n < K
-        b_key = load_rows(projections + p_rows, o_n, m_n, o_e, D, E, BE)
-        b_value = load_rows(projections + layer + p_rows, o_n, m_n, o_e, D, E, BE)
-        if FIRST_TEXT:
-            b_scores = _scores(b_text, b_key, o_n, K, True, PRECISION)
-            b_text_top, b_text_total, b_text_rows = _online_softmax(
-                b_scores, b_text_top, b_text_total, b_text_rows, b_value, factor, PRECISION
-            )
-        if RATIONAL:
-            b_scores = _scores(b_rational, b_key, o_n, K, True, PRECISION)
-            b_rational_top, b_rational_total, b_rational_rows = _online_softmax(
-                b_scores, b_rational_top, b_rational_total, b_rational_rows, b_value, factor, PRECISION
-            )
-    if FIRST_TEXT:
-        _store_tile(
-            rows, image_row, tops, totals, image_top, image_total, b_text_top, b_text_total, b_text_rows,
-            p_rows, p_image, pair, pid, o_r, K, o_e, D, E, BE, TEXT, IMAGE,
-        )  # fmt: skip
-    if RATIONAL:
-        _store_tile(
-            rows + TEXT * layer, image_row, tops, totals, image_top, image_total,
-            b_rational_top, b_rational_total, b_rational_rows,
-            p_rows, p_image, pair, pid + TEXT * B * H * T, o_r, K, o_e, D, E, BE, True, IMAGE and not TEXT,
-        )  # fmt: skip
+        p_n = o_n.to(tl.int64) * D
+        b_key = load_head(keys + p_n, m_n, E)  # [BN, E]
+        b_value = load_head(keys + layer + p_n, m_n, E)
+        b_new = ()
+        for n in tl.static_range(len(queries)):
+            b_scores = product_transposed(b_queries[n], b_key, PRECISION)
+            if start + BN > K:  # the last block alone
+                b_scores = tl.where(m_n[None, :], b_scores, float("-inf"))
+            b_new += (_online_softmax(b_scores, b_states[n], b_value, factor, PRECISION),)
+        b_states = b_new
+    for n in tl.static_range(len(queries)):
+        b_top, b_total, b_rows = b_states[n]
+        # A tile's class rows are weighted against each other; the image's row has a softmax of its own.
+        b_tile_top = tl.max(tl.where(m_class, b_top, float("-inf")), 0)
+        b_share = tl.where(m_class, tl.exp2(b_top - b_tile_top), 0.0)
+        b_tile_total = tl.sum(b_share * b_total, 0)
+        b_weight = tl.where(m_class, b_share / b_tile_total, 1.0 / b_total)
+        p_row, m_row = _score_rows(
+            rows + (kind + n) * layer + p_rows, image_row + p_image, o_r, m_class, m_image, D, IMAGE and n == 0
+        )
+        store_head(p_row, scale_head(b_rows, b_weight[:, None]), m_row, E)
+        if TEXT or RATIONAL:
+            p_tile = ((kind + n) * B * H + pair) * T + tile
+            tl.store(tops + p_tile, b_tile_top)
+            tl.store(totals + p_tile, b_tile_total)
 
 
 @triton.jit
-def _joint_backward(b_query, b_key, m_pair, b_grad_weights, tops, totals, p_joint, factor, K, PRECISION: tl.constexpr):
+def _joint_backward(b_query, b_key, m_pair, b_grad_weights, top, total, factor, K, PRECISION: tl.constexpr):
     """A_n and dS_n = A_n (dA - δ_n) of one query kind where a block holds all pairs: [BK, BK] each."""
-    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
-    b_exps = tl.exp2(b_scores * factor - tl.load(tops + p_joint))
-    b_weights = tl.where(m_pair, b_exps * (K / tl.load(totals + p_joint)), 0.0)
-    b_delta = tl.sum(tl.sum(b_weights * b_grad_weights, 1), 0) / K
-    return b_weights, (b_weights * (b_grad_weights - b_delta)).to(b_key.dtype)
+    b_exps = tl.exp2(product_transposed(b_query, b_key, PRECISION) * factor - top)
+    b_shares = tl.where(
+        m_pair, b_exps * (1.0 / total), 0.0
+    )  # exactly 1 where one pair has all the weight, and δ is its dA
+    b_delta = tl.sum(tl.sum(b_shares * b_grad_weights, 1), 0)
+    b_weights = b_shares * K
+    return b_weights, (b_weights * (b_grad_weights - b_delta)).to(b_key[0].dtype)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -301,7 +285,7 @@ def _mask_attention_direct_bwd_kernel(
     B,
     K,
     factor,  # log2(e) / (√E τ)
-    grad_factor,  # 1 / (√E τ)
+    grad_factor,  # 1 / (√E τ KINDS)
     H: tl.constexpr,
     E: tl.constexpr,
     IMAGE: tl.constexpr,
@@ -309,254 +293,272 @@ def _mask_attention_direct_bwd_kernel(
     RATIONAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BK: tl.constexpr,
-    BE: tl.constexpr,
 ):
     D: tl.constexpr = H * E
     KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
-    pid = tl.program_id(0)  # (image, head)
-    b = pid // H
-    h = pid % H
+    pair = tl.program_id(0)  # (image, head)
     o_k = tl.arange(0, BK)
     m_k = o_k < K
     m_pair = m_k[:, None] & m_k[None, :]
-    o_e = tl.arange(0, BE)
-    p_rows = b.to(tl.int64) * K * D + h * E
-    p_image = b.to(tl.int64) * D + h * E
+    p_head, p_image, p_rows = _head_offsets(pair, K, H, E)
+    p_k = o_k.to(tl.int64) * D
     layer = B.to(tl.int64) * K * D
-    b_key = load_rows(projections + p_rows, o_k, m_k, o_e, D, E, BE)  # [BK, BE]
-    b_value = load_rows(projections + layer + p_rows, o_k, m_k, o_e, D, E, BE)
-    b_grad_rows = load_rows(grad_rows + p_rows, o_k, m_k, o_e, D, E, BE)
-    # dA is the same for every query kind.
-    b_grad_weights = tl.dot(b_grad_rows, tl.trans(b_value), input_precision=PRECISION) * (1.0 / KINDS)  # [BK, BK]
+    keys = projections + p_rows
+    grad_keys = grad_projections + p_rows
+    queries = _by_kind(query_text + p_head, keys + 2 * layer, 0, TEXT, RATIONAL, False)
+    grad_queries = _by_kind(grad_text + p_rows, grad_keys + 2 * layer, 0, TEXT, RATIONAL, False)
+    b_key = load_head(keys + p_k, m_k, E)  # [BK, E]
+    b_value = load_head(keys + layer + p_k, m_k, E)
+    b_grad_rows = load_head(grad_rows + p_rows + p_k, m_k, E)
+    b_grad_weights = product_transposed(b_grad_rows, b_value, PRECISION)  # [BK, BK], the same for every query kind
     b_weights = tl.zeros([BK, BK], tl.float32)
-    b_grad_key = tl.zeros([BK, BE], tl.float32)
-    if TEXT:
-        b_query = load_rows(query_text + h * E, o_k, m_k, o_e, D, E, BE)
+    b_grad_key = zero_head(BK, E)
+    for n in tl.static_range(TEXT + RATIONAL):
+        b_query = load_head(queries[n] + p_k, m_k, E)
+        p_joint = n * B * H + pair
         b_part, b_grad_scores = _joint_backward(
-            b_query, b_key, m_pair, b_grad_weights, tops, totals, pid, factor, K, PRECISION
-        )
+            b_query, b_key, m_pair, b_grad_weights, tl.load(tops + p_joint), tl.load(totals + p_joint), factor, K,
+            PRECISION,
+        )  # fmt: skip
         b_weights += b_part
-        b_grad_key = tl.dot(tl.trans(b_grad_scores), b_query, b_grad_key, input_precision=PRECISION)
-        b_grad_query = tl.dot(b_grad_scores, b_key, input_precision=PRECISION) * grad_factor
-        store_rows(grad_text + p_rows, b_grad_query, o_k, m_k, o_e, D, E, BE)
-    if RATIONAL:
-        b_query = load_rows(projections + 2 * layer + p_rows, o_k, m_k, o_e, D, E, BE)
-        b_part, b_grad_scores = _joint_backward(
-            b_query, b_key, m_pair, b_grad_weights, tops, totals, TEXT * B * H + pid, factor, K, PRECISION
-        )
-        b_weights += b_part
-        b_grad_key = tl.dot(tl.trans(b_grad_scores), b_query, b_grad_key, input_precision=PRECISION)
-        b_grad_query = tl.dot(b_grad_scores, b_key, input_precision=PRECISION) * grad_factor
-        store_rows(grad_projections + 2 * layer + p_rows, b_grad_query, o_k, m_k, o_e, D, E, BE)
+        b_grad_key = add_product(b_grad_key, tl.trans(b_grad_scores), b_query, PRECISION)
+        b_grad_query = add_product(zero_head(BK, E), b_grad_scores, b_key, PRECISION)
+        store_head(grad_queries[n] + p_k, scale_head(b_grad_query, grad_factor), m_k, E)
     if IMAGE:
-        b_row, b_query_row = _image_weights(query_image, b_key, m_k, o_e, p_image, factor, E)
+        b_row, b_query_row = _image_weights(query_image + p_image, b_key, m_k, factor, E)
         b_grad_row = tl.sum(b_grad_weights, 0)  # every class row has the image's weights
         b_grad_row = b_row * (b_grad_row - tl.sum(b_row * b_grad_row, 0))  # [BK]
         b_weights += b_row[None, :]
-        b_grad_key += b_grad_row[:, None] * b_query_row[None, :]
-        b_grad_query_row = tl.sum(b_grad_row[:, None] * b_key.to(tl.float32), 0) * grad_factor
-        tl.store(grad_image + p_image + o_e, b_grad_query_row, mask=o_e < E)
-    store_rows(grad_projections + p_rows, b_grad_key * grad_factor, o_k, m_k, o_e, D, E, BE)
-    b_weights = (b_weights * (1.0 / KINDS)).to(b_grad_rows.dtype)
-    b_grad_value = tl.dot(tl.trans(b_weights), b_grad_rows, input_precision=PRECISION)
-    store_rows(grad_projections + layer + p_rows, b_grad_value, o_k, m_k, o_e, D, E, BE)
+        b_grad_key = add_heads(b_grad_key, scale_head(b_query_row, b_grad_row[:, None]))
+        b_grad_query_row = sum_rows(scale_head(b_key, b_grad_row[:, None]))
+        o_one = tl.arange(0, 1)
+        store_head(grad_image + p_image + o_one, scale_head(b_grad_query_row, grad_factor), o_one == 0, E)
+    store_head(grad_keys + p_k, scale_head(b_grad_key, grad_factor), m_k, E)
+    b_weights = (b_weights * (1.0 / KINDS)).to(b_grad_rows[0].dtype)
+    b_grad_value = add_product(zero_head(BK, E), tl.trans(b_weights), b_grad_rows, PRECISION)
+    store_head(grad_keys + layer + p_k, b_grad_value, m_k, E)
+
+
+@triton.jit
+def _image_row(keys, values, b_query, b_upstream, o_k, K, factor, D: tl.constexpr, E: tl.constexpr):
+    """A block of classes: keys [BN, E], the image query's scores and the gradients of its weights [BN]."""
+    m_k = o_k < K
+    p_k = o_k.to(tl.int64) * D
+    b_key = load_head(keys + p_k, m_k, E)
+    b_scores = tl.where(m_k, along_rows(b_key, b_query) * factor, float("-inf"))
+    return b_key, b_scores, along_rows(load_head(values + p_k, m_k, E), b_upstream)
 
 
 @triton.jit(do_not_specialize=["B", "K", "T"])
-def _mask_attention_delta_kernel(
+def _mask_attention_bwd_joint_kernel(
+    query_image,  # [B, D]
+    projections,  # [LAYERS, B, K, D]
     rows,  # [matrix kinds, B, K, D]
-    image_row,  # [B, D]
     tops,  # [matrix kinds, B, H, T]
     totals,  # [matrix kinds, B, H, T]
-    image_top,  # [B, H]
-    image_total,  # [B, H]
     grad_rows,  # [B, K, D]
-    joint_tops,  # [matrix kinds + 1, B, H] A_n = scale exp2(score - top); the image's last
-    joint_scales,  # [matrix kinds + 1, B, H]
-    deltas,  # [matrix kinds + 1, B, H]
+    joint_tops,  # [matrix kinds, B, H] A_n = scale exp2(score - top)
+    joint_scales,  # [matrix kinds, B, H]
+    deltas,  # [matrix kinds, B, H] written if ROWS
     upstream,  # [B, D] Σ_i grad_rows[i], what the image's row receives
+    image_parts,  # [2, B, H, K] the weights of the image's row, the gradients of its scores
+    grad_image,  # [B, D]
     B,
     K,
     T,
+    factor,  # log2(e) / (√E τ)
+    grad_factor,  # 1 / (√E τ KINDS)
     H: tl.constexpr,
     E: tl.constexpr,
     IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
     RATIONAL: tl.constexpr,
-    BM: tl.constexpr,
+    ROWS: tl.constexpr,  # δ_n = Σ_i grad_rows[i] · O_n[i] / K from the stored rows
+    BM: tl.constexpr,  # of the forward pass
     BN: tl.constexpr,
     BT: tl.constexpr,
-    BE: tl.constexpr,
 ):
+    """What all rows of an (image, head) share, and everything about the image's row: K numbers, not K²."""
     D: tl.constexpr = H * E
-    KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
-    pid = tl.program_id(0)  # (image, head)
-    b = pid // H
-    h = pid % H
+    pair = tl.program_id(0)  # (image, head)
     pairs = B * H
-    o_e = tl.arange(0, BE)
-    p_rows = b.to(tl.int64) * K * D + h * E
-    p_image = b.to(tl.int64) * D + h * E
+    _, p_image, p_rows = _head_offsets(pair, K, H, E)
     layer = B.to(tl.int64) * K * D
-    b_upstream = tl.zeros([BE], tl.float32)
-    b_first = tl.zeros([BN], tl.float32)
-    b_second = tl.zeros([BN], tl.float32)
-    if TEXT or RATIONAL:
-        b_first_top, b_first_total = joint_normaliser(tops, totals, pid * T, T, BT)
-    if TEXT and RATIONAL:
-        b_second_top, b_second_total = joint_normaliser(tops, totals, (pairs + pid) * T, T, BT)
+    b_joint = ()
+    b_sums = ()
+    for n in tl.static_range(TEXT + RATIONAL):
+        b_top, b_total = joint_normaliser(tops, totals, (n * pairs + pair) * T, T, BT)
+        tl.store(joint_tops + n * pairs + pair, b_top)
+        tl.store(joint_scales + n * pairs + pair, K / b_total)
+        b_joint += ((b_top, b_total),)
+        b_sums += (tl.zeros([BN], tl.float32),)
+    b_upstream = zero_head(1, E)
     for start in range(0, K, BN):
         o_k = start + tl.arange(0, BN)
         m_k = o_k < K
-        b_grad = load_rows(grad_rows + p_rows, o_k, m_k, o_e, D, E, BE).to(tl.float32)  # [BN, BE]
-        b_upstream += tl.sum(b_grad, 0)
-        p_tiles = pid * T + o_k // BM
-        if TEXT or RATIONAL:
-            b_rows = load_rows(rows + p_rows, o_k, m_k, o_e, D, E, BE).to(tl.float32)
-            b_share = tl.exp2(tl.load(tops + p_tiles, mask=m_k, other=float("-inf")) - b_first_top)
-            b_share *= tl.load(totals + p_tiles, mask=m_k, other=0.0)
-            b_first += b_share * tl.sum(b_rows * b_grad, 1)
-        if TEXT and RATIONAL:
-            b_rows = load_rows(rows + layer + p_rows, o_k, m_k, o_e, D, E, BE).to(tl.float32)
-            b_share = tl.exp2(tl.load(tops + pairs * T + p_tiles, mask=m_k, other=float("-inf")) - b_second_top)
-            b_share *= tl.load(totals + pairs * T + p_tiles, mask=m_k, other=0.0)
-            b_second += b_share * tl.sum(b_rows * b_grad, 1)
-    if TEXT or RATIONAL:
-        tl.store(joint_tops + pid, b_first_top)
-        tl.store(joint_scales + pid, K / b_first_total)
-        tl.store(deltas + pid, tl.sum(b_first, 0) / (b_first_total * KINDS))
-    if TEXT and RATIONAL:
-        tl.store(joint_tops + pairs + pid, b_second_top)
-        tl.store(joint_scales + pairs + pid, K / b_second_total)
-        tl.store(deltas + pairs + pid, tl.sum(b_second, 0) / (b_second_total * KINDS))
+        p_k = p_rows + o_k.to(tl.int64) * D
+        b_grad = load_head(grad_rows + p_k, m_k, E)  # [BN, E]
+        b_upstream = add_heads(b_upstream, sum_rows(b_grad))
+        if ROWS:
+            b_new = ()
+            for n in tl.static_range(TEXT + RATIONAL):
+                p_tiles = (n * pairs + pair) * T + o_k // BM
+                b_share = tl.exp2(tl.load(tops + p_tiles, mask=m_k, other=float("-inf")) - b_joint[n][0])
+                b_share *= tl.load(totals + p_tiles, mask=m_k, other=0.0) / b_joint[n][1]
+                b_new += (b_sums[n] + b_share * along_rows(load_head(rows + n * layer + p_k, m_k, E), b_grad),)
+            b_sums = b_new
+    if ROWS:
+        for n in tl.static_range(TEXT + RATIONAL):
+            tl.store(deltas + n * pairs + pair, tl.sum(b_sums[n], 0))
     if IMAGE:
-        p_joint = (TEXT + RATIONAL) * pairs + pid
-        b_image = tl.load(image_row + p_image + o_e, mask=o_e < E, other=0.0).to(tl.float32)
-        tl.store(upstream + p_image + o_e, b_upstream, mask=o_e < E)
-        tl.store(joint_tops + p_joint, tl.load(image_top + pid))
-        tl.store(joint_scales + p_joint, 1.0 / tl.load(image_total + pid))
-        tl.store(deltas + p_joint, tl.sum(b_upstream * b_image, 0) / KINDS)
+        o_one = tl.arange(0, 1)
+        store_head(upstream + p_image + o_one, b_upstream, o_one == 0, E)
+        b_query = load_head(query_image + p_image + o_one, o_one == 0, E)  # [1, E]
+        keys = projections + p_rows
+        # A softmax of its own again: rounded otherwise, the forward pass's would not cancel where dA - δ does.
+        top = float("-inf")
+        total = 0.0
+        delta = 0.0
+        for start in range(0, K, BN):
+            o_k = start + tl.arange(0, BN)
+            b_key, b_scores, b_grad_row = _image_row(keys, keys + layer, b_query, b_upstream, o_k, K, factor, D, E)
+            new = tl.maximum(top, tl.max(b_scores, 0))
+            b_exps = tl.exp2(b_scores - new)
+            decay = tl.exp2(top - new)
+            total = total * decay + tl.sum(b_exps, 0)
+            delta = delta * decay + tl.sum(b_exps * b_grad_row, 0)
+            top = new
+        delta /= total
+        b_grad_query = zero_head(1, E)
+        for start in range(0, K, BN):
+            o_k = start + tl.arange(0, BN)
+            b_key, b_scores, b_grad_row = _image_row(keys, keys + layer, b_query, b_upstream, o_k, K, factor, D, E)
+            b_row = tl.exp2(b_scores - top) / total
+            b_grad_scores = b_row * (b_grad_row - delta)
+            p_part = image_parts + pair.to(tl.int64) * K + o_k
+            tl.store(p_part, b_row, mask=o_k < K)
+            tl.store(p_part + pairs.to(tl.int64) * K, b_grad_scores, mask=o_k < K)
+            b_grad_query = add_heads(b_grad_query, sum_rows(scale_head(b_key, b_grad_scores[:, None])))
+        store_head(grad_image + p_image + o_one, scale_head(b_grad_query, grad_factor), o_one == 0, E)
 
 
 @triton.jit
-def _row_values(x, p_class, p_image, o_r, K, CLASSES: tl.constexpr, WITH_IMAGE: tl.constexpr):
-    """One value per score row [BM]: the class rows', the image row's, and 0 after them."""
-    last = K if CLASSES else 0
-    b_values = o_r * 0.0
-    if CLASSES:
-        b_values = tl.where(o_r < K, tl.load(x + p_class), b_values)
-    if WITH_IMAGE:
-        b_values = tl.where(o_r == last, tl.load(x + p_image), b_values)
-    return b_values
-
-
-@triton.jit
-def _weights_and_gradient(
-    b_query, b_key, b_grad_weights, b_top, b_scale, b_delta, o_n, K, factor, PRECISION: tl.constexpr
-):
-    """A_n and dS_n = A_n (dA - δ_n) of a block: [BM, BN] each; zero past the last class."""
-    b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
-    b_weights = tl.exp2(b_scores * factor - b_top[:, None]) * b_scale[:, None]
-    b_weights = tl.where((o_n < K)[None, :], b_weights, 0.0)
-    return b_weights, (b_weights * (b_grad_weights - b_delta[:, None])).to(b_key.dtype)
+def _weights(b_query, b_key, top, scale, start, o_n, K, factor, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """A_n of a block that begins at class `start`: [BM, BN]; zero past the last class."""
+    b_scores = product_transposed(b_query, b_key, PRECISION)
+    if start + BN > K:  # the last block alone
+        b_scores = tl.where((o_n < K)[None, :], b_scores, float("-inf"))
+    return tl.exp2(b_scores * factor - top) * scale
 
 
 @triton.jit(do_not_specialize=["B", "K"])
-def _mask_attention_bwd_queries_kernel(
-    query_image,  # [B, D]
+def _mask_attention_bwd_delta_kernel(
     query_text,  # [K, D]
     projections,  # [LAYERS, B, K, D]
-    joint_tops,  # [matrix kinds + 1, B, H]
-    joint_scales,  # [matrix kinds + 1, B, H]
-    deltas,  # [matrix kinds + 1, B, H]
-    upstream,  # [B, D]
+    joint_tops,  # [matrix kinds, B, H]
+    joint_scales,  # [matrix kinds, B, H]
     grad_rows,  # [B, K, D]
-    grad_projections,  # [LAYERS, B, K, D] the rational queries' part is written
-    grad_text,  # [B, K, D] each image's part
-    grad_image,  # [B, D]
+    parts,  # [matrix kinds, B, H, T] each row tile's part of δ
     B,
     K,
     factor,  # log2(e) / (√E τ)
-    grad_factor,  # 1 / (√E τ)
     H: tl.constexpr,
     E: tl.constexpr,
-    IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
     RATIONAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    BE: tl.constexpr,
 ):
+    """δ_n from the very A_n and dA that the gradients are made of: exact where one pair has all the weight."""
     D: tl.constexpr = H * E
-    KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
-    FIRST_TEXT: tl.constexpr = TEXT or not RATIONAL
-    T = tl.cdiv((K if TEXT or RATIONAL else 0) + IMAGE, BM)
-    pid = tl.program_id(0)
-    pair = pid // T  # (image, head)
-    b = pair // H
-    h = pair % H
-    pairs = B * H
-    last = K if TEXT or RATIONAL else 0
-    o_r = (pid - pair * T) * BM + tl.arange(0, BM)
-    o_e = tl.arange(0, BE)
-    p_rows = b.to(tl.int64) * K * D + h * E
-    p_image = b.to(tl.int64) * D + h * E
-    p_joint = (TEXT + RATIONAL) * pairs + pair  # the image's
+    T = tl.cdiv(K, BM)
+    pair, _, tile, o_r, m_r, _ = _row_tile(K, T, BM, True, False)
+    p_head, _, p_rows = _head_offsets(pair, K, H, E)
+    p_r = o_r.to(tl.int64) * D
     layer = B.to(tl.int64) * K * D
-    b_grad_rows = _load_queries(grad_rows, upstream, p_rows, p_image, o_r, K, o_e, D, E, BE, TEXT or RATIONAL, IMAGE)
-    if FIRST_TEXT:
-        b_text = _load_queries(query_text, query_image, h * E, p_image, o_r, K, o_e, D, E, BE, TEXT, IMAGE)
-        b_text_top = _row_values(joint_tops, pair, p_joint, o_r, K, TEXT, IMAGE)
-        b_text_scale = _row_values(joint_scales, pair, p_joint, o_r, K, TEXT, IMAGE)
-        b_text_delta = _row_values(deltas, pair, p_joint, o_r, K, TEXT, IMAGE)
-    if RATIONAL:
-        IMAGE_HERE: tl.constexpr = IMAGE and not TEXT
-        p_kind = TEXT * pairs + pair
-        b_rational = _load_queries(
-            projections + 2 * layer, query_image, p_rows, p_image, o_r, K, o_e, D, E, BE, True, IMAGE_HERE
+    keys = projections + p_rows
+    queries = _by_kind(query_text + p_head, keys + 2 * layer, 0, TEXT, RATIONAL, False)
+    b_grad_rows = load_head(grad_rows + p_rows + p_r, m_r, E)  # [BM, E]
+    b_kinds = ()
+    b_deltas = ()
+    for n in tl.static_range(TEXT + RATIONAL):
+        p_kind = n * B * H + pair
+        # (K / total) / K is 1 where the total is.
+        b_kinds += (
+            (load_head(queries[n] + p_r, m_r, E), tl.load(joint_tops + p_kind), tl.load(joint_scales + p_kind) / K),
         )
-        b_rational_top = _row_values(joint_tops, p_kind, p_joint, o_r, K, True, IMAGE_HERE)
-        b_rational_scale = _row_values(joint_scales, p_kind, p_joint, o_r, K, True, IMAGE_HERE)
-        b_rational_delta = _row_values(deltas, p_kind, p_joint, o_r, K, True, IMAGE_HERE)
-    b_grad_text = tl.zeros([BM, BE], tl.float32)
-    b_grad_rational = tl.zeros([BM, BE], tl.float32)
+        b_deltas += (tl.zeros([BM], tl.float32),)
     for start in range(0, K, BN):
         o_n = start + tl.arange(0, BN)
-        m_n = o_n < K
-        b_key = load_rows(projections + p_rows, o_n, m_n, o_e, D, E, BE)  # [BN, BE]
-        b_value = load_rows(projections + layer + p_rows, o_n, m_n, o_e, D, E, BE)
-        b_grad_weights = tl.dot(b_grad_rows, tl.trans(b_value), input_precision=PRECISION) * (1.0 / KINDS)
-        if FIRST_TEXT:
-            _, b_grad_scores = _weights_and_gradient(
-                b_text, b_key, b_grad_weights, b_text_top, b_text_scale, b_text_delta, o_n, K, factor, PRECISION
-            )
-            b_grad_text = tl.dot(b_grad_scores, b_key, b_grad_text, input_precision=PRECISION)
-        if RATIONAL:
-            _, b_grad_scores = _weights_and_gradient(
-                b_rational,
-                b_key,
-                b_grad_weights,
-                b_rational_top,
-                b_rational_scale,
-                b_rational_delta,
-                o_n,
-                K,
-                factor,
-                PRECISION,
-            )
-            b_grad_rational = tl.dot(b_grad_scores, b_key, b_grad_rational, input_precision=PRECISION)
-    b_grad_text *= grad_factor
-    b_grad_rational *= grad_factor
-    if TEXT:
-        store_rows(grad_text + p_rows, b_grad_text, o_r, o_r < K, o_e, D, E, BE)
-    if RATIONAL:
-        store_rows(grad_projections + 2 * layer + p_rows, b_grad_rational, o_r, o_r < K, o_e, D, E, BE)
-    if IMAGE:
-        if FIRST_TEXT:
-            store_rows(grad_image + p_image, b_grad_text, o_r * 0, o_r == last, o_e, D, E, BE)
-        else:
-            store_rows(grad_image + p_image, b_grad_rational, o_r * 0, o_r == last, o_e, D, E, BE)
+        p_n = o_n.to(tl.int64) * D
+        b_key = load_head(keys + p_n, o_n < K, E)  # [BN, E]
+        b_value = load_head(keys + layer + p_n, o_n < K, E)
+        b_grad_weights = product_transposed(b_grad_rows, b_value, PRECISION)  # [BM, BN]
+        b_new = ()
+        for n in tl.static_range(TEXT + RATIONAL):
+            b_query, top, scale = b_kinds[n]
+            b_weights = _weights(b_query, b_key, top, scale, start, o_n, K, factor, BN, PRECISION)
+            b_new += (b_deltas[n] + tl.sum(b_weights * b_grad_weights, 1),)
+        b_deltas = b_new
+    for n in tl.static_range(TEXT + RATIONAL):
+        tl.store(parts + (n * B * H + pair) * T + tile, tl.sum(tl.where(m_r, b_deltas[n], 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _mask_attention_bwd_queries_kernel(
+    query_text,  # [K, D]
+    projections,  # [LAYERS, B, K, D]
+    joint_tops,  # [matrix kinds, B, H]
+    joint_scales,  # [matrix kinds, B, H]
+    deltas,  # [matrix kinds, B, H]
+    grad_rows,  # [B, K, D]
+    grad_projections,  # [LAYERS, B, K, D] the rational queries' part is written
+    grad_text,  # [B, K, D] each image's part
+    B,
+    K,
+    factor,  # log2(e) / (√E τ)
+    grad_factor,  # 1 / (√E τ KINDS)
+    H: tl.constexpr,
+    E: tl.constexpr,
+    TEXT: tl.constexpr,
+    RATIONAL: tl.constexpr,
+    APART: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    D: tl.constexpr = H * E
+    pair, kind, _, o_r, m_r, _ = _row_tile(K, tl.cdiv(K, BM), BM, True, APART)
+    p_head, _, p_rows = _head_offsets(pair, K, H, E)
+    p_r = o_r.to(tl.int64) * D
+    layer = B.to(tl.int64) * K * D
+    keys = projections + p_rows
+    queries = _by_kind(query_text + p_head, keys + 2 * layer, kind, TEXT, RATIONAL, APART)
+    grad_queries = _by_kind(grad_text + p_rows, grad_projections + 2 * layer + p_rows, kind, TEXT, RATIONAL, APART)
+    b_grad_rows = load_head(grad_rows + p_rows + p_r, m_r, E)  # [BM, E]
+    b_kinds = ()
+    b_grads = ()
+    for n in tl.static_range(len(queries)):
+        p_kind = (kind + n) * B * H + pair
+        b_query = load_head(queries[n] + p_r, m_r, E)
+        b_kinds += ((b_query, tl.load(joint_tops + p_kind), tl.load(joint_scales + p_kind), tl.load(deltas + p_kind)),)
+        b_grads += (zero_head(BM, E),)
+    for start in range(0, K, BN):
+        o_n = start + tl.arange(0, BN)
+        p_n = o_n.to(tl.int64) * D
+        b_key = load_head(keys + p_n, o_n < K, E)  # [BN, E]
+        b_value = load_head(keys + layer + p_n, o_n < K, E)
+        b_grad_weights = product_transposed(b_grad_rows, b_value, PRECISION)  # [BM, BN]
+        b_new = ()
+        for n in tl.static_range(len(queries)):
+            b_query, top, scale, delta = b_kinds[n]
+            b_weights = _weights(b_query, b_key, top, scale, start, o_n, K, factor, BN, PRECISION)
+            b_grad_scores = (b_weights * (b_grad_weights - delta)).to(b_key[0].dtype)
+            b_new += (add_product(b_grads[n], b_grad_scores, b_key, PRECISION),)
+        b_grads = b_new
+    for n in tl.static_range(len(queries)):
+        store_head(grad_queries[n] + p_r, scale_head(b_grads[n], grad_factor), m_r, E)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -564,81 +566,81 @@ def _mask_attention_bwd_keys_kernel(
     query_image,  # [B, D]
     query_text,  # [K, D]
     projections,  # [LAYERS, B, K, D]
-    joint_tops,  # [matrix kinds + 1, B, H]
-    joint_scales,  # [matrix kinds + 1, B, H]
-    deltas,  # [matrix kinds + 1, B, H]
+    joint_tops,  # [matrix kinds, B, H]
+    joint_scales,  # [matrix kinds, B, H]
+    deltas,  # [matrix kinds, B, H]
     upstream,  # [B, D]
+    image_parts,  # [2, B, H, K]
     grad_rows,  # [B, K, D]
     grad_projections,  # [LAYERS, B, K, D] the keys' and the values' parts are written
     B,
     K,
     factor,  # log2(e) / (√E τ)
-    grad_factor,  # 1 / (√E τ)
+    grad_factor,  # 1 / (√E τ KINDS)
     H: tl.constexpr,
     E: tl.constexpr,
     IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
     RATIONAL: tl.constexpr,
+    KEYS: tl.constexpr,  # which gradients are computed
+    VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    BE: tl.constexpr,
 ):
+    """Scores are transposed here: what is rounded for the next product lies as that product takes its left operand."""
     D: tl.constexpr = H * E
     KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
-    FIRST_TEXT: tl.constexpr = TEXT or not RATIONAL
-    IMAGE_HERE: tl.constexpr = IMAGE and not TEXT  # the image's row goes with the rational queries
     tiles = tl.cdiv(K, BN)
     pid = tl.program_id(0)
     pair = pid // tiles  # (image, head)
-    b = pair // H
-    h = pair % H
-    pairs = B * H
-    o_n = (pid - pair * tiles) * BN + tl.arange(0, BN)
-    m_n = o_n < K
-    o_e = tl.arange(0, BE)
-    p_rows = b.to(tl.int64) * K * D + h * E
-    p_image = b.to(tl.int64) * D + h * E
-    p_joint = (TEXT + RATIONAL) * pairs + pair  # the image's
-    p_kind = TEXT * pairs + pair  # the rational kind's
+    p_head, p_image, p_rows = _head_offsets(pair, K, H, E)
     layer = B.to(tl.int64) * K * D
-    b_key = load_rows(projections + p_rows, o_n, m_n, o_e, D, E, BE)  # [BN, BE]
-    b_value = load_rows(projections + layer + p_rows, o_n, m_n, o_e, D, E, BE)
-    b_grad_key = tl.zeros([BN, BE], tl.float32)
-    b_grad_value = tl.zeros([BN, BE], tl.float32)
-    for start in range(0, (K if TEXT or RATIONAL else 0) + IMAGE, BM):
+    keys = projections + p_rows
+    queries = _by_kind(query_text + p_head, keys + 2 * layer, 0, TEXT, RATIONAL, False)
+    o_n = pid % tiles * BN + tl.arange(0, BN)
+    m_n = o_n < K
+    p_n = o_n.to(tl.int64) * D
+    b_key = load_head(keys + p_n, m_n, E)  # [BN, E]
+    if KEYS:
+        b_value = load_head(keys + layer + p_n, m_n, E)
+    b_grad_key = zero_head(BN, E)
+    b_grad_value = zero_head(BN, E)
+    if IMAGE:
+        o_one = tl.arange(0, 1)
+        p_part = image_parts + pair.to(tl.int64) * K + o_n
+        if KEYS:
+            b_part = tl.load(p_part + B.to(tl.int64) * H * K, mask=m_n, other=0.0)
+            b_grad_key = scale_head(load_head(query_image + p_image + o_one, o_one == 0, E), b_part[:, None])
+        if VALUES:
+            b_part = tl.load(p_part, mask=m_n, other=0.0) * (1.0 / KINDS)
+            b_grad_value = scale_head(load_head(upstream + p_image + o_one, o_one == 0, E), b_part[:, None])
+    for start in range(0, K if TEXT or RATIONAL else 0, BM):
         o_r = start + tl.arange(0, BM)
-        b_grad_rows = _load_queries(
-            grad_rows, upstream, p_rows, p_image, o_r, K, o_e, D, E, BE, TEXT or RATIONAL, IMAGE
-        )  # [BM, BE]
-        b_grad_weights = tl.dot(b_grad_rows, tl.trans(b_value), input_precision=PRECISION) * (1.0 / KINDS)
-        b_weights = tl.zeros([BM, BN], tl.float32)
-        if FIRST_TEXT:
-            b_query = _load_queries(query_text, query_image, h * E, p_image, o_r, K, o_e, D, E, BE, TEXT, IMAGE)
-            b_top = _row_values(joint_tops, pair, p_joint, o_r, K, TEXT, IMAGE)
-            b_scale = _row_values(joint_scales, pair, p_joint, o_r, K, TEXT, IMAGE)
-            b_delta = _row_values(deltas, pair, p_joint, o_r, K, TEXT, IMAGE)
-            b_part, b_grad_scores = _weights_and_gradient(
-                b_query, b_key, b_grad_weights, b_top, b_scale, b_delta, o_n, K, factor, PRECISION
-            )
-            b_weights += b_part
-            b_grad_key = tl.dot(tl.trans(b_grad_scores), b_query, b_grad_key, input_precision=PRECISION)
-        if RATIONAL:
-            b_query = _load_queries(
-                projections + 2 * layer, query_image, p_rows, p_image, o_r, K, o_e, D, E, BE, True, IMAGE_HERE
-            )
-            b_top = _row_values(joint_tops, p_kind, p_joint, o_r, K, True, IMAGE_HERE)
-            b_scale = _row_values(joint_scales, p_kind, p_joint, o_r, K, True, IMAGE_HERE)
-            b_delta = _row_values(deltas, p_kind, p_joint, o_r, K, True, IMAGE_HERE)
-            b_part, b_grad_scores = _weights_and_gradient(
-                b_query, b_key, b_grad_weights, b_top, b_scale, b_delta, o_n, K, factor, PRECISION
-            )
-            b_weights += b_part
-            b_grad_key = tl.dot(tl.trans(b_grad_scores), b_query, b_grad_key, input_precision=PRECISION)
-        b_weights = (b_weights * (1.0 / KINDS)).to(b_grad_rows.dtype)
-        b_grad_value = tl.dot(tl.trans(b_weights), b_grad_rows, b_grad_value, input_precision=PRECISION)
-    store_rows(grad_projections + p_rows, b_grad_key * grad_factor, o_n, m_n, o_e, D, E, BE)
-    store_rows(grad_projections + layer + p_rows, b_grad_value, o_n, m_n, o_e, D, E, BE)
+        p_r = o_r.to(tl.int64) * D
+        b_grad_rows = load_head(grad_rows + p_rows + p_r, o_r < K, E)  # [BM, E]
+        if KEYS:
+            b_grad_weights = product_transposed(b_value, b_grad_rows, PRECISION)  # [BN, BM]
+        b_weights = tl.zeros([BN, BM], tl.float32)
+        for n in tl.static_range(TEXT + RATIONAL):
+            p_kind = n * B * H + pair
+            b_query = load_head(queries[n] + p_r, o_r < K, E)
+            b_kind = _weights(
+                b_key, b_query, tl.load(joint_tops + p_kind), tl.load(joint_scales + p_kind),
+                start, o_r, K, factor, BM, PRECISION,
+            )  # fmt: skip
+            b_weights += b_kind
+            if KEYS:
+                b_grad_scores = (b_kind * (b_grad_weights - tl.load(deltas + p_kind))).to(b_key[0].dtype)
+                b_grad_key = add_product(b_grad_key, b_grad_scores, b_query, PRECISION)
+        if VALUES:
+            b_weights = (b_weights * (1.0 / KINDS)).to(b_grad_rows[0].dtype)
+            b_grad_value = add_product(b_grad_value, b_weights, b_grad_rows, PRECISION)
+    grad_keys = grad_projections + p_rows + p_n
+    if KEYS:
+        store_head(grad_keys, scale_head(b_grad_key, grad_factor), m_n, E)
+    if VALUES:
+        store_head(grad_keys + layer, b_grad_value, m_n, E)
 
 
 class AttendedRows(NamedTuple):
@@ -648,8 +650,6 @@ class AttendedRows(NamedTuple):
     image_row: Tensor  # streaming: the image query's attended row [B, D]
     tops: Tensor  # [n, B, H, T] largest score of each row tile, n matrix query kinds; direct: T = 1
     totals: Tensor  # [n, B, H, T] sum of exp2(score - largest)
-    image_top: Tensor  # streaming: the same of the image's row [B, H]
-    image_total: Tensor  # [B, H]
 
 
 def empty_attended_rows(image: Tensor, classes: int, options: Options) -> AttendedRows:
@@ -668,8 +668,6 @@ def empty_attended_rows(image: Tensor, classes: int, options: Options) -> Attend
         image_row=image.new_empty(0 if direct else batch, width),
         tops=float32(kinds, batch, heads, tiles),
         totals=float32(kinds, batch, heads, tiles),
-        image_top=float32(0 if direct else batch, heads),
-        image_total=float32(0 if direct else batch, heads),
     )
 
 
@@ -700,9 +698,10 @@ def mask_attention_fwd(
         )
         return
     config = attention_config(device, projections.dtype, classes, head_width)
-    _mask_attention_streaming_fwd_kernel[(batch * heads * attended.tops.shape[-1],)](
-        **attended._asdict(), BM=config.BM, BN=config.BN, **common, **config.launch,
-    )  # fmt: skip
+    apart = config.apart and len(attended.tops) == 2
+    _mask_attention_streaming_fwd_kernel[(batch * heads * (1 + apart) * attended.tops.shape[-1],)](
+        **attended._asdict(), APART=apart, BM=config.BM, BN=config.BN, **common, **config.launch
+    )
 
 
 def _common(query_image: Tensor, query_text: Tensor, projections: Tensor, options: Options) -> dict:
@@ -713,7 +712,6 @@ def _common(query_image: Tensor, query_text: Tensor, projections: Tensor, option
         "query_image": query_image, "query_text": query_text, "projections": projections, "B": batch, "K": classes,
         "factor": options.score_factor(width) * math.log2(math.e), "H": options.num_heads, "E": head_width,
         **kind_flags(options), "PRECISION": product_precision(projections.dtype, device_of(projections)),
-        "BE": max(16, next_power(head_width)),
     }  # fmt: skip
 
 
@@ -739,35 +737,52 @@ def mask_attention_bwd(
         "grad_image": projections.new_empty(batch * ("image" in options.queries), width, dtype=torch.float32),
     }
     common = _common(query_image, query_text, projections, options)
-    common |= {"grad_rows": grad_rows, "grad_factor": options.score_factor(width)}
+    backward = {"grad_rows": grad_rows, "grad_factor": options.score_factor(width) / len(options.queries)}
     if is_direct(classes):
         config = direct_bwd_config(device, projections.dtype, classes, head_width)
         _mask_attention_direct_bwd_kernel[(batch * heads,)](
-            tops=attended.tops, totals=attended.totals, BK=config.BM, **gradients, **common, **config.launch
+            tops=attended.tops, totals=attended.totals, BK=config.BM, **gradients, **backward, **common, **config.launch
         )
         return tuple(gradients.values())
-    joint = {
-        name: attended.tops.new_empty(len(attended.tops) + 1, batch, heads)
-        for name in ("joint_tops", "joint_scales", "deltas")
-    } | {"upstream": attended.tops.new_empty(batch, width)}
+    joint_tops, joint_scales, deltas = (attended.tops.new_empty(attended.tops.shape[:-1]) for _ in range(3))
+    upstream = torch.empty_like(gradients["grad_image"])
+    image_parts = upstream.new_empty(2, len(upstream), heads, classes)
     tiles = attended.tops.shape[-1]
-    config = delta_config(device, projections.dtype, head_width)
-    _mask_attention_delta_kernel[(batch * heads,)](
-        **attended._asdict(), grad_rows=grad_rows, **joint, B=batch, K=classes,
-        T=tiles, H=heads, E=head_width, **kind_flags(options),
-        BM=attention_config(device, projections.dtype, classes, head_width).BM, BN=config.BN,
-        BT=tile_block(tiles), BE=common["BE"], **config.launch,
+    # In float32, rounding of the rows would show where A (dA - δ) cancels; 16-bit gradients are coarser than that.
+    exact = projections.dtype == torch.float32
+    config = joint_config(device, projections.dtype, head_width)
+    _mask_attention_bwd_joint_kernel[(batch * heads,)](
+        query_image=query_image, projections=projections, rows=attended.rows, tops=attended.tops,
+        totals=attended.totals, joint_tops=joint_tops,
+        joint_scales=joint_scales, deltas=deltas, upstream=upstream, image_parts=image_parts,
+        grad_image=gradients["grad_image"], B=batch, K=classes, T=tiles, factor=common["factor"], H=heads,
+        E=head_width, **kind_flags(options), ROWS=not exact,
+        BM=attention_config(device, projections.dtype, classes, head_width).BM, BN=config.BN, BT=tile_block(tiles),
+        **backward, **config.launch,
     )  # fmt: skip
-    common |= joint
-    config = queries_bwd_config(device, projections.dtype, head_width)
-    rows = (options.queries != ("image",)) * classes + ("image" in options.queries)
-    _mask_attention_bwd_queries_kernel[(batch * heads * triton.cdiv(rows, config.BM),)](
-        BM=config.BM, BN=config.BN, **gradients, **common, **config.launch
-    )
+    image = {name: common.pop(name) for name in ("query_image", "IMAGE")}
+    common |= {"joint_tops": joint_tops, "joint_scales": joint_scales, "grad_rows": grad_rows}
+    kinds = len(deltas)
+    if kinds and exact:
+        config = delta_config(device, projections.dtype, head_width)
+        parts = deltas.new_empty(*deltas.shape, triton.cdiv(classes, config.BM))
+        _mask_attention_bwd_delta_kernel[(parts[0].numel(),)](
+            parts=parts, BM=config.BM, BN=config.BN, **common, **config.launch
+        )
+        deltas = parts.sum(-1)
+    common |= backward | {"deltas": deltas, "grad_projections": gradients["grad_projections"]}
+    if kinds:
+        config = queries_bwd_config(device, projections.dtype, head_width)
+        apart = config.apart and kinds == 2
+        _mask_attention_bwd_queries_kernel[(batch * heads * (1 + apart) * triton.cdiv(classes, config.BM),)](
+            grad_text=gradients["grad_text"], APART=apart, BM=config.BM, BN=config.BN, **common, **config.launch
+        )
     config = keys_bwd_config(device, projections.dtype, head_width)
-    _mask_attention_bwd_keys_kernel[(batch * heads * triton.cdiv(classes, config.BN),)](
-        grad_projections=gradients["grad_projections"], BM=config.BM, BN=config.BN, **common, **config.launch
-    )
+    for keys, values in ((True, False), (False, True)) if config.apart else ((True, True),):
+        _mask_attention_bwd_keys_kernel[(batch * heads * triton.cdiv(classes, config.BN),)](
+            upstream=upstream, image_parts=image_parts, KEYS=keys, VALUES=values, BM=config.BM, BN=config.BN,
+            **common, **image, **config.launch,
+        )  # fmt: skip
     return tuple(gradients.values())
 
 
