@@ -120,7 +120,8 @@ def work_of(launch: Launch) -> tuple[int, int]:
         return 2 * scores * a["E"] * products, kinds * scores
     if launch.name == "mask_attention_bwd_keys":
         scores = n * a["BN"] * -(-(a["K"] + a["IMAGE"]) // a["BM"]) * a["BM"]
-        return 2 * scores * a["E"] * (2 * kinds + 2), kinds * scores
+        products = kinds + a["KEYS"] * (kinds + 1) + a["VALUES"]
+        return 2 * scores * a["E"] * products, kinds * scores
     return 0, 0
 
 

@@ -24,7 +24,7 @@ LOAD = WORKLOADS["caltech101"]
 WISHES = {
     "rational_projection_fwd": {"BC": 64, "num_warps": 8},
     "mask_attention_streaming_fwd": {"BM": 32, "BN": 128},
-    "mask_attention_bwd_keys": {"num_stages": 2},
+    "mask_attention_bwd_keys": {"num_stages": 1},
 }
 
 
