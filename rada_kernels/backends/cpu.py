@@ -20,9 +20,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # RADA_CPU_LIBRARY: another build of it, such as the one that `make sanitize` tests.
 LIBRARY = Path(os.environ.get("RADA_CPU_LIBRARY") or Path(__file__).parent.parent / "rada_cpu.so")
 
-# As in csrc/call.h: rows of scores per block, and the numbers that a row of scores is rounded up to.
-SCORE_ROWS = 32
-SCORE_COLUMNS = 16
 # A thread's room for the scores of one image and head, unless RADA_TILE_BYTES says otherwise. Above it, from
 # K = 2048 on, scores stream: a third more arithmetic with the values, and memory that grows with K instead of K².
 SCORE_BYTES = 32 * MIB
@@ -61,9 +58,9 @@ def element_dtype(dtype: torch.dtype, embed_dim: int, num_heads: int) -> torch.d
 
 @dataclass
 class Kept:
-    """What the forward pass leaves for the backward pass: all, the rows without the weights, or nothing.
+    """What the forward pass leaves for the backward pass: all, or, where RADA_SAVE_BYTES (512 MiB) has no room, nothing.
 
-    What RADA_SAVE_BYTES (default 512 MiB) has no room for is empty, and is computed again.
+    Scores are always computed again: that takes less time than fresh memory for what would be kept of them.
     """
 
     query_image: Tensor  # [B, D]
@@ -73,41 +70,33 @@ class Kept:
     value: Tensor  # [B, K, D]
     attended: Tensor  # [B, K, D]
     change: Tensor  # [B, K, D] M - 1
-    weights: Tensor  # [2, B·H, K, K rounded up to SCORE_COLUMNS] exponentials e^(score - reference of their block)
-    statistics: Tensor  # [2, B·H, 1] the reference of a pair; with weights, then [2, B·H, blocks] each block's factor
+    references: Tensor  # [2, B·H] the reference q·k of the exponentials, text and rational kind
 
     def tensors(self) -> list[Tensor]:
         return list(vars(self).values())
 
 
 def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kept:
-    """Uninitialised tensors for what a call keeps, from shapes alone: first the rows, then the weights."""
+    """Uninitialised tensors for what a call keeps, from shapes alone."""
     (batch, width), classes, heads = image.shape, text.shape[0], options.num_heads
     element = element_dtype(image.dtype, width, heads)
     rational = "rational" in options.queries
-    columns = -(-classes // SCORE_COLUMNS) * SCORE_COLUMNS
-    blocks = -(-classes // SCORE_ROWS)
-    rows = weights = False
-    if save:
-        room = budget("RADA_SAVE_BYTES", SAVE_BYTES)
-        row_bytes = batch * classes * width * (4 + rational) * element.itemsize
-        rows = row_bytes <= room
-        weights = row_bytes + 2 * batch * heads * classes * columns * element.itemsize <= room
+    row_bytes = batch * classes * width * (4 + rational) * element.itemsize
+    keep = save and row_bytes <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
 
-    def empty(keep, *shape, dtype=element):
-        return image.new_empty(shape if keep else 0, dtype=dtype)
+    def empty(in_use, *shape, dtype=element):
+        return image.new_empty(shape if keep and in_use else 0, dtype=dtype)
 
     row_shape = (batch, classes, width)
     return Kept(
-        query_image=empty(rows and "image" in options.queries, batch, width),
-        query_text=empty(rows and "text" in options.queries, classes, width),
-        query_rational=empty(rows and rational, *row_shape),
-        key=empty(rows, *row_shape),
-        value=empty(rows, *row_shape),
-        attended=empty(rows, *row_shape),
-        change=empty(rows, *row_shape),
-        weights=empty(weights, 2, batch * heads, classes, columns),
-        statistics=empty(rows, 2 * batch * heads * (1 + weights * blocks), dtype=torch.float32),
+        query_image=empty("image" in options.queries, batch, width),
+        query_text=empty("text" in options.queries, classes, width),
+        query_rational=empty(rational, *row_shape),
+        key=empty(True, *row_shape),
+        value=empty(True, *row_shape),
+        attended=empty(True, *row_shape),
+        change=empty(True, *row_shape),
+        references=empty(True, 2, batch * heads, dtype=torch.float32),
     )
 
 

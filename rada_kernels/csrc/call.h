@@ -38,8 +38,6 @@ struct Call {
   void* attended;       // [B, K, D] elements
   void* change;         // [B, K, D] elements M - 1
   float* references;    // [KINDS, B·H] the reference q·k of a pair's exponentials
-  void* weights;        // [KINDS, B·H, K, K rounded up to 16] elements e^(score - reference of their block)
-  float* weight_scale;  // [KINDS, B·H, blocks of SCORE_ROWS]: from the block's reference to the pair's
 
   float* sums;       // [B, K]
   float* deviation;  // [B]

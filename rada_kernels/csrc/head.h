@@ -134,9 +134,9 @@ class Head {
       fit([&] {
         attention.keys = arena.take<word>(words * ld);
         attention.values = arena.take<word>(half * width_ld);
-        if (!c.weights) attention.exponentials = arena.take<element>(rada::KINDS * shape.score_rows() * ld);
+        attention.exponentials = arena.take<element>(rada::KINDS * shape.score_rows() * ld);
         attention.scores = arena.take<float>(rada::SCORE_ROWS * ld);
-        if (shape.streams && !c.weights) attention.kinds = arena.take<float>(rada::KINDS * c.classes * width_ld);
+        if (shape.streams) attention.kinds = arena.take<float>(rada::KINDS * c.classes * width_ld);
         attention.block_scale = arena.take<float>(rada::KINDS * shape.blocks);
         attention.image_row = arena.take<float>(ld + width_ld);
         attention.mixed = arena.take<element>(rada::SCORE_ROWS * ld);
@@ -149,7 +149,7 @@ class Head {
         s.keys = arena.take<word>(words * ld);
         s.values = arena.take<word>(words * ld);
         s.key_rows = arena.take<word>(half * width_ld);
-        if (!c.weights) s.exponentials = arena.take<element>(rada::KINDS * shape.score_rows() * ld);
+        s.exponentials = arena.take<element>(rada::KINDS * shape.score_rows() * ld);
         s.grad_weights = arena.take<element>(shape.score_rows() * ld);
         s.grad_key = arena.take<float>(c.classes * width_ld);
         s.grad_value = arena.take<float>(c.classes * width_ld);
@@ -212,12 +212,6 @@ class Head {
   float* reference_of(int kind, int64_t pair) const {
     return c.references ? c.references + (kind * c.images + first) * c.heads + pair
                         : references + kind * wave_images * c.heads + pair;
-  }
-  element* kept_weights(int kind, int64_t pair) const {
-    return (element*)c.weights + ((kind * c.images + first) * c.heads + pair) * c.classes * shape.ld();
-  }
-  float* kept_scale(int kind, int64_t pair) const {
-    return c.weight_scale + ((kind * c.images + first) * c.heads + pair) * shape.blocks;
   }
   const float* f_of(int64_t row) const { return f + (first + row / c.classes) * over_width; }
   const float* h_of(int64_t row) const { return h + row % c.classes * over_width; }
@@ -294,15 +288,10 @@ class Head {
     AttentionScratch<P> s = attention;
     s.keys = mine(s.keys, thread), s.values = mine(s.values, thread), s.mixed = mine(s.mixed, thread);
     s.image_row = mine(s.image_row, thread), s.kinds = mine(s.kinds, thread), s.scores = mine(s.scores, thread);
-    element* exps[rada::KINDS];
-    float *scale[rada::KINDS], *reference[rada::KINDS];
-    for (int n = 0; n < rada::KINDS; n++) {
-      exps[n] = c.weights ? kept_weights(n, pair) : mine(s.exponentials, thread) + n * shape.score_rows() * shape.ld();
-      scale[n] = c.weights ? kept_scale(n, pair) : mine(s.block_scale, thread) + n * shape.blocks;
-      reference[n] = reference_of(n, pair);
-    }
+    s.block_scale = mine(s.block_scale, thread), s.exponentials = mine(s.exponentials, thread);
+    float* const reference[] = {reference_of(rada::TEXT_KIND, pair), reference_of(rada::RATIONAL_KIND, pair)};
     attend<P>(attended_rows() + p.start, c.width, p.image_query, p.queries, p.key, p.value, c.score_factor, shape, s,
-              c.weights != nullptr, exps, scale, reference);
+              reference);
   }
 
   // Logits without their scale and each image's deviation, from the attended rows.
@@ -427,13 +416,7 @@ class Head {
     for (word** at : words) *at = mine(*at, thread);
     for (float** at : floats) *at = mine(*at, thread);
     for (element** at : elements) *at = mine(*at, thread);
-    const element* kept[rada::KINDS];
-    const float *scale[rada::KINDS], *reference[rada::KINDS];
-    for (int n = 0; n < rada::KINDS; n++) {
-      kept[n] = c.weights ? kept_weights(n, pair) : nullptr;
-      scale[n] = c.weights ? kept_scale(n, pair) : nullptr;
-      reference[n] = reference_of(n, pair);
-    }
+    const float* const reference[] = {reference_of(rada::TEXT_KIND, pair), reference_of(rada::RATIONAL_KIND, pair)};
     const AttentionGradients<P> grads{grad_rows[rada::KEY] + p.start,
                                       grad_rows[rada::VALUE] + p.start,
                                       p.rational.at ? grad_rows[rada::QUERY_RATIONAL] + p.start : nullptr,
@@ -441,7 +424,7 @@ class Head {
                                       p.image_query ? grad_query_image + p.image_start : nullptr,
                                       c.width};
     attend_backward<P>(grads, {grad_attended + p.start, c.width}, p.image_query, p.queries, p.key, p.value,
-                       c.score_factor, shape, s, kept, scale, reference);
+                       c.score_factor, shape, s, reference);
   }
 
   // What went into layers, row by row, packed in steps of WEIGHT_ROWS. form(scratch, row, count) returns the rows.

@@ -100,7 +100,7 @@ Call make_call(const Tensor& image, const Tensor& text, const Tensors& layers, c
                double scale, double score_factor, bool normalize, int64_t queries, int64_t penalty,
                int64_t score_bytes) {
   STD_TORCH_CHECK(image.dim() == 2 && text.dim() == 2, "image, text: they take [B, D] and [K, D]");
-  STD_TORCH_CHECK(layers.size() == 12 && kept.size() == 9, "layers, kept: they take 12 and 9 tensors");
+  STD_TORCH_CHECK(layers.size() == 12 && kept.size() == 8, "layers, kept: they take 12 and 8 tensors");
   Call call{};
   const ScalarType dtype = image.scalar_type();
   call.images = image.size(0);
@@ -132,20 +132,14 @@ Call make_call(const Tensor& image, const Tensor& text, const Tensors& layers, c
   for (int l = 0; l < 3; l++) call.projection[l] = pointer<void>("kept projection", kept[2 + l], rows, dtype);
   call.attended = pointer<void>("kept attended", kept[5], rows, dtype);
   call.change = pointer<void>("kept change", kept[6], rows, dtype);
-  // The references, then the weights' factors, block by block.
-  const int64_t blocks = (call.classes + rada::SCORE_ROWS - 1) / rada::SCORE_ROWS;
-  const int64_t ld = (call.classes + 15) / 16 * 16;
-  call.weights = pointer<void>("kept weights", kept[7], rada::KINDS * pairs * call.classes * ld, dtype);
-  call.references = pointer<float>("kept statistics", kept[8], rada::KINDS * pairs * (1 + (call.weights ? blocks : 0)),
-                                   ScalarType::Float);
-  call.weight_scale = call.weights && call.references ? call.references + rada::KINDS * pairs : nullptr;
+  call.references = pointer<float>("kept references", kept[7], rada::KINDS * pairs, ScalarType::Float);
   const bool rows_kept = call.attended != nullptr;
   auto consistent = [&](const void* pointer, bool in_use) { return (pointer != nullptr) == (rows_kept && in_use); };
   STD_TORCH_CHECK(consistent(call.query_image, queries & 1) && consistent(call.query_text, queries & 2) &&
                       consistent(call.projection[0], queries & 4) && consistent(call.projection[1], true) &&
                       consistent(call.projection[2], true) && consistent(call.change, true) &&
-                      consistent(call.references, true) && (rows_kept || !call.weights),
-                  "kept: it takes all of the rows or none, and the weights only with them");
+                      consistent(call.references, true),
+                  "kept: it takes all of a call's tensors or none");
   return call;
 }
 

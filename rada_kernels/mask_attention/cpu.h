@@ -38,7 +38,7 @@ struct Shape {
   Shape(int64_t classes, int64_t width, int64_t element_bytes, int64_t score_bytes)
       : classes(classes), width(width), over_classes(classes), over_width(width), blocks(ceil_div(classes, SCORE_ROWS)),
         streams(classes > SCORE_ROWS && KINDS * classes * ld() * element_bytes > score_bytes) {}
-  int64_t score_rows() const { return streams ? SCORE_ROWS : classes; }  // in memory at a time, unless kept
+  int64_t score_rows() const { return streams ? SCORE_ROWS : classes; }  // in memory at a time
   int64_t block_rows(int64_t block) const { return smaller_of(SCORE_ROWS, classes - block * SCORE_ROWS); }
   int64_t ld() const { return round_up(classes, 16); }  // of a row of scores: the same for every W
 };
@@ -136,18 +136,16 @@ void weighted_sum(float* to, const float* row, const Rows<P>& rows, const Shape&
   }
 }
 
-// Attended rows of one pair. queries[n] null: kind not in use; image_query [E] likewise. references[n] and
-// block_scale[n] come out as call.h describes them. kept: exps are of all rows, to stay.
+// Attended rows of one pair. queries[n] null: kind not in use; image_query [E] likewise. references[n] comes out: the
+// largest reference of a block, against which the backward pass computes the exponentials again.
 template <class P>
 void attend(typename P::element* attended, int64_t attended_ld, const typename P::element* image_query,
             const Rows<P>* const* queries, const Rows<P>& key, const Rows<P>& value, double score_factor,
-            const Shape& s, const AttentionScratch<P>& scratch, bool kept, typename P::element* const* exps,
-            float* const* block_scale, float* const* references) {
+            const Shape& s, const AttentionScratch<P>& scratch, float* const* references) {
   const float factor = score_factor * LOG2E;
   const float count = (image_query != nullptr) + (queries[0] != nullptr) + (queries[1] != nullptr);
   pack_columns(scratch.keys, key.words(0), key.word_ld(), s.width / P::per_word, s.classes);
   pack_rows<P>(scratch.values, value.at, value.ld, s.classes, s.width);
-  const bool streams = s.streams && !kept;
   const int64_t width_ld = s.over_width.padded(), ld = s.ld();
   auto weigh_values = [&](int64_t rows, const typename P::element* weights, auto&& put) {
     multiply<P, true>(
@@ -156,6 +154,8 @@ void attend(typename P::element* attended, int64_t attended_ld, const typename P
           tile.each([&](int r, int v, vec x) __attribute__((always_inline)) { put(row + r, column + v * W, x); });
         });
   };
+  typename P::element* const exps[KINDS] = {scratch.exponentials, scratch.exponentials + s.score_rows() * ld};
+  float* const block_scale = scratch.block_scale;  // from a block's reference to the pair's
   float totals[KINDS] = {};
   for (int n = 0; n < KINDS; n++) {
     if (!queries[n]) continue;
@@ -163,25 +163,25 @@ void attend(typename P::element* attended, int64_t attended_ld, const typename P
     for (int64_t block = 0; block < s.blocks; block++) {
       const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
       const word* query = queries[n]->words(first);
-      typename P::element* to = exps[n] + (streams ? 0 : first * ld);
+      typename P::element* to = exps[n] + (s.streams ? 0 : first * ld);
       float sum = LARGE;
       if (block) sum = exponentials<P>(to, query, queries[n]->word_ld(), rows, scratch.keys, s, factor, reference);
       if (!(sum < LARGE))
         sum = exponentials_from_maximum<P>(to, query, queries[n]->word_ld(), rows, scratch.keys, s, factor, &reference,
                                            scratch.scores);
-      block_scale[n][block] = reference;
+      block_scale[n * s.blocks + block] = reference;
       if (block == 0 || reference > top) {
         total = block ? total * __builtin_exp2f((top - reference) * factor) : 0;
         top = reference;
       }
       total += sum;  // reference is top: it never falls below a block before it
-      if (streams) {
+      if (s.streams) {
         float* kind = scratch.kinds + (n * s.classes + first) * width_ld;
         weigh_values(rows, to, [&](int64_t row, int64_t e, vec v) { store(kind + row * width_ld + e, v); });
       }
     }
     for (int64_t block = 0; block < s.blocks; block++)
-      block_scale[n][block] = __builtin_exp2f((block_scale[n][block] - top) * factor);
+      block_scale[n * s.blocks + block] = __builtin_exp2f((block_scale[n * s.blocks + block] - top) * factor);
     *references[n] = top;
     totals[n] = total;
   }
@@ -201,13 +201,13 @@ void attend(typename P::element* attended, int64_t attended_ld, const typename P
     return;
   }
   auto share_of = [&](int n, int64_t block) {
-    return queries[n] ? block_scale[n][block] * (s.classes / (count * totals[n])) : 0;
+    return queries[n] ? block_scale[n * s.blocks + block] * (s.classes / (count * totals[n])) : 0;
   };
   for (int64_t block = 0; block < s.blocks; block++) {
     const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
     const float a = share_of(0, block), b = share_of(1, block);
     const int one = queries[0] ? 0 : 1, other = queries[1] ? 1 : 0;  // the same, times zero, where one is not in use
-    if (streams) {
+    if (s.streams) {
       const float* x = scratch.kinds + (one * s.classes + first) * width_ld;
       const float* y = scratch.kinds + (other * s.classes + first) * width_ld;
       for (int64_t r = 0; r < rows; r++)
@@ -258,28 +258,28 @@ void add_by_class(float* grad, const word* a, int64_t words, const word* b, cons
                      });
 }
 
-// dS_n = A_n ⊙ (dA - δ_n) with one δ_n a pair. exps[n], block_scale[n]: kept, or null and computed again.
+// dS_n = A_n ⊙ (dA - δ_n) with one δ_n a pair. The scores are computed again: that costs less than fresh memory for what
+// would be kept of them.
 template <class P>
 void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_rows,
                      const typename P::element* image_query, const Rows<P>* const* queries, const Rows<P>& key,
                      const Rows<P>& value, double score_factor, const Shape& s,
-                     const AttentionBackwardScratch<P>& scratch, const typename P::element* const* kept,
-                     const float* const* block_scale, const float* const* references) {
+                     const AttentionBackwardScratch<P>& scratch, const float* const* references) {
   typedef typename P::element element;
   const float count = (image_query != nullptr) + (queries[0] != nullptr) + (queries[1] != nullptr);
   const int64_t words = s.width / P::per_word, width_ld = s.over_width.padded(), ld = s.ld();
-  if (!kept[0] && !kept[1]) pack_columns(scratch.keys, key.words(0), key.word_ld(), words, s.classes);
+  pack_columns(scratch.keys, key.words(0), key.word_ld(), words, s.classes);
   pack_columns(scratch.values, value.words(0), value.word_ld(), words, s.classes);
   pack_rows<P>(scratch.key_rows, key.at, key.ld, s.classes, s.width);
   std::memset(scratch.grad_key, 0, s.classes * width_ld * sizeof(float));
   std::memset(scratch.grad_value, 0, s.classes * width_ld * sizeof(float));
 
-  const element* exps[KINDS] = {};
+  element* exps[KINDS] = {};
   float delta[KINDS] = {};
   float total[KINDS] = {};
   for (int n = 0; n < KINDS; n++)
-    if (queries[n]) exps[n] = kept[n] ? kept[n] : scratch.exponentials + n * s.score_rows() * ld;
-  auto exps_of = [&](int n, int64_t block) { return exps[n] + (s.streams && !kept[n] ? 0 : block * SCORE_ROWS * ld); };
+    if (queries[n]) exps[n] = scratch.exponentials + n * s.score_rows() * ld;
+  auto exps_of = [&](int n, int64_t block) { return exps[n] + (s.streams ? 0 : block * SCORE_ROWS * ld); };
   auto grad_weights_of = [&](int64_t block) {
     return scratch.grad_weights + (s.streams ? 0 : block * SCORE_ROWS * ld);
   };
@@ -288,9 +288,9 @@ void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_row
   auto compute_scores = [&](int64_t block, float* sums, float* dots) {
     const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
     for (int n = 0; n < KINDS; n++)
-      if (exps[n] && !kept[n])
-        exponentials<P>((element*)exps_of(n, block), queries[n]->words(first), queries[n]->word_ld(), rows,
-                        scratch.keys, s, score_factor * LOG2E, *references[n]);
+      if (exps[n])
+        exponentials<P>(exps_of(n, block), queries[n]->words(first), queries[n]->word_ld(), rows, scratch.keys, s,
+                        score_factor * LOG2E, *references[n]);
     element* dP = grad_weights_of(block);
     vec products[KINDS] = {}, parts[KINDS] = {};
     const element* a = exps_of(exps[0] ? 0 : 1, block);
@@ -311,16 +311,14 @@ void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_row
     float sums[KINDS], dots[KINDS];
     compute_scores(block, sums, dots);
     for (int n = 0; n < KINDS; n++) {
-      const float scale = kept[n] ? block_scale[n][block] : 1;
-      total[n] += sums[n] * scale;
-      delta[n] += dots[n] * scale;
+      total[n] += sums[n];
+      delta[n] += dots[n];
     }
   }
   for (int n = 0; n < KINDS; n++) delta[n] = exps[n] ? delta[n] / total[n] : 0;
   // A_n / kinds = exponentials times this.
-  auto scale_of = [&](int n, int64_t block) {
-    return exps[n] ? (kept[n] ? block_scale[n][block] : 1) * (s.classes / (count * total[n])) : 0;
-  };
+  float scale[KINDS];
+  for (int n = 0; n < KINDS; n++) scale[n] = exps[n] ? s.classes / (count * total[n]) : 0;
 
   for (int64_t block = 0; block < s.blocks && kinds; block++) {
     const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block), row_words = ceil_div(rows, P::per_word);
@@ -332,7 +330,7 @@ void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_row
     const element* dP = grad_weights_of(block);
     const element* x = exps_of(exps[0] ? 0 : 1, block);
     const element* y = exps_of(exps[1] ? 1 : 0, block);
-    const float a = scale_of(0, block), b = scale_of(1, block), factor = score_factor;
+    const float a = scale[0], b = scale[1], factor = score_factor;
     element* dS[KINDS] = {};
     word* by_column[KINDS] = {};
     int64_t used = 0;

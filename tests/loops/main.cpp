@@ -47,14 +47,13 @@ void run_on_threads(const Pool& pool, int64_t tasks, void (*task)(void*, int64_t
 
 // ---- inputs
 
-enum Kept { NOTHING, ROWS, ROWS_AND_WEIGHTS };
 enum Query { IMAGE = 1, TEXT = 2, RATIONAL = 4 };
 
 struct Case {
   int64_t images, classes, width, heads;
   int queries;
   Penalty penalty;
-  Kept kept;
+  bool kept;
   bool streams, layers, features;  // scores stream; whose gradients are wanted
   bool normalize, bfloat16;
 };
@@ -325,7 +324,7 @@ const char* const LAYER_NAMES[] = {"image query", "text query", "rational query"
 
 Outcome compute(const Loops& loops, const Case& c, const Inputs& in, int threads) {
   const int64_t B = c.images, K = c.classes, D = c.width, pairs = B * c.heads;
-  const bool rows = c.kept != NOTHING, weights = c.kept == ROWS_AND_WEIGHTS;
+  const bool rows = c.kept;
   auto elements = [&](bool wanted, int64_t count) { return Array(wanted ? count : 0, c.bfloat16); };
   Array image(in.image, c.bfloat16), text(in.text, c.bfloat16);
   Array grad_sums(in.grad_sums), grad_deviation(in.grad_deviation);
@@ -333,9 +332,7 @@ Outcome compute(const Loops& loops, const Case& c, const Inputs& in, int threads
         query_text = elements(rows && c.queries & TEXT, K * D);
   Array rational = elements(rows && c.queries & RATIONAL, B * K * D), key = elements(rows, B * K * D);
   Array value = elements(rows, B * K * D), attended = elements(rows, B * K * D), change = elements(rows, B * K * D);
-  Array exponentials = elements(weights, rada::KINDS * pairs * K * ((K + 15) / 16 * 16));
   Array references(rows ? rada::KINDS * pairs : 0);
-  Array weight_scale(weights ? rada::KINDS * pairs * ((K + rada::SCORE_ROWS - 1) / rada::SCORE_ROWS) : 0);
   Array sums(B * K), deviation(B), grad_image(c.features ? B * D : 0), grad_text(c.features ? K * D : 0);
   std::vector<Array> weight, bias, grad_weight, grad_bias;
   for (int l = 0; l < rada::LAYERS; l++) {
@@ -361,8 +358,7 @@ Outcome compute(const Loops& loops, const Case& c, const Inputs& in, int threads
   call.projection[0] = rational.data<void>();
   call.projection[1] = key.data<void>(), call.projection[2] = value.data<void>();
   call.attended = attended.data<void>(), call.change = change.data<void>();
-  call.references = references.data(), call.weights = exponentials.data<void>(),
-  call.weight_scale = weight_scale.data();
+  call.references = references.data();
   call.sums = sums.data(), call.deviation = deviation.data();
   const Pool pool{threads, run_on_threads};
   loops.forward(call, pool, workspace(loops.forward_bytes(call, pool)).get());
@@ -462,7 +458,7 @@ std::vector<Case> cases(bool bfloat16) {
   int n = 0;
   for (const auto& s : shapes) {
     if (bfloat16 && s.width / s.heads % 2) continue;
-    for (Kept kept : {NOTHING, ROWS, ROWS_AND_WEIGHTS})
+    for (bool kept : {false, true})
       for (bool streams : {false, true}) {
         // The rest takes turns: 7 subsets of queries, 3 penalties, whose gradients are wanted.
         Case c{s.images, s.classes, s.width,    s.heads,    7 - n % 7,  (Penalty)(n % 3),
