@@ -45,6 +45,10 @@ SIZES = {
 }
 
 
+def pass_of(row: dict) -> tuple:
+    return row["arch"], row["kind"], row["load"].name, row["mode"]
+
+
 def modes_of(load: Workload) -> tuple[str, ...]:
     """A size's one mode launches every kernel; only workloads have a predicted time."""
     return load.modes if load.name in WORKLOADS else ("step-features",)
@@ -148,7 +152,7 @@ def predict(rows: list[dict], codes: dict[str, Code]) -> list[dict]:
     return out
 
 
-def render(rows: list[dict], codes: dict[str, Code]) -> tuple[str, list[dict], list[dict]]:
+def render(rows: list[dict], codes: dict[str, Code], left: int) -> tuple[str, list[dict], list[dict]]:
     """The report as Markdown, the kernels' table, the predictions."""
     few = {row["key"] for row in rows if row["load"].classes <= FEW_CLASSES}
     kernels, missing, groups = [], [], {}
@@ -176,7 +180,8 @@ def render(rows: list[dict], codes: dict[str, Code]) -> tuple[str, list[dict], l
         "",
         "## Reading",
         "",
-        f"{len(kernels)} distinct kernels were compiled; {len(kernels) - len(missing)} meet every figure.",
+        f"{len(kernels)} distinct kernels were compiled; {len(kernels) - len(missing)} meet every figure."
+        + (f" {left} more were not compiled in this run." if left else ""),
         "The figures, and how many kernels miss each:",
         "",
         f"- no byte spilled: {counts['spills']}",
@@ -279,6 +284,9 @@ def main(
     count: Annotated[
         bool, typer.Option("--count", help="Say how many kernels there are to compile, and stop.")
     ] = False,
+    stored: Annotated[
+        bool, typer.Option("--stored", help="Compile nothing: write the report of what a stopped run has compiled.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Where the report goes, with two .csv beside it.")] = HERE
     / "compile_report.md",
 ) -> None:
@@ -292,8 +300,13 @@ def main(
     print(f"{len(wanted)} kernels, {len(wanted.keys() - store.codes.keys())} to compile", flush=True)
     if count:
         return
-    compile_all(wanted, store, jobs)
-    text, kernels, predictions = render(rows, store.codes)
+    if stored:
+        missing = {pass_of(row) for row in rows if row["key"] and row["key"] not in store.codes}
+        rows = [row for row in rows if pass_of(row) not in missing]
+    else:
+        compile_all(wanted, store, jobs)
+    left = len(wanted) - len({row["key"] for row in rows if row["key"]})
+    text, kernels, predictions = render(rows, store.codes, left)
     out.write_text(text)
     write_csv(out.with_suffix(".csv"), kernels)
     if predictions:

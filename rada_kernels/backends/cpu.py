@@ -58,7 +58,7 @@ def element_dtype(dtype: torch.dtype, embed_dim: int, num_heads: int) -> torch.d
 
 @dataclass
 class Kept:
-    """What the forward pass leaves for the backward pass: all, or, where RADA_SAVE_BYTES (512 MiB) has no room, nothing.
+    """What the forward pass leaves for the backward pass: all, or nothing where RADA_SAVE_BYTES (512 MiB) has no room.
 
     Scores are always computed again: that takes less time than fresh memory for what would be kept of them.
     """
