@@ -439,9 +439,12 @@ def attention_config(device: Device, dtype: torch.dtype, classes: int, head_widt
             config = AttentionConfig(64, 64, 4, 2, apart=not narrow)  # 168 registers; side by side spills at E = 128
     else:
         # 232 registers at E = 64; BN = 64 spills 8 to 264 bytes. At E = 128 sm_120 spills 192 side by side; one stage
-        # there, so that two programs share 100 KiB. sm_80 spills apart, not side by side.
-        apart = head_width > 96 and device.arch != "sm_80"
-        config = AttentionConfig(64, 32, 4, 1 if apart else 2, apart)
+        # there, so that two programs share 100 KiB. sm_80 spills apart, not side by side. sm_86 and sm_89 spill 16 at
+        # E = 96 side by side, and 8 at E = 128 with 64 rows.
+        consumer = device.arch in ("sm_86", "sm_89")
+        apart = head_width > (64 if consumer else 96) and device.arch != "sm_80"
+        rows = 32 if consumer and head_width > 96 else 64
+        config = AttentionConfig(rows, 32, 4, 1 if head_width > 96 and apart else 2, apart)
     return _chosen(Request("attention", device, dtype, (head_width, int(many)), head_width), config)
 
 
@@ -478,7 +481,7 @@ def reduction_config(
         # sm_100 spills 8 bytes with 8 warps at 64 columns and with 4 at fewer.
         config = GemmConfig(64, 64, block, 8 if device.arch == "sm_100" and block < 64 else 4, 2)
     elif backward:
-        config = GemmConfig(64, 64, block, 8, 2)
+        config = GemmConfig(64 if head_width <= 96 else 32, 64, block, 8, 2)  # 191 registers at E = 128: one program
     elif few:
         # Twice the programs; every one of them goes over the whole layer.
         config = GemmConfig(32, 128, min(block, 32), 4, 2)
@@ -494,13 +497,15 @@ def reduction_config(
 
 def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
-    config = AttentionConfig(block, block, block // 16, 1)
+    # Wide heads spill up to 176 bytes with 16 rows a warp.
+    warps = block // 16 if head_width <= 64 or device.is_amd else 4
+    config = AttentionConfig(block, block, warps, 1)
     request = Request("direct_bwd", device, dtype, (block, head_width), head_width)
     return _chosen(request, config, BM=(block,), BN=(block,))
 
 
 def joint_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
-    return AttentionConfig(64, 32, 4, 2)
+    return AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 2)  # narrow heads spill 8 bytes with 32 classes
 
 
 def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
@@ -512,7 +517,9 @@ def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> A
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)
     elif device.arch.startswith("gfx1"):
-        config = AttentionConfig(64, 16, 4, 1, apart=True)  # 198 registers at E = 64; side by side spills 100 bytes
+        # 198 registers at E = 64; side by side spills 100 bytes. Apart, 64 rows spill 124 at E = 96, and at E = 128 16 rows
+        # still 36.
+        config = AttentionConfig(64 if head_width <= 80 else 32 if head_width <= 96 else 16, 16, 4, 1, apart=True)
     elif dtype == torch.float32:
         config = _float32_config(device, head_width)
     elif device.arch.startswith("gfx9"):
@@ -531,7 +538,7 @@ def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> Atte
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)
     elif device.arch.startswith("gfx1"):
-        config = AttentionConfig(16, 64, 4, 1, apart=not narrow)
+        config = AttentionConfig(16, 64 if head_width <= 96 else 16, 4, 1, apart=not narrow)  # 64 spills 120 at E = 128
     elif dtype == torch.float32:
         large = narrow and product_precision(dtype, device) != "ieee"  # 64 classes spill without tensor cores
         config = AttentionConfig(16, 64 if large else 32, 4, 1, apart=not large)

@@ -100,9 +100,11 @@ def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kep
     )
 
 
-def _run(image: Tensor, text: Tensor, params: Params, options: Options) -> tuple[Tensor, Tensor, Kept]:
+def _run(
+    image: Tensor, text: Tensor, params: Params, options: Options, save: bool
+) -> tuple[Tensor, Tensor, Kept | None]:
     """The three steps: masked sums [B, K], each image's statistic of |M - 1| [B], and what a backward pass needs."""
-    from rada_kernels.logit_reduction.triton import deviation_and_peak, logit_reduction_fwd
+    from rada_kernels.logit_reduction.triton import deviation_of, first_peak, logit_reduction_fwd
     from rada_kernels.mask_attention.triton import empty_attended_rows, mask_attention_fwd
     from rada_kernels.rational_projection.triton import rational_projection_fwd
 
@@ -111,9 +113,11 @@ def _run(image: Tensor, text: Tensor, params: Params, options: Options) -> tuple
     mask_attention_fwd(projected.query_image, projected.query_text, projected.projections, options, attended)
     inverse = projected.inverse_image, projected.inverse_text
     sums, statistic, place = logit_reduction_fwd(attended, params, image, text, *inverse, options)
-    deviation, peak = deviation_and_peak(statistic, place, image.shape[1], options.penalty)
-    kept = Kept(*projected, *attended, peak)
-    return sums, deviation, kept
+    deviation = deviation_of(statistic, image.shape[1], options.penalty)
+    if not save:
+        return sums, deviation, None
+    peak = first_peak(statistic, place, image.shape[1], options.penalty)
+    return sums, deviation, Kept(*projected, *attended, peak)
 
 
 def forward(
@@ -129,8 +133,8 @@ def forward(
         )
     image, text, params = _contiguous(image, text, params)
     with on_device(image):
-        sums, deviation, computed = _run(image, text, params, options)
-    return sums, deviation, (computed if len(kept.inverse_image) else kept).tensors()
+        sums, deviation, computed = _run(image, text, params, options, save=len(kept.inverse_image) > 0)
+    return sums, deviation, (computed or kept).tensors()
 
 
 def _contiguous(image: Tensor, text: Tensor, params: Params) -> tuple[Tensor, Tensor, Params]:
@@ -155,7 +159,7 @@ def backward(
     with on_device(image):
         kept = Kept(*kept_tensors)
         if not len(kept.inverse_image):
-            kept = _run(image, text, params, options)[2]
+            kept = _run(image, text, params, options, save=True)[2]
         grad_sums = grad_sums.contiguous()
         if grad_deviation is not None:
             grad_deviation = grad_deviation.contiguous()

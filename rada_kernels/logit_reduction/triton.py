@@ -317,15 +317,17 @@ def _common(attended: AttendedRows, image: Tensor, text: Tensor, options: Option
     return triton.cdiv(batch, pairs["BI"]) * triton.cdiv(classes, pairs["BK"]), arguments
 
 
-def deviation_and_peak(
-    statistic: Tensor, place: Tensor, width: int, penalty: str
-) -> tuple[Tensor, Tensor]:  # [B, K], [B, K] -> [B], [B]
-    """Each image's statistic of |M - 1| and, for "linf", the first place k·D + d of the largest, else [0] int64."""
+def deviation_of(statistic: Tensor, width: int, penalty: str) -> Tensor:  # [B, K] -> [B]
+    """Each image's statistic of |M - 1|."""
+    return statistic.amax(1) if penalty == "linf" else statistic.sum(1) / (statistic.shape[1] * width)
+
+
+def first_peak(statistic: Tensor, place: Tensor, width: int, penalty: str) -> Tensor:  # [B, K], [B, K] -> [B]
+    """For "linf" each image's first place k·D + d of its largest |M - 1|, else [0]; int64."""
     if penalty != "linf":
-        total = statistic.sum(1) / (statistic.shape[1] * width)
-        return total, place.new_empty(0, dtype=torch.int64)
-    deviation, row = statistic.max(1)
-    return deviation, row * width + place.gather(1, row[:, None]).squeeze(1)
+        return place.new_empty(0, dtype=torch.int64)
+    row = statistic.argmax(1, keepdim=True)
+    return (row * width + place.gather(1, row)).squeeze(1)
 
 
 def logit_reduction_bwd(

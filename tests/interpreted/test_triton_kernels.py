@@ -7,7 +7,7 @@ import torch
 
 from rada_kernels import Params
 from rada_kernels.logit_reduction import reference as reduction_reference
-from rada_kernels.logit_reduction.triton import deviation_and_peak, logit_reduction_bwd, logit_reduction_fwd
+from rada_kernels.logit_reduction.triton import deviation_of, first_peak, logit_reduction_bwd, logit_reduction_fwd
 from rada_kernels.mask_attention import reference as attention_reference
 from rada_kernels.mask_attention.triton import empty_attended_rows, mask_attention_bwd, mask_attention_fwd
 from rada_kernels.options import QUERIES
@@ -107,7 +107,8 @@ def test_logit_reduction(classes, penalty, poisoned_empty):
     inverse = [1 / torch.linalg.vector_norm(rows, dim=-1) for rows in (single.image, single.text)]
     arguments = single.image, single.text, *inverse, options
     sums, statistic, place = logit_reduction_fwd(attended, params, *arguments)
-    deviation, peak = deviation_and_peak(statistic, place, WIDTH, penalty)
+    deviation = deviation_of(statistic, WIDTH, penalty)
+    peak = first_peak(statistic, place, WIDTH, penalty)
     close(sums, sums_truth)
     close(deviation, deviation_truth)
     upstream = torch.randn(BATCH, classes), torch.randn(BATCH)
