@@ -517,8 +517,8 @@ def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> A
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)
     elif device.arch.startswith("gfx1"):
-        # 198 registers at E = 64; side by side spills 100 bytes. Apart, 64 rows spill 124 at E = 96, and at E = 128 16 rows
-        # still 36.
+        # 198 registers at E = 64; side by side spills 100 bytes. Apart, 64 rows spill 124 at E = 96, and at E = 128 16
+        # rows still 36.
         config = AttentionConfig(64 if head_width <= 80 else 32 if head_width <= 96 else 16, 16, 4, 1, apart=True)
     elif dtype == torch.float32:
         config = _float32_config(device, head_width)
