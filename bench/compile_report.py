@@ -236,9 +236,9 @@ def predicted_scores(predictions: list[dict]) -> list[str]:
         for name, mode in dict.fromkeys((name, mode) for k, name, mode, _ in total if k == kind):
             cells.append([name, mode])
             for arch in archs:
-                took = total[kind, name, mode, arch]
-                score = limit_s(WORKLOADS[name], mode, arch, dtype, precision) * 1e6 / took
-                cells[-1].append(f"{score:.2f} ({took:.0f} µs)")
+                took = total.get((kind, name, mode, arch))
+                score = took and limit_s(WORKLOADS[name], mode, arch, dtype, precision) * 1e6 / took
+                cells[-1].append(f"{score:.2f} ({took:.0f} µs)" if took else "not compiled")
         parts = [f"{arch} {ARCHITECTURES[arch].part}" for arch in archs]
         lines += [f"### {kind}", "", *table(["workload", "mode", *parts], cells), ""]
     return lines

@@ -393,7 +393,7 @@ def projection_config(device: Device, dtype: torch.dtype, width: int, batch: int
     block = contracted_block(width, 32)
     if dtype == torch.float32 and device.is_amd:
         # The two or three parts of bf16x3 are held at a time.
-        config = GemmConfig(32 if device.arch == "gfx1100" else 64, 64, 16, 4, 1)
+        config = GemmConfig(32, 32, 16, 4, 1) if device.arch == "gfx1100" else GemmConfig(64, 64, 16, 4, 1)
     elif dtype == torch.float32:
         config = GemmConfig(64, 64, block, 4, 2)
     elif device.arch == "gfx1100":
@@ -425,7 +425,10 @@ def attention_config(device: Device, dtype: torch.dtype, classes: int, head_widt
         config = AttentionConfig(64, 64, 4, 1)  # large blocks: what takes time is numpy's calls
     elif device.arch.startswith("gfx1"):
         # Operands lie twice in a wave of 32; 198 and 236 registers apart, spills of 228 and 700 bytes side by side.
-        config = AttentionConfig(64, 16, 4, 1, apart=not narrow)
+        # In float32 the three parts of bf16x3 spill whatever the blocks: 92 bytes at E = 64 with these, 756 with 64
+        # rows.
+        exact = dtype == torch.float32
+        config = AttentionConfig(32 if exact else 64, 16, 4, 1, apart=exact or not narrow)
     elif dtype == torch.float32:
         config = _float32_config(device, head_width)
     elif device.arch.startswith("gfx9"):
@@ -509,7 +512,9 @@ def joint_config(device: Device, dtype: torch.dtype, head_width: int) -> Attenti
 
 
 def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
-    return queries_bwd_config(device, dtype, head_width)
+    config = queries_bwd_config(device, dtype, head_width)
+    # Without tensor cores 32 rows spill 144 bytes at E = 128.
+    return replace(config, BM=16) if dtype == torch.float32 and head_width > 96 else config
 
 
 def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
@@ -541,7 +546,10 @@ def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> Atte
         config = AttentionConfig(16, 64 if head_width <= 96 else 16, 4, 1, apart=not narrow)  # 64 spills 120 at E = 128
     elif dtype == torch.float32:
         large = narrow and product_precision(dtype, device) != "ieee"  # 64 classes spill without tensor cores
-        config = AttentionConfig(16, 64 if large else 32, 4, 1, apart=not large)
+        # 32 classes spill 8 to 16 bytes, on sm_100 at E = 96, on sm_80 at E = 128, and at E = 64 without tensor cores;
+        # there at E = 128 4 warps spill 408, 8 of them 8.
+        exact = head_width > 96 and product_precision(dtype, device) == "ieee"
+        config = AttentionConfig(16, 64 if large else 16, 8 if exact else 4, 1, apart=not large)
     elif device.arch.startswith("gfx9"):
         config = AttentionConfig(32, 64, 4, 1, apart=head_width > 96)
     elif _has_wide_products(device):
