@@ -96,7 +96,7 @@ class Head {
     if (!c.attended) attended = arena.take<element>(rows * c.width);
     if (!c.references) references = arena.take<float>(rada::KINDS * pairs);
     if (again) {
-      const Split split = wave_split(rows, rada::OUT);
+      const Split split = split_of(rows, rada::OUT);
       row_sums = arena.take<float>(split.shares * rows);
       row_statistics = arena.take<float>(split.shares * rows);
     }
@@ -195,7 +195,7 @@ class Head {
   int64_t most_rows() const { return larger_of(larger_of(wave_images * c.classes, c.classes), c.images); }
   int64_t step_words() const { return ceil_div(WEIGHT_ROWS, P::per_word) * Panels(c.width).padded(); }
   Split split(int64_t rows, const word* packed) const { return Split(rows, c.width, packed, pool.threads); }
-  Split wave_split(int64_t rows, int l) const { return split(rows, layer[l].packed); }
+  Split split_of(int64_t rows, int l) const { return split(rows, layer[l].packed); }
 
   template <class T>
   T* mine(T* scratch, int thread) const {
@@ -251,20 +251,21 @@ class Head {
     struct Part {
       Split split;
       int layer;
-      const float* unit;
+      const float* unit;  // rows that a query is made of; null: the rows of X
       element* to;
     };
     const float root = __builtin_sqrtf(c.scale);
     const Part parts[] = {
-        {wave_split(rows, rada::KEY), rada::KEY, nullptr, nullptr},
-        {wave_split(c.classes, rada::QUERY_TEXT), rada::QUERY_TEXT, h, query_text},
-        {wave_split(c.images, rada::QUERY_IMAGE), rada::QUERY_IMAGE, f, query_image},
+        {split_of(rows, rada::KEY), rada::KEY, nullptr, nullptr},
+        {split_of(c.classes, rada::QUERY_TEXT), rada::QUERY_TEXT, h, query_text},
+        {split_of(c.images, rada::QUERY_IMAGE), rada::QUERY_IMAGE, f, query_image},
     };
+    auto tasks_of = [&](const Part& part) { return !part.unit || (first == 0 && part.to) ? part.split.tasks() : 0; };
     int64_t tasks = 0;
-    for (const Part& part : parts) tasks += part_tasks(part);
+    for (const Part& part : parts) tasks += tasks_of(part);
     run(pool, tasks, [&](int64_t task, int thread) {
       const Part* part = parts;
-      while (task >= part_tasks(*part)) task -= part_tasks(*part++);
+      while (task >= tasks_of(*part)) task -= tasks_of(*part++);
       element* x = mine(input_rows, thread);
       part->split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t) {
         if (part->unit) {
@@ -277,10 +278,6 @@ class Head {
           if (c.weight[l]) project<P>(projected(l) + row * c.width, x, count, c.width, layer[l], column, end);
       });
     });
-  }
-  template <class Part>
-  int64_t part_tasks(const Part& part) const {
-    return !part.unit || (first == 0 && part.to) ? part.split.tasks() : 0;
   }
 
   void attend_pair(int64_t pair, int thread) {
@@ -297,7 +294,7 @@ class Head {
   // Logits without their scale and each image's deviation, from the attended rows.
   void reduce_rows() {
     const int64_t rows = images * c.classes;
-    const Split split = wave_split(rows, rada::OUT);
+    const Split split = split_of(rows, rada::OUT);
     run(pool, split.tasks(), [&](int64_t task, int) {
       split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t share) {
         const float *fs[BLOCK_ROWS], *hs[BLOCK_ROWS];
