@@ -1,6 +1,6 @@
 """Launch configurations of the Triton kernels: one frozen dataclass per kernel, a heuristic each, and tuned values.
 
-A configuration is chosen from the device's architecture, the dtype and the sizes E, D and K alone. `bench/tune.py`
+A configuration is chosen from the device's architecture, the dtype and the sizes B, K, D and E alone. `bench/tune.py`
 measures on the user's own GPU and writes the file that RADA_TUNED names; what stands there is preferred. Nothing is
 ever measured by itself. Whatever was chosen is made smaller until its shared memory is within the device's.
 """
