@@ -481,16 +481,21 @@ def reduction_config(
     elif backward and many and wide:
         config = GemmConfig(64, 128, block, 8, 3)
     elif backward and wide:
-        # sm_100 spills 8 bytes with 8 warps at 64 columns and with 4 at fewer.
-        config = GemmConfig(64, 64, block, 8 if device.arch == "sm_100" and block < 64 else 4, 2)
+        # sm_100 spills 8 bytes with 8 warps at 64 columns; at fewer with 4, and with 64 rows at E = 80.
+        config = (
+            GemmConfig(32, 64, block, 8, 2)
+            if device.arch == "sm_100" and block < 64
+            else GemmConfig(64, 64, block, 4, 2)
+        )
     elif backward:
         config = GemmConfig(64 if head_width <= 96 else 32, 64, block, 8, 2)  # 191 registers at E = 128: one program
     elif few:
         # Twice the programs; every one of them goes over the whole layer.
         config = GemmConfig(32, 128, min(block, 32), 4, 2)
     elif many:
-        # A pass over the rows forms them anew: as few passes as registers allow.
-        config = GemmConfig(64, 256 if device.arch == "sm_90" else 128, block, 8, 3 if wide else 2)
+        # A pass over the rows forms them anew: as few passes as registers allow. 256 spill 16 bytes at E = 128.
+        columns = 256 if device.arch == "sm_90" and head_width <= 96 else 128
+        config = GemmConfig(64, columns, block, 8, 3 if wide else 2)
     else:
         config = GemmConfig(64, 64, block, 8, 2)
     kernel = "reduction_bwd" if backward else "reduction"
