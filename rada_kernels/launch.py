@@ -480,13 +480,10 @@ def reduction_config(
         config = GemmConfig(64, 64, block, 4, 2)
     elif backward and many and wide:
         config = GemmConfig(64, 128, block, 8, 3)
+    elif backward and device.arch == "sm_100" and block < 64:
+        config = GemmConfig(32, 64, block, 8, 2)  # 4 warps spill 8 bytes, and so do 64 rows at E = 80
     elif backward and wide:
-        # sm_100 spills 8 bytes with 8 warps at 64 columns; at fewer with 4, and with 64 rows at E = 80.
-        config = (
-            GemmConfig(32, 64, block, 8, 2)
-            if device.arch == "sm_100" and block < 64
-            else GemmConfig(64, 64, block, 4, 2)
-        )
+        config = GemmConfig(64, 64, block, 4, 2)  # sm_100 spills 8 bytes with 8 warps
     elif backward:
         config = GemmConfig(64 if head_width <= 96 else 32, 64, block, 8, 2)  # 191 registers at E = 128: one program
     elif few:

@@ -200,7 +200,6 @@ def test_the_gil_is_released(threads):
 
 def _work_in_child(arguments, case, queue):
     torch.ops.rada_cpu.forward(*arguments)  # at the parent's thread count
-    torch.set_num_threads(1)  # as DataLoader workers do: torch's own products wait forever without it
     params = Params(*case.layers, logit_scale=20.0)
     logits = rada_logits(case.image, case.text, params, case.options, "cpu")[0]
     queue.put((arguments[-2].numpy(), logits.numpy()))
