@@ -34,13 +34,14 @@ KINDS = {
     "float32": (torch.float32, "high", None),
     "float32-highest": (torch.float32, "highest", ["sm_90"]),
 }
-# Every head width at a CLIP's width D: (E, D). With 10 and 24 classes the direct form in both its blocks, with 100 and
-# 1000 the streaming form with few and many classes.
+# Every head width at a CLIP's width D: (E, D). 10 and 24 classes take the direct form in both its blocks, 48 and 100
+# the joined form in both where a device has it, 200 and 1000 the streaming form with few and many classes.
 HEADS = ((16, 512), (32, 512), (48, 768), (64, 512), (80, 640), (96, 768), (128, 512))
+CLASSES = (10, 24, 48, 100, 200, 1000)
 SIZES = {
     load.name: load
     for head_width, width in HEADS
-    for load in (Workload(f"E{head_width}-K{k}", 32, k, width, width // head_width) for k in (10, 24, 100, 1000))
+    for load in (Workload(f"E{head_width}-K{k}", 32, k, width, width // head_width) for k in CLASSES)
 }
 
 

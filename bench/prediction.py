@@ -112,6 +112,9 @@ def work_of(launch: Launch) -> tuple[int, int]:
         return n * 2 * a["BK"] ** 2 * a["E"] * (kinds + 1), n * kinds * a["BK"] ** 2
     if launch.name == "mask_attention_direct_bwd":
         return n * 2 * a["BK"] ** 2 * a["E"] * (3 * kinds + 2), n * kinds * a["BK"] ** 2
+    if launch.name == "mask_attention_joined_fwd":
+        scores = n * max(1, kinds) * a["BM"] * -(-a["K"] // a["BN"]) * a["BN"]
+        return 4 * scores * a["E"], scores
     if launch.name in ("mask_attention_streaming_fwd", "mask_attention_bwd_delta", "mask_attention_bwd_queries"):
         scores = n * a["BM"] * -(-a["K"] // a["BN"]) * a["BN"]
         kinds = 1 if a.get("APART") else kinds

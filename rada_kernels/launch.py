@@ -137,7 +137,10 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Blocks of scores: BM rows by BN classes; direct: both hold all K classes. apart: one query kind per program."""
+    """Blocks of scores: BM rows by BN classes. apart: one query kind per program.
+
+    Direct: both hold all K classes. Joined: BM holds them and the image query's row.
+    """
 
     BM: int
     BN: int
@@ -166,9 +169,30 @@ def share_block(tiles: int, pairs: int) -> int:
     return max(1, min(next_power(tiles), 2048 // pairs))
 
 
-def is_direct(classes: int) -> bool:
-    """Which form of the attention serves K classes."""
-    return classes <= DIRECT_CLASSES
+def attention_form(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> str:
+    """Which form of the attention serves K classes: "direct", "joined" or "streaming"."""
+    if classes <= DIRECT_CLASSES:
+        return "direct"
+    return "joined" if classes < joined_classes(device, dtype, head_width) else "streaming"
+
+
+def joined_classes(device: Device, dtype: torch.dtype, head_width: int) -> int:
+    """Below so many classes one program has all score rows of an (image, head): 128, 64 or, of no K, 0.
+
+    128 rows in 4 warps take 234 to 254 registers on sm_90, 255 or spills elsewhere; and two tiles of 64 fill the
+    multiprocessors of the smaller parts better. E = 128 spills whatever the blocks: 104 bytes on sm_100, 140 from
+    E = 96 on gfx1100, 16 to 392 in float32.
+    """
+    narrow = head_width <= 64
+    if device == INTERPRETER:
+        return 128
+    if device.arch.startswith("gfx1"):
+        return 64 if narrow and dtype.itemsize == 2 else 0
+    if dtype == torch.float32:
+        return 64 if narrow else 0
+    if device.arch == "sm_90" and narrow:
+        return 128
+    return 0 if device.arch == "sm_100" and head_width > 96 else 64
 
 
 def next_power(number: int) -> int:
@@ -241,6 +265,7 @@ _ROWS, _SCORES = ("BR", "BC", "BD"), ("BM", "BN")
 KERNELS = {
     "projection": Kernel(GemmConfig, _gemm_operands, _ROWS),
     "attention": Kernel(AttentionConfig, _attention_operands, _SCORES),
+    "joined": Kernel(AttentionConfig, _attention_operands, ("BN",)),
     "direct": Kernel(AttentionConfig, _direct_operands, ()),
     "reduction": Kernel(GemmConfig, _reduction_operands, _ROWS),
     "reduction_bwd": Kernel(GemmConfig, _reduction_operands, _ROWS),
@@ -404,7 +429,9 @@ def projection_config(device: Device, dtype: torch.dtype, width: int, batch: int
         # Twice the rows halve what is read of the weights for a product. sm_100 spills 16 bytes.
         config = GemmConfig(128, 128, contracted_block(width, 64), 8, 3)
     else:
-        config = GemmConfig(64, 128, contracted_block(width, 64), 4, 3)
+        # sm_90: 155 registers let three programs reside, 169 with a third stage two.
+        stages = 2 if device.arch == "sm_90" else 3
+        config = GemmConfig(64, 128, contracted_block(width, 64), 4, stages)
     return _chosen(Request("projection", device, dtype, (width, int(many))), config)
 
 
@@ -451,6 +478,20 @@ def attention_config(device: Device, dtype: torch.dtype, classes: int, head_widt
     return _chosen(Request("attention", device, dtype, (head_width, int(many)), head_width), config)
 
 
+def joined_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
+    """Of the joined form, which takes K < BM."""
+    rows = 64 if classes < 64 else 128
+    consumer = device.arch in ("sm_86", "sm_89", "sm_120")
+    if device == INTERPRETER:
+        config = AttentionConfig(rows, 64, 4, 1)
+    elif dtype == torch.float32 or device.arch.startswith("gfx1") or (consumer and head_width > 64):
+        config = AttentionConfig(rows, 16, 4, 1)  # 32 classes: 8 to 104 bytes on sm_86 and sm_120, 40 on gfx1100
+    else:
+        config = AttentionConfig(rows, 32, 4, 1 if device.is_amd or device.arch == "sm_100" else 2)
+    request = Request("joined", device, dtype, (rows, head_width), head_width)
+    return _chosen(request, config, BM=(rows,))
+
+
 def direct_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
     config = AttentionConfig(block, block, block // 16, 1)  # 16 rows a warp: what one instruction takes
@@ -465,10 +506,10 @@ def reduction_config(
     classes: int,
     width: int,
     head_width: int,
-    direct: bool,
+    joined: bool,
     backward: bool,
 ) -> GemmConfig:
-    block = contracted_block(width if direct else head_width, 64 if dtype.itemsize == 2 else 32)
+    block = contracted_block(width if joined else head_width, 64 if dtype.itemsize == 2 else 32)
     few, many = batch * classes <= 8192, classes > 256
     wide = _has_wide_products(device)
     if device.arch == "gfx1100":
@@ -487,8 +528,10 @@ def reduction_config(
     elif backward:
         config = GemmConfig(64 if head_width <= 96 else 32, 64, block, 8, 2)  # 191 registers at E = 128: one program
     elif few:
-        # Twice the programs; every one of them goes over the whole layer.
-        config = GemmConfig(32, 128, min(block, 32), 4, 2)
+        # Twice the programs; every one of them goes over the whole layer. There is hardly one for a multiprocessor,
+        # so 8 warps: 100 registers on sm_90. On sm_100 they spill 8 bytes at E = 128.
+        warps = 4 if device.arch == "sm_100" and head_width > 96 and not joined else 8
+        config = GemmConfig(32, 128, block if joined else min(block, 32), warps, 2)
     elif many:
         # A pass over the rows forms them anew: as few passes as registers allow. 256 spill 16 bytes at E = 128.
         columns = 256 if device.arch == "sm_90" and head_width <= 96 else 128
@@ -496,8 +539,8 @@ def reduction_config(
     else:
         config = GemmConfig(64, 64, block, 8, 2)
     kernel = "reduction_bwd" if backward else "reduction"
-    request = Request(kernel, device, dtype, (width, head_width, int(direct), int(few), int(many)))
-    return _chosen(request, config, BD=tuple(b for b in BLOCKS if (width if direct else head_width) % b == 0))
+    request = Request(kernel, device, dtype, (width, head_width, int(joined), int(few), int(many)))
+    return _chosen(request, config, BD=tuple(b for b in BLOCKS if (width if joined else head_width) % b == 0))
 
 
 def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
@@ -515,8 +558,10 @@ def joint_config(device: Device, dtype: torch.dtype, head_width: int) -> Attenti
 
 def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
     config = queries_bwd_config(device, dtype, head_width)
-    # Without tensor cores 32 rows spill 144 bytes at E = 128.
-    return replace(config, BM=16) if dtype == torch.float32 and head_width > 96 else config
+    if head_width <= 96:
+        return config
+    # Without tensor cores 32 rows spill 144 bytes at E = 128. 64 rows take 60 KiB: one program in 100.
+    return replace(config, BM=16 if dtype == torch.float32 else 32)
 
 
 def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:

@@ -14,7 +14,7 @@ from rada_kernels import Params, rada_logits
 from rada_kernels.operators import pack_options
 from tests.truth import make_case, results
 
-CLASSES = pytest.mark.parametrize("classes", [9, 71], ids=["direct", "streaming"])
+CLASSES = pytest.mark.parametrize("classes", [9, 50, 131], ids=["direct", "joined", "streaming"])
 
 
 @CLASSES
@@ -50,6 +50,20 @@ def test_nan_and_inf_stay_in_their_image(value, classes, device):
     assert logits[1].isnan().any()
     assert penalty.isnan()
     assert torch.equal(logits[[0, 2]], clean[[0, 2]])
+
+
+@CLASSES
+def test_linf_gradient_goes_to_the_first_of_equals(classes, device):
+    """With Wo = 0 all class rows tie, and so do columns 7 and 21; Wo's gradient tells which row and column it was."""
+    case = make_case(3, classes, 32, 2).cast(torch.float32)
+    case.layers[10], case.layers[11] = torch.zeros(32, 32), torch.full((32,), 0.5)
+    case.layers[11][[7, 21]] = -0.75
+    case.weight.zero_()
+    mine = results(case.to(device), "triton")
+    truth = results(case.cast(torch.float64), "reference")
+    assert mine["penalty"] == 0.75
+    for name in ("grad out_weight", "grad out_bias"):
+        torch.testing.assert_close(mine[name].cpu().double(), truth[name], rtol=1e-4, atol=1e-5)
 
 
 def operator_arguments(classes, device, requires_grad):

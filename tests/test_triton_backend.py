@@ -204,11 +204,14 @@ def configurations(device, dtype, head_width, classes=(1, 20, 33, 257, 1000, 655
     with launch.choosing_by(note):
         for count in classes:
             launch.attention_config(device, dtype, count, head_width)
+            form = launch.attention_form(device, dtype, count, head_width)
             for backward in (False, True):
-                direct = launch.is_direct(count)
                 for batch in (1, 64):
-                    launch.reduction_config(device, dtype, batch, count, width, head_width, direct, backward)
-            if launch.is_direct(count):
+                    joined = form != "streaming"
+                    launch.reduction_config(device, dtype, batch, count, width, head_width, joined, backward)
+            if form == "joined":
+                launch.joined_config(device, dtype, count, head_width)
+            if form == "direct":
                 launch.direct_config(device, dtype, count, head_width)
                 launch.direct_bwd_config(device, dtype, count, head_width)
             launch.projection_config(device, dtype, width, 64, count)
@@ -241,7 +244,7 @@ def test_configurations_shrink_to_small_devices(arch, kib):
         # Four blocks of 32 classes in float32 are 64 KiB where a head is wider than 64.
         direct = (1, 20) if dtype == torch.bfloat16 or head_width <= 64 else ()
         made = configurations(device, dtype, head_width, (*direct, 33, 257, 1000))
-        assert {request.kernel for request, _ in made} >= set(launch.KERNELS) - {"direct", "direct_bwd"}
+        assert {request.kernel for request, _ in made} >= set(launch.KERNELS) - {"direct", "direct_bwd", "joined"}
         for request, config in made:
             assert request.shared_bytes(config) <= device.shared_bytes, request
     config = launch.GemmConfig(256, 256, 64, 8, 4)
@@ -310,9 +313,9 @@ def test_blocks_fit_one_another(arch):
     """Contracted blocks end where a head does."""
     device = launch.Device.named(arch)
     for dtype, width, classes in itertools.product(backend.DTYPES, backend.HEAD_WIDTHS, (1, 33, 257, 1000, 65536)):
-        direct = launch.is_direct(classes)
-        reduction = launch.reduction_config(device, dtype, 32, classes, 8 * width, width, direct, False)
-        if not direct:
+        joined = launch.attention_form(device, dtype, classes, width) != "streaming"
+        reduction = launch.reduction_config(device, dtype, 32, classes, 8 * width, width, joined, False)
+        if not joined:
             assert width % reduction.BD == 0
         assert (8 * width) % reduction.BD == 0
         assert reduction.BD >= 16

@@ -65,6 +65,7 @@ KERNEL_OF = {
     "rational_projection_fwd": "projection",
     "mask_attention_streaming_fwd": "attention",
     "mask_attention_direct_fwd": "direct",
+    "mask_attention_joined_fwd": "joined",
     "logit_reduction_fwd": "reduction",
     "logit_reduction_bwd": "reduction_bwd",
     "mask_attention_direct_bwd": "direct_bwd",
@@ -79,12 +80,14 @@ KERNEL_OF = {
 @pytest.mark.parametrize(
     ("arch", "dtype", "size", "change"),
     [
-        ("sm_90", torch.bfloat16, "E64-K100", {"num_stages": 3, "BM": 128, "BC": 128}),
+        ("sm_90", torch.bfloat16, "E64-K200", {"num_stages": 3, "BM": 128, "BC": 128}),
+        ("sm_90", torch.bfloat16, "E64-K100", {"num_stages": 3}),
         ("gfx1100", torch.float16, "E64-K24", {"num_stages": 2}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 ("sm_80", torch.bfloat16, "E64-K100", {"num_stages": 4}),
+                ("sm_80", torch.float32, "E64-K48", {"num_stages": 2}),
                 ("sm_86", torch.float32, "E128-K24", {}),
                 ("sm_89", torch.bfloat16, "E96-K100", {"BC": 128, "BN": 64}),
                 ("sm_90", torch.float32, "E64-K100", {"num_stages": 2}),

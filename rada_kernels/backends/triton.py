@@ -73,7 +73,7 @@ class Kept:
     image_row: Tensor
     tops: Tensor
     totals: Tensor
-    peak: Tensor  # [B] int64, with penalty "linf": the first place of the largest |M - 1|
+    peak: Tensor  # [B] int64, with penalty "linf": where the largest |M - 1| is, see Statistic
 
     def tensors(self) -> list[Tensor]:
         return list(vars(self).values())
@@ -81,12 +81,13 @@ class Kept:
 
 def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kept:
     """Uninitialised tensors for what a call keeps, from shapes alone: everything or nothing."""
+    from rada_kernels.logit_reduction.triton import empty_statistic
     from rada_kernels.mask_attention.triton import empty_attended_rows
 
     (batch, width), classes = image.shape, text.shape[0]
     layers = 2 + ("rational" in options.queries)
-    matrix = len(options.queries) - ("image" in options.queries)
-    row_bytes = batch * classes * width * (layers + matrix) * image.dtype.itemsize
+    row_tensors = layers + len(empty_attended_rows(image[:0], classes, options).rows)
+    row_bytes = row_tensors * batch * classes * width * image.dtype.itemsize
     keep = save and row_bytes <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
     b, k = batch * keep, classes * keep
     return Kept(
@@ -96,7 +97,7 @@ def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kep
         inverse_text=image.new_empty(k, dtype=torch.float32),
         projections=image.new_empty(layers, b, classes, width),
         **empty_attended_rows(image[:b], classes, options)._asdict(),
-        peak=image.new_empty(b * (options.penalty == "linf"), dtype=torch.int64),
+        peak=empty_statistic(image[:b], classes, options, save=True).peak,
     )
 
 
@@ -104,20 +105,17 @@ def _run(
     image: Tensor, text: Tensor, params: Params, options: Options, save: bool
 ) -> tuple[Tensor, Tensor, Kept | None]:
     """The three steps: masked sums [B, K], each image's statistic of |M - 1| [B], and what a backward pass needs."""
-    from rada_kernels.logit_reduction.triton import deviation_of, first_peak, logit_reduction_fwd
+    from rada_kernels.logit_reduction.triton import empty_statistic, logit_reduction_fwd
     from rada_kernels.mask_attention.triton import empty_attended_rows, mask_attention_fwd
     from rada_kernels.rational_projection.triton import rational_projection_fwd
 
-    projected = rational_projection_fwd(image, text, params, options)
+    statistic = empty_statistic(image, len(text), options, save)
+    projected = rational_projection_fwd(image, text, params, options, statistic.largest, statistic.peak)
     attended = empty_attended_rows(image, len(text), options)
     mask_attention_fwd(projected.query_image, projected.query_text, projected.projections, options, attended)
     inverse = projected.inverse_image, projected.inverse_text
-    sums, statistic, place = logit_reduction_fwd(attended, params, image, text, *inverse, options)
-    deviation = deviation_of(statistic, image.shape[1], options.penalty)
-    if not save:
-        return sums, deviation, None
-    peak = first_peak(statistic, place, image.shape[1], options.penalty)
-    return sums, deviation, Kept(*projected, *attended, peak)
+    sums = logit_reduction_fwd(attended, params, image, text, *inverse, options, statistic)
+    return sums, statistic.deviation(), Kept(*projected, *attended, statistic.peak) if save else None
 
 
 def forward(
@@ -181,7 +179,7 @@ def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wan
     features = wanted.image or wanted.text
     attended = AttendedRows(*(getattr(kept, name) for name in AttendedRows._fields))
     inverse = kept.inverse_image, kept.inverse_text
-    grad_out, rows, masked = logit_reduction_bwd(
+    grad_out, rows, grad_out_bias, masked = logit_reduction_bwd(
         grad_sums, grad_deviation, attended, kept.peak, params, image, text, *inverse, options,
         layers=wanted.layers, features=features,
     )  # fmt: skip
@@ -189,33 +187,30 @@ def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wan
     grad_projections, grad_text_query, grad_image_query = mask_attention_bwd(
         grad_rows, kept.query_image, kept.query_text, kept.projections, options, attended
     )
-    grad_text_query = grad_text_query.sum(0, dtype=torch.float32)  # [K, D]
-
+    # The queries of the feature rows: W (√s x / |x|) + c.
     root = params.logit_scale.sqrt()
-    f, h = (unit.float() * norm[:, None] for unit, norm in ((image, inverse[0]), (text, inverse[1])))
-    direct = {"query_image": (f, grad_image_query), "query_text": (h, grad_text_query)}
+    query_grads = {}
+    if "image" in options.queries:
+        query_grads["image"] = image, grad_image_query, inverse[0]
+    if "text" in options.queries:
+        query_grads["text"] = text, grad_text_query.sum(0, dtype=torch.float32), inverse[1]
     grads = []
     if features:
-        grad_f, grad_h = rational_projection_bwd_features(image, text, *inverse, params, grad_projections, masked)
-        for on, kind, unit, grad_unit, norm in (
-            (wanted.image, "query_image", f, grad_f, inverse[0]),
-            (wanted.text, "query_text", h, grad_h, inverse[1]),
+        grad_units = rational_projection_bwd_features(image, text, *inverse, params, grad_projections, masked)
+        for on, kind, rows_in, grad, norm in zip(
+            (wanted.image, wanted.text), ("image", "text"), (image, text), grad_units, inverse, strict=True
         ):
             if not on:
                 continue
-            if kind.removeprefix("query_") in options.queries:
-                grad_unit += root * (direct[kind][1] @ getattr(params, f"{kind}_weight").float())
-            grads.append(unit_rows_backward(grad_unit, unit, norm) if options.normalize else grad_unit)
+            if kind in query_grads:
+                grad += root * (query_grads[kind][1] @ getattr(params, f"query_{kind}_weight").float())
+            grads.append(unit_rows_backward(grad, rows_in * norm[:, None], norm) if options.normalize else grad)
     if wanted.layers:
         weights, biases = rational_projection_bwd_weights(image, text, *inverse, params.logit_scale, grad_projections)
         by_layer = dict(zip(("key", "value", "query_rational"), zip(weights, biases, strict=True), strict=False))
-        for name, (unit, grad) in direct.items():
-            if name.removeprefix("query_") in options.queries:
-                by_layer[name] = grad.t() @ (root * unit), grad.sum(0)
-        by_layer["out"] = (
-            grad_out.flatten(0, 1).t() @ rows.flatten(0, 1),
-            grad_out.sum((0, 1), dtype=torch.float32),
-        )
+        for kind, (rows_in, grad, norm) in query_grads.items():
+            by_layer[f"query_{kind}"] = grad.t() @ (rows_in * (root * norm)[:, None]), grad.sum(0)
+        by_layer["out"] = grad_out.flatten(0, 1).t() @ rows.flatten(0, 1), grad_out_bias
         for name in ("query_image", "query_text", "query_rational", "key", "value", "out"):
             if name in by_layer:
                 grads += by_layer[name]

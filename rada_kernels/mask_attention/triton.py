@@ -1,10 +1,11 @@
 """The mask attention in Triton: text and rational scores side by side on the same blocks of keys and values.
 
-Two forms. *Direct*, where one program holds all score rows of an (image, head): the joint softmax is finished in
-registers and one value product serves all query kinds. *Streaming*, for any K: a program has BM score rows and goes
-over the classes with a running softmax per row; the rows of a tile are then weighted against each other, and the
-tiles' own weights are left to the next step. The image query is one more score row after the K
-class rows. No score leaves the registers in either form.
+Three forms. *Direct*: one program holds all scores of an (image, head), the joint softmax is finished in registers and
+one value product serves all query kinds. *Joined*: one program has all score rows of an (image, head) and goes over
+the classes once per query kind, with a running softmax per row; then it knows what the rows weigh against each other
+and adds the kinds up. *Streaming*, for any K: a program has BM of the score rows; the rows of a tile are weighted
+against each other, and the tiles' own weights are left to the next step. The image query is one more score row after
+the K class rows. No score leaves the registers in any form.
 
 Where registers are short, a streaming program takes one query kind (APART): twice the programs, each with half of
 what is alive.
@@ -35,11 +36,12 @@ from rada_kernels.blocks import (
 )
 from rada_kernels.launch import (
     attention_config,
+    attention_form,
     delta_config,
     device_of,
     direct_bwd_config,
     direct_config,
-    is_direct,
+    joined_config,
     joint_config,
     keys_bwd_config,
     product_precision,
@@ -194,6 +196,86 @@ def _online_softmax(b_scores, b_state, b_value, factor, PRECISION: tl.constexpr)
     return b_new, b_total, add_product(b_rows, b_exps.to(b_value[0].dtype), b_value, PRECISION)
 
 
+@triton.jit
+def _attend(
+    b_queries, keys, values, K, factor,
+    D: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """All classes' values under the row softmax of each of some queries [BM, E]: states as of _online_softmax."""
+    b_states = ()
+    for _ in tl.static_range(len(b_queries)):
+        b_states += ((tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), zero_head(BM, E)),)
+    for start in range(0, K, BN):
+        o_n = start + tl.arange(0, BN)
+        m_n = o_n < K
+        p_n = o_n.to(tl.int64) * D
+        b_key = load_head(keys + p_n, m_n, E)  # [BN, E]
+        b_value = load_head(values + p_n, m_n, E)
+        b_new = ()
+        for n in tl.static_range(len(b_queries)):
+            b_scores = product_transposed(b_queries[n], b_key, PRECISION)
+            if start + BN > K:  # the last block alone
+                b_scores = tl.where(m_n[None, :], b_scores, float("-inf"))
+            b_new += (_online_softmax(b_scores, b_states[n], b_value, factor, PRECISION),)
+        b_states = b_new
+    return b_states
+
+
+@triton.jit
+def _among_rows(b_top, b_total, m_class):
+    """The class rows' largest score, exp2(a row's largest - that) [BM], and its sum over the rows with their totals."""
+    b_most = tl.max(tl.where(m_class, b_top, float("-inf")), 0)
+    b_share = tl.where(m_class, tl.exp2(b_top - b_most), 0.0)
+    return b_most, b_share, tl.sum(b_share * b_total, 0)
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _mask_attention_joined_fwd_kernel(
+    query_image,  # [B, D]
+    query_text,  # [K, D]
+    projections,  # [LAYERS, B, K, D] keys, values, rational queries
+    rows,  # [B, K, D] attended rows, all query kinds together
+    tops,  # [matrix kinds, B, H] the scores' maximum over all pairs
+    totals,  # [matrix kinds, B, H] the sum of exp2(score - maximum)
+    B,
+    K,
+    factor,  # log2(e) / (√E τ)
+    H: tl.constexpr,
+    E: tl.constexpr,
+    IMAGE: tl.constexpr,
+    TEXT: tl.constexpr,
+    RATIONAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,  # at least K + IMAGE
+    BN: tl.constexpr,
+):
+    D: tl.constexpr = H * E
+    KINDS: tl.constexpr = IMAGE + TEXT + RATIONAL
+    pair = tl.program_id(0)  # (image, head)
+    o_r = tl.arange(0, BM)
+    last = K if TEXT or RATIONAL else 0
+    m_class = o_r < last
+    m_image = o_r == last
+    p_head, p_image, p_rows = _head_offsets(pair, K, H, E)
+    layer = B.to(tl.int64) * K * D
+    keys = projections + p_rows
+    queries = _by_kind(query_text + p_head, keys + 2 * layer, 0, TEXT, RATIONAL, False)
+    b_joined = zero_head(BM, E)
+    for n in tl.static_range(len(queries)):
+        p_query, m_query = _score_rows(queries[n], query_image + p_image, o_r, m_class, m_image, D, IMAGE and n == 0)
+        b_query = load_head(p_query, m_query, E)
+        b_top, b_total, b_rows = _attend((b_query,), keys, keys + layer, K, factor, D, E, PRECISION, BM, BN)[0]
+        if IMAGE and n == 0:  # the same row for every class
+            b_weight = tl.where(m_image, 1.0 / (KINDS * b_total), 0.0)
+            b_joined = add_heads(b_joined, sum_rows(scale_head(b_rows, b_weight[:, None])))
+        if TEXT or RATIONAL:
+            b_most, b_share, b_sum = _among_rows(b_top, b_total, m_class)
+            b_joined = add_heads(b_joined, scale_head(b_rows, (b_share * (K / (KINDS * b_sum)))[:, None]))
+            tl.store(tops + n * B * H + pair, b_most)
+            tl.store(totals + n * B * H + pair, b_sum)
+    store_head(rows + p_rows + o_r.to(tl.int64) * D, b_joined, o_r < K, E)
+
+
 @triton.jit(do_not_specialize=["B", "K"])
 def _mask_attention_streaming_fwd_kernel(
     query_image,  # [B, D]
@@ -224,39 +306,23 @@ def _mask_attention_streaming_fwd_kernel(
     keys = projections + p_rows
     queries = _by_kind(query_text + p_head, keys + 2 * layer, kind, TEXT, RATIONAL, APART)
     b_queries = ()
-    b_states = ()
     for n in tl.static_range(len(queries)):
         p_query, m_query = _score_rows(queries[n], query_image + p_image, o_r, m_class, m_image, D, IMAGE and n == 0)
         b_queries += (load_head(p_query, m_query, E),)
-        b_states += ((tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), zero_head(BM, E)),)
-    for start in range(0, K, BN):
-        o_n = start + tl.arange(0, BN)
-        m_n = o_n < K
-        p_n = o_n.to(tl.int64) * D
-        b_key = load_head(keys + p_n, m_n, E)  # [BN, E]
-        b_value = load_head(keys + layer + p_n, m_n, E)
-        b_new = ()
-        for n in tl.static_range(len(queries)):
-            b_scores = product_transposed(b_queries[n], b_key, PRECISION)
-            if start + BN > K:  # the last block alone
-                b_scores = tl.where(m_n[None, :], b_scores, float("-inf"))
-            b_new += (_online_softmax(b_scores, b_states[n], b_value, factor, PRECISION),)
-        b_states = b_new
+    b_states = _attend(b_queries, keys, keys + layer, K, factor, D, E, PRECISION, BM, BN)
     for n in tl.static_range(len(queries)):
         b_top, b_total, b_rows = b_states[n]
         # A tile's class rows are weighted against each other; the image's row has a softmax of its own.
-        b_tile_top = tl.max(tl.where(m_class, b_top, float("-inf")), 0)
-        b_share = tl.where(m_class, tl.exp2(b_top - b_tile_top), 0.0)
-        b_tile_total = tl.sum(b_share * b_total, 0)
-        b_weight = tl.where(m_class, b_share / b_tile_total, 1.0 / b_total)
+        b_most, b_share, b_sum = _among_rows(b_top, b_total, m_class)
+        b_weight = tl.where(m_class, b_share / b_sum, 1.0 / b_total)
         p_row, m_row = _score_rows(
             rows + (kind + n) * layer + p_rows, image_row + p_image, o_r, m_class, m_image, D, IMAGE and n == 0
         )
         store_head(p_row, scale_head(b_rows, b_weight[:, None]), m_row, E)
         if TEXT or RATIONAL:
             p_tile = ((kind + n) * B * H + pair) * T + tile
-            tl.store(tops + p_tile, b_tile_top)
-            tl.store(totals + p_tile, b_tile_total)
+            tl.store(tops + p_tile, b_most)
+            tl.store(totals + p_tile, b_sum)
 
 
 @triton.jit
@@ -646,26 +712,31 @@ def _mask_attention_bwd_keys_kernel(
 class AttendedRows(NamedTuple):
     """What the attention leaves to the next steps."""
 
-    rows: Tensor  # direct: attended rows [1, B, K, D]; streaming: each kind's, weighted in its row tile [n, B, K, D]
+    rows: Tensor  # joined: attended rows [1, B, K, D]; streaming: each kind's, weighted in its row tile [n, B, K, D]
     image_row: Tensor  # streaming: the image query's attended row [B, D]
-    tops: Tensor  # [n, B, H, T] largest score of each row tile, n matrix query kinds; direct: T = 1
+    tops: Tensor  # [n, B, H, T] largest score of each row tile, n matrix query kinds; joined: T = 1
     totals: Tensor  # [n, B, H, T] sum of exp2(score - largest)
+
+    @property
+    def joined(self) -> bool:
+        """Whether `rows` are the attended rows already: of the direct and of the joined form."""
+        return not len(self.image_row)
 
 
 def empty_attended_rows(image: Tensor, classes: int, options: Options) -> AttendedRows:
     """Uninitialised tensors for a call's attended rows, from shapes alone."""
     batch, width = image.shape
     heads = options.num_heads
-    direct = is_direct(classes)
+    joined = attention_form(device_of(image), image.dtype, classes, width // heads) != "streaming"
     kinds = len(options.queries) - ("image" in options.queries)
-    tiles = 1 if direct else row_tiles(image, classes, options)
+    tiles = 1 if joined else row_tiles(image, classes, options)
 
     def float32(*shape: int) -> Tensor:
         return image.new_empty(shape, dtype=torch.float32)
 
     return AttendedRows(
-        rows=image.new_empty(1 if direct else kinds, batch, classes, width),
-        image_row=image.new_empty(0 if direct else batch, width),
+        rows=image.new_empty(1 if joined else kinds, batch, classes, width),
+        image_row=image.new_empty(0 if joined else batch, width),
         tops=float32(kinds, batch, heads, tiles),
         totals=float32(kinds, batch, heads, tiles),
     )
@@ -685,23 +756,27 @@ def mask_attention_fwd(
     options: Options,
     attended: AttendedRows,  # to be filled
 ) -> None:
-    """Joint-softmax attention of every (image, head); its form is told by what is to be filled."""
+    """Joint-softmax attention of every (image, head)."""
     _, batch, classes, width = projections.shape
     heads = options.num_heads
-    head_width = width // heads
+    sizes = device_of(projections), projections.dtype, classes, width // heads
     common = _common(query_image, query_text, projections, options)
-    device = device_of(projections)
-    if is_direct(classes):
-        config = direct_config(device, projections.dtype, classes, head_width)
-        _mask_attention_direct_fwd_kernel[(batch * heads,)](
-            rows=attended.rows, tops=attended.tops, totals=attended.totals, BK=config.BM, **common, **config.launch
+    joined = {name: getattr(attended, name) for name in ("rows", "tops", "totals")}
+    form = attention_form(*sizes)
+    if form == "direct":
+        config = direct_config(*sizes)
+        _mask_attention_direct_fwd_kernel[(batch * heads,)](**joined, BK=config.BM, **common, **config.launch)
+    elif form == "joined":
+        config = joined_config(*sizes)
+        _mask_attention_joined_fwd_kernel[(batch * heads,)](
+            **joined, BM=config.BM, BN=config.BN, **common, **config.launch
         )
-        return
-    config = attention_config(device, projections.dtype, classes, head_width)
-    apart = config.apart and len(attended.tops) == 2
-    _mask_attention_streaming_fwd_kernel[(batch * heads * (1 + apart) * attended.tops.shape[-1],)](
-        **attended._asdict(), APART=apart, BM=config.BM, BN=config.BN, **common, **config.launch
-    )
+    else:
+        config = attention_config(*sizes)
+        apart = config.apart and len(attended.tops) == 2
+        _mask_attention_streaming_fwd_kernel[(batch * heads * (1 + apart) * attended.tops.shape[-1],)](
+            **attended._asdict(), APART=apart, BM=config.BM, BN=config.BN, **common, **config.launch
+        )
 
 
 def _common(query_image: Tensor, query_text: Tensor, projections: Tensor, options: Options) -> dict:
@@ -738,7 +813,7 @@ def mask_attention_bwd(
     }
     common = _common(query_image, query_text, projections, options)
     backward = {"grad_rows": grad_rows, "grad_factor": options.score_factor(width) / len(options.queries)}
-    if is_direct(classes):
+    if attention_form(device, projections.dtype, classes, head_width) == "direct":
         config = direct_bwd_config(device, projections.dtype, classes, head_width)
         _mask_attention_direct_bwd_kernel[(batch * heads,)](
             tops=attended.tops, totals=attended.totals, BK=config.BM, **gradients, **backward, **common, **config.launch
@@ -748,8 +823,9 @@ def mask_attention_bwd(
     upstream = torch.empty_like(gradients["grad_image"])
     image_parts = upstream.new_empty(2, len(upstream), heads, classes)
     tiles = attended.tops.shape[-1]
-    # In float32, rounding of the rows would show where A (dA - δ) cancels; 16-bit gradients are coarser than that.
-    exact = projections.dtype == torch.float32
+    # Joined rows don't say what each query kind has of them. In float32, rounding of the rows would show where
+    # A (dA - δ) cancels; 16-bit gradients are coarser than that.
+    exact = attended.joined or projections.dtype == torch.float32
     config = joint_config(device, projections.dtype, head_width)
     _mask_attention_bwd_joint_kernel[(batch * heads,)](
         query_image=query_image, projections=projections, rows=attended.rows, tops=attended.tops,
@@ -769,7 +845,7 @@ def mask_attention_bwd(
         _mask_attention_bwd_delta_kernel[(parts[0].numel(),)](
             parts=parts, BM=config.BM, BN=config.BN, **common, **config.launch
         )
-        deltas = parts.sum(-1)
+        deltas = parts.sum(-1) if parts.shape[-1] > 1 else parts.squeeze(-1)
     common |= backward | {"deltas": deltas, "grad_projections": gradients["grad_projections"]}
     if kinds:
         config = queries_bwd_config(device, projections.dtype, head_width)

@@ -96,12 +96,16 @@ def _rational_projection_fwd_kernel(
     inverse_image,  # [B] see _inverse_norms
     inverse_text,  # [K]
     projections,  # [LAYERS, B·K, D]
+    largest,  # [B] or [0]: cleared for the logit reduction
+    peak,  # [B] or [0]: cleared for the logit reduction
     B,
     K,
     D: tl.constexpr,
     LAYERS: tl.constexpr,  # 2: keys and values; 3: rational queries too
     IMAGE: tl.constexpr,
     TEXT: tl.constexpr,
+    LARGEST: tl.constexpr,  # which are to be cleared
+    PEAK: tl.constexpr,
     ZERO: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -121,6 +125,11 @@ def _rational_projection_fwd_kernel(
     query_tiles = image_tiles + tl.cdiv(K, BR)
     if tile < query_tiles:
         is_image = tile < image_tiles
+        if LARGEST and is_image and column == 0:
+            o_i = tile * BR + tl.arange(0, BR)
+            tl.store(largest + o_i, 0, mask=o_i < B)
+            if PEAK:
+                tl.store(peak + o_i, 0, mask=o_i < B)
         _query_tile(
             image if is_image else text,
             query_image_weight if is_image else query_text_weight,
@@ -173,8 +182,7 @@ def _rational_projection_bwd_weight_kernel(
     inverse_text,  # [K]
     scale,  # []
     grad_projections,  # [LAYERS, B·K, D]
-    grad_weights,  # [splits, LAYERS, D, D] sums over a split's rows
-    grad_biases,  # [splits, LAYERS, D]
+    grad_layers,  # [splits, LAYERS, D + 1, D] sums over a split's rows: the weight's gradient, then the bias's
     B,
     K,
     SPLIT,  # tiles of rows of a split
@@ -211,10 +219,10 @@ def _rational_projection_bwd_weight_kernel(
         b_weight = tl.dot(tl.trans(b_x), b_grad, b_weight, input_precision=PRECISION)
         if first:
             b_bias += tl.sum(b_grad.to(tl.float32), 0)
-    p_out = (split * LAYERS + layer).to(tl.int64) * D
-    store_rows(grad_weights + p_out * D, tl.trans(b_weight), o_c, o_c < D, o_d, D, D, BD)
+    p_out = grad_layers + (split * LAYERS + layer).to(tl.int64) * (D + 1) * D
+    store_rows(p_out, tl.trans(b_weight), o_c, o_c < D, o_d, D, D, BD)
     if first:
-        tl.store(grad_biases + p_out + o_c, b_bias, mask=o_c < D)
+        tl.store(p_out + D * D + o_c, b_bias, mask=o_c < D)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -295,8 +303,13 @@ def rational_projection_fwd(
     text: Tensor,  # [K, D]
     params: Params,
     options: Options,
+    largest: Tensor,  # [B] or [0]
+    peak: Tensor,  # [B] or [0]
 ) -> Projections:
-    """All projections in one launch: W (√s x / |x|) + c of the feature rows, and of the rows of X."""
+    """All projections in one launch: W (√s x / |x|) + c of the feature rows, and of the rows of X.
+
+    It also sets `largest` and `peak` to 0, for the logit reduction to raise.
+    """
     (batch, width), classes = image.shape, len(text)
     layers = 2 + ("rational" in options.queries)
     device = device_of(image)
@@ -314,8 +327,9 @@ def rational_projection_fwd(
     _rational_projection_fwd_kernel[((query_tiles + layers * rational_tiles) * triton.cdiv(width, config.BC),)](
         image=image, text=text, scale=params.logit_scale,
         **{name: layer for name, layer in params._asdict().items() if name.startswith(("query", "key", "value"))},
-        **out._asdict(), B=batch, K=classes, D=width, LAYERS=layers,
-        IMAGE="image" in options.queries, TEXT="text" in options.queries, ZERO=ZERO_NORM, NORMALIZE=options.normalize,
+        **out._asdict(), largest=largest, peak=peak, B=batch, K=classes, D=width, LAYERS=layers,
+        IMAGE="image" in options.queries, TEXT="text" in options.queries, LARGEST=len(largest) > 0, PEAK=len(peak) > 0,
+        ZERO=ZERO_NORM, NORMALIZE=options.normalize,
         PRECISION=product_precision(image.dtype, device), BW=min(128, next_power(width)),
         **pairs, **config.columns, **config.launch,
     )  # fmt: skip
@@ -339,15 +353,14 @@ def rational_projection_bwd_weights(
     row_tiles = triton.cdiv(batch, pairs["BI"]) * triton.cdiv(classes, pairs["BK"])
     split = row_split(row_tiles, blocks)
     splits = triton.cdiv(row_tiles, split)
-    grad_weights = image.new_empty(splits, layers, width, width, dtype=torch.float32)
-    grad_biases = grad_weights.new_empty(splits, layers, width)
+    grad_layers = image.new_empty(splits, layers, width + 1, width, dtype=torch.float32)
     _rational_projection_bwd_weight_kernel[(splits * blocks,)](
         image=image, text=text, inverse_image=inverse_image, inverse_text=inverse_text, scale=scale,
-        grad_projections=grad_projections, grad_weights=grad_weights, grad_biases=grad_biases, B=batch, K=classes,
-        SPLIT=split, D=width, LAYERS=layers, PRECISION=product_precision(image.dtype, device),
-        **pairs, **config.columns, **config.launch,
+        grad_projections=grad_projections, grad_layers=grad_layers, B=batch, K=classes, SPLIT=split, D=width,
+        LAYERS=layers, PRECISION=product_precision(image.dtype, device), **pairs, **config.columns, **config.launch,
     )  # fmt: skip
-    return grad_weights.sum(0), grad_biases.sum(0)
+    total = grad_layers.sum(0)
+    return total[:, :width], total[:, width]
 
 
 def rational_projection_bwd_features(

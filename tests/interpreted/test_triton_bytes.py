@@ -19,10 +19,11 @@ class Traffic:
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.launches: list[tuple[Launch, int, int]] = []
-        dot, load, store, run = (
+        dot, load, store, atomic, run = (
             InterpreterBuilder.create_dot,
             InterpreterBuilder.create_masked_load,
             InterpreterBuilder.create_masked_store,
+            InterpreterBuilder.create_atomic_rmw,
             InterpretedFunction.run,
         )
 
@@ -40,6 +41,10 @@ class Traffic:
             note("store", pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
             return store(builder, pointers, value, mask, *rest, **named)
 
+        def counted_atomic(builder, operation, pointers, value, mask, *rest):
+            note("store", pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
+            return atomic(builder, operation, pointers, value, mask, *rest)
+
         def counted_dot(builder, a, b, *rest):
             self.flop += 2 * a.data.size * b.data.shape[-1]
             return dot(builder, a, b, *rest)
@@ -55,12 +60,13 @@ class Traffic:
 
         patch.setattr(InterpreterBuilder, "create_masked_load", masked_load)
         patch.setattr(InterpreterBuilder, "create_masked_store", masked_store)
+        patch.setattr(InterpreterBuilder, "create_atomic_rmw", counted_atomic)
         patch.setattr(InterpreterBuilder, "create_dot", counted_dot)
         patch.setattr(InterpretedFunction, "run", counted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("batch", "classes"), [(8, 10), (2, 130)], ids=["direct", "streaming"])
+@pytest.mark.parametrize(("batch", "classes"), [(8, 10), (4, 40), (2, 130)], ids=["direct", "joined", "streaming"])
 def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
     case = make_case(batch, classes, 64, 2).cast(dtype)
     params = Params(*case.layers, logit_scale=case.scale.float())
@@ -84,7 +90,7 @@ def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
     assert dtype == torch.float32 or not wide, "a float32 [B, K, D]"
 
 
-@pytest.mark.parametrize(("batch", "classes"), [(3, 10), (2, 70)], ids=["direct", "streaming"])
+@pytest.mark.parametrize(("batch", "classes"), [(3, 10), (2, 70), (1, 130)], ids=["direct", "joined", "streaming"])
 def test_products_of_a_step(batch, classes, monkeypatch):
     """The model's FLOP, padding included, are what the kernels multiply: every launch, forward and backward."""
     case = make_case(batch, classes, 96, 2).cast(torch.float32)

@@ -7,7 +7,7 @@ import torch
 
 from rada_kernels import Params
 from rada_kernels.logit_reduction import reference as reduction_reference
-from rada_kernels.logit_reduction.triton import deviation_of, first_peak, logit_reduction_bwd, logit_reduction_fwd
+from rada_kernels.logit_reduction.triton import empty_statistic, logit_reduction_bwd, logit_reduction_fwd
 from rada_kernels.mask_attention import reference as attention_reference
 from rada_kernels.mask_attention.triton import empty_attended_rows, mask_attention_bwd, mask_attention_fwd
 from rada_kernels.options import QUERIES
@@ -41,9 +41,11 @@ def test_rational_projection(classes, poisoned_empty):
     layers = [layer.requires_grad_() for layer in double.layers]
     query, key, value = projection_reference.rational_projection(f, h, double.scale, Params(*layers), QUERIES)
 
+    statistic = empty_statistic(single.image, classes, single.options, save=True)
     query_image, query_text, *inverse, projections = rational_projection_fwd(
-        single.image, single.text, params, single.options
+        single.image, single.text, params, single.options, statistic.largest, statistic.peak
     )
+    assert not any(cleared.any() for cleared in (statistic.largest, statistic.peak)), "for the reduction to raise"
     close(query_image, query["image"][:, 0])
     close(query_text, query["text"][0])
     truth = torch.stack([key, value, query["rational"]])
@@ -80,7 +82,7 @@ def test_mask_attention(classes, poisoned_empty):
     )
     for mine, truth in zip((grad_image, grad_text.sum(0), grad_all), grads, strict=True):
         close(mine, truth)
-    if len(attended.rows) == 1:  # direct: the rows are finished
+    if attended.joined:
         close(attended.rows[0], attended_truth)
 
 
@@ -106,16 +108,18 @@ def test_logit_reduction(classes, penalty, poisoned_empty):
 
     inverse = [1 / torch.linalg.vector_norm(rows, dim=-1) for rows in (single.image, single.text)]
     arguments = single.image, single.text, *inverse, options
-    sums, statistic, place = logit_reduction_fwd(attended, params, *arguments)
-    deviation = deviation_of(statistic, WIDTH, penalty)
-    peak = first_peak(statistic, place, WIDTH, penalty)
-    close(sums, sums_truth)
-    close(deviation, deviation_truth)
+    statistic = empty_statistic(single.image, classes, options, save=True)
+    for cleared in statistic.largest, statistic.peak:
+        cleared.zero_()
+    close(logit_reduction_fwd(attended, params, *arguments, statistic), sums_truth)
+    close(statistic.deviation(), deviation_truth)
     upstream = torch.randn(BATCH, classes), torch.randn(BATCH)
     loss = (sums_truth * upstream[0].double()).sum() + (deviation_truth * upstream[1].double()).sum()
-    grad_out, combined, masked = logit_reduction_bwd(
-        *upstream, attended, peak, params, *arguments, layers=True, features=True
+    grad_out, combined, grad_out_bias, masked = logit_reduction_bwd(
+        *upstream, attended, statistic.peak, params, *arguments, layers=True, features=True
     )
-    close(grad_out, torch.autograd.grad(loss, out)[0])
+    grad_out_truth = torch.autograd.grad(loss, out)[0]
+    close(grad_out, grad_out_truth)
+    close(grad_out_bias, grad_out_truth.sum((0, 1)))
     close(combined, rows)
     close(masked, upstream[0].double()[..., None] * mask)

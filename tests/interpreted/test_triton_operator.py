@@ -15,8 +15,10 @@ SHAPES = [  # (B, K, D, H)
     pytest.param(17, 2, 32, 2, id="rows of several images in a tile"),
     pytest.param(2, 17, 96, 2, id="E = 48, padded"),
     pytest.param(2, 32, 64, 2, id="a block of exactly K classes"),
-    pytest.param(1, 64, 64, 2, id="streaming, the image's row alone in its tile"),
-    pytest.param(2, 65, 64, 1, id="streaming, one past a power of two, E = 64"),
+    pytest.param(2, 63, 32, 2, id="joined, a block of exactly K rows and the image's"),
+    pytest.param(1, 64, 64, 2, id="joined, one more"),
+    pytest.param(2, 65, 96, 1, id="joined, E = 96"),
+    pytest.param(1, 128, 64, 1, id="streaming, the image's row alone in its tile"),
     pytest.param(1, 129, 80, 1, id="streaming, E = 80"),
     pytest.param(2, 200, 32, 2, id="streaming, several row tiles"),
     pytest.param(1, 192, 96, 1, id="streaming, E = 96"),
@@ -30,7 +32,7 @@ def test_shapes(batch, classes, width, heads, poisoned_empty):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("batch", "classes"), [(2, 17), (2, 140)], ids=["direct", "streaming"])
+@pytest.mark.parametrize(("batch", "classes"), [(2, 17), (2, 70), (2, 140)], ids=["direct", "joined", "streaming"])
 def test_16_bits(dtype, batch, classes, poisoned_empty):
     # Near ties decide which element is the largest, and with it where linf's gradient goes.
     case = make_case(batch, classes, 64, 2, clear_gates=True, penalty="mse")
@@ -47,8 +49,13 @@ def test_16_bits_in_every_shape(dtype, batch, classes, width, heads, poisoned_em
 
 @pytest.mark.parametrize(
     ("arch", "dtype", "width"),
-    [("sm_80", torch.float16, 96), ("sm_90", torch.float32, 96), ("gfx1100", torch.float16, 128)],
-    ids=["sm_80", "sm_90", "gfx1100"],
+    [
+        ("sm_80", torch.float16, 96),
+        ("sm_90", torch.float16, 64),
+        ("sm_90", torch.float32, 96),
+        ("gfx1100", torch.float16, 128),
+    ],
+    ids=["sm_80", "sm_90, joined", "sm_90", "gfx1100"],
 )
 def test_configurations_of_other_devices(arch, dtype, width, poisoned_empty):
     """Row tiles and class blocks of different sizes, one query kind or one gradient per program."""
@@ -57,7 +64,7 @@ def test_configurations_of_other_devices(arch, dtype, width, poisoned_empty):
         assert_as_good_as_reference(case, "triton", dtype)
 
 
-@pytest.mark.parametrize("classes", [11, 131], ids=["direct", "streaming"])
+@pytest.mark.parametrize("classes", [11, 50, 131], ids=["direct", "joined", "streaming"])
 @pytest.mark.parametrize("queries", SUBSETS, ids="+".join)
 def test_query_subsets(queries, classes, poisoned_empty):
     penalty = ("linf", "l1", "mse")[len(queries) % 3]
@@ -66,7 +73,7 @@ def test_query_subsets(queries, classes, poisoned_empty):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("classes", [11, 131], ids=["direct", "streaming"])
+@pytest.mark.parametrize("classes", [11, 50, 131], ids=["direct", "joined", "streaming"])
 @pytest.mark.parametrize("penalty", ["linf", "l1", "mse"])
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
 def test_penalties_and_temperatures(penalty, temperature, classes, poisoned_empty):
@@ -74,13 +81,15 @@ def test_penalties_and_temperatures(penalty, temperature, classes, poisoned_empt
     assert_as_good_as_reference(case, "triton", torch.float32)
 
 
-@pytest.mark.parametrize(("scale", "classes"), [(1e-3, 19), (1000.0, 19), (1e-3, 131), (200.0, 131), (1000.0, 131)])
+@pytest.mark.parametrize(
+    ("scale", "classes"), [(1e-3, 19), (1000.0, 19), (1000.0, 70), (1e-3, 131), (200.0, 131), (1000.0, 131)]
+)
 def test_scales(scale, classes, poisoned_empty):
     """From a nearly uniform attention to one that a single pair of classes, in one of the row tiles, dominates."""
     assert_as_good_as_reference(make_case(2, classes, 32, 2, scale=scale), "triton", torch.float32)
 
 
-@pytest.mark.parametrize("classes", [19, 131], ids=["direct", "streaming"])
+@pytest.mark.parametrize("classes", [19, 70, 131], ids=["direct", "joined", "streaming"])
 def test_frozen_features_computed_again_and_unnormalised(classes, monkeypatch, poisoned_empty):
     monkeypatch.setenv("RADA_SAVE_BYTES", "0")
     case = make_case(2, classes, 32, 2, scale=0.5, normalize=False)
@@ -88,7 +97,7 @@ def test_frozen_features_computed_again_and_unnormalised(classes, monkeypatch, p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("classes", [5, 130], ids=["direct", "streaming"])
+@pytest.mark.parametrize("classes", [5, 50, 130], ids=["direct", "joined", "streaming"])
 def test_zero_rows_are_finite_with_zero_gradient(dtype, classes, poisoned_empty):
     case = make_case(3, classes, 32, 2)
     case.image[1] = 0
@@ -111,7 +120,7 @@ def test_large_raw_features_in_float16():
     torch.testing.assert_close(out["logits"].double(), truth["logits"], rtol=2e-2, atol=2e-1)
 
 
-@pytest.mark.parametrize("classes", [7, 130], ids=["direct", "streaming"])
+@pytest.mark.parametrize("classes", [7, 50, 130], ids=["direct", "joined", "streaming"])
 def test_zero_output_layer_gives_zero_shot_logits(classes):
     case = make_case(3, classes, 32, 2, scale=100.0).cast(torch.float32)
     layers = [*case.layers[:10], torch.zeros_like(case.layers[10]), torch.zeros_like(case.layers[11])]
@@ -174,7 +183,9 @@ class Guarded:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("batch", "classes", "width"), [(3, 7, 48), (1, 131, 32)], ids=["direct", "streaming"])
+@pytest.mark.parametrize(
+    ("batch", "classes", "width"), [(3, 7, 48), (2, 50, 32), (1, 131, 32)], ids=["direct", "joined", "streaming"]
+)
 def test_nothing_outside_the_tensors_is_read_or_written(dtype, batch, classes, width, monkeypatch):
     case = make_case(batch, classes, width, 1).cast(dtype)
     plain = results(case, "triton")
