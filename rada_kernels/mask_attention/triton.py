@@ -517,6 +517,18 @@ def _weights(b_query, b_key, top, scale, start, o_n, K, factor, BN: tl.constexpr
     return tl.exp2(b_scores * factor - top) * scale
 
 
+@triton.jit
+def _weights_upstream(
+    keys, values, b_grad_rows, start, K, D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The classes from `start` on [BN], their keys [BN, E], and dA of some rows with them, of all kinds: [BM, BN]."""
+    o_n = start + tl.arange(0, BN)
+    p_n = o_n.to(tl.int64) * D
+    b_key = load_head(keys + p_n, o_n < K, E)
+    b_value = load_head(values + p_n, o_n < K, E)
+    return o_n, b_key, product_transposed(b_grad_rows, b_value, PRECISION)
+
+
 @triton.jit(do_not_specialize=["B", "K"])
 def _mask_attention_bwd_delta_kernel(
     query_text,  # [K, D]
@@ -556,11 +568,7 @@ def _mask_attention_bwd_delta_kernel(
         )
         b_deltas += (tl.zeros([BM], tl.float32),)
     for start in range(0, K, BN):
-        o_n = start + tl.arange(0, BN)
-        p_n = o_n.to(tl.int64) * D
-        b_key = load_head(keys + p_n, o_n < K, E)  # [BN, E]
-        b_value = load_head(keys + layer + p_n, o_n < K, E)
-        b_grad_weights = product_transposed(b_grad_rows, b_value, PRECISION)  # [BM, BN]
+        o_n, b_key, b_grad_weights = _weights_upstream(keys, keys + layer, b_grad_rows, start, K, D, E, BN, PRECISION)
         b_new = ()
         for n in tl.static_range(TEXT + RATIONAL):
             b_query, top, scale = b_kinds[n]
@@ -611,11 +619,7 @@ def _mask_attention_bwd_queries_kernel(
         b_kinds += ((b_query, tl.load(joint_tops + p_kind), tl.load(joint_scales + p_kind), tl.load(deltas + p_kind)),)
         b_grads += (zero_head(BM, E),)
     for start in range(0, K, BN):
-        o_n = start + tl.arange(0, BN)
-        p_n = o_n.to(tl.int64) * D
-        b_key = load_head(keys + p_n, o_n < K, E)  # [BN, E]
-        b_value = load_head(keys + layer + p_n, o_n < K, E)
-        b_grad_weights = product_transposed(b_grad_rows, b_value, PRECISION)  # [BM, BN]
+        o_n, b_key, b_grad_weights = _weights_upstream(keys, keys + layer, b_grad_rows, start, K, D, E, BN, PRECISION)
         b_new = ()
         for n in tl.static_range(len(queries)):
             b_query, top, scale, delta = b_kinds[n]
