@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +21,16 @@ import torch
 import typer
 from launches import Launch, float32_precision, record_calls
 from machine_code import Code, Store, blocks_of, compile_all, key_of
-from prediction import ARCHITECTURES, MODEL, limit_s, predicted_s, predicted_torch_s, resident_programs, work_of
+from prediction import (
+    ARCHITECTURES,
+    LAUNCH_S,
+    MODEL,
+    limit_s,
+    predicted_s,
+    predicted_torch_s,
+    resident_programs,
+    work_of,
+)
 from workloads import WORKLOADS, Workload
 
 from rada_kernels.launch import Device
@@ -217,6 +227,7 @@ def render(rows: list[dict], codes: dict[str, Code], left: int) -> tuple[str, li
         *MODEL,
         "",
         *predicted_scores(predictions),
+        *predicted_limits(predictions),
         *predicted_launches(predictions),
     ]
     return "\n".join(lines) + "\n", kernels, predictions
@@ -242,6 +253,29 @@ def predicted_scores(predictions: list[dict]) -> list[str]:
         parts = [f"{arch} {ARCHITECTURES[arch].part}" for arch in archs]
         lines += [f"### {kind}", "", *table(["workload", "mode", *parts], cells), ""]
     return lines
+
+
+def predicted_limits(predictions: list[dict], arch: str = "sm_90", kind: str = "bfloat16") -> list[str]:
+    """What the predicted time of each workload is spent on, on one part."""
+    spent: dict[tuple, dict] = {}
+    for row in predictions:
+        if (row["arch"], row["dtype"]) == (arch, kind):
+            units = spent.setdefault((row["workload"], row["mode"]), Counter())
+            launch = LAUNCH_S * 1e6
+            units["launches"] += launch
+            units["torch" if row["call"].startswith("torch") else row["limit"]] += row["predicted_us"] - launch
+    units = ("products", "exponentials", "memory", "torch", "launches")
+    cells = [[*key, *(f"{took[unit] / took.total():.0%}" for unit in units)] for key, took in spent.items()]
+    if not cells:
+        return []
+    return [
+        f"### {arch} {kind}: what the predicted time is spent on",
+        "",
+        "Kernels by the unit that limits them; torch's own calls; the time between launches.",
+        "",
+        *table(["workload", "mode", *units], cells),
+        "",
+    ]
 
 
 def predicted_launches(predictions: list[dict], arch: str = "sm_90", kind: str = "bfloat16") -> list[str]:

@@ -219,7 +219,8 @@ def test_the_report_resumes_and_compiles_what_changed(tmp_path, monkeypatch):
     assert "E32-K10" not in text, "a size has no predicted time"
     kernels = list(csv.DictReader(out.with_suffix(".csv").open()))
     assert len(kernels) == first
-    assert {"mask_attention_direct_fwd", "mask_attention_streaming_fwd"} <= {row["kernel"] for row in kernels}
+    forms = {f"mask_attention_{form}_fwd" for form in ("direct", "joined", "streaming")}
+    assert forms <= {row["kernel"] for row in kernels}
     predicted = list(csv.DictReader((tmp_path / "report_predicted.csv").open()))
     assert {row["workload"] for row in predicted} == {"caltech101"}
     assert any(row["call"] == "torch mm" for row in predicted)
@@ -229,6 +230,17 @@ def test_the_report_resumes_and_compiles_what_changed(tmp_path, monkeypatch):
     with configurations.choosing_by(varied({"BN": 16, "num_warps": 2})):
         compile_report.main(**run)
     assert 0 < len(compiled) - first < first, "what the changed configurations launch"
+
+
+def test_what_the_predicted_time_is_spent_on():
+    spent = [("a", "products", 5.5), ("b", "memory", 3.5), ("torch sum", "memory", 2.5)]
+    common = {"arch": "sm_90", "dtype": "bfloat16", "workload": "x", "mode": "step"}
+    rows = [common | {"call": call, "limit": limit, "predicted_us": took} for call, limit, took in spent]
+    text = "\n".join(compile_report.predicted_limits(rows))
+    launches = 3 * 1.5
+    shares = [f"{took / 11.5:.0%}" for took in (4, 0, 2, 1, launches)]
+    assert f"| x | step | {' | '.join(shares)} |" in text
+    assert compile_report.predicted_limits(rows, "sm_80") == []
 
 
 def test_kernels_are_compiled_in_other_processes(tmp_path):
