@@ -526,12 +526,14 @@ def reduction_config(
     elif backward and wide:
         config = GemmConfig(64, 64, block, 4, 2)  # sm_100 spills 8 bytes with 8 warps
     elif backward:
-        config = GemmConfig(64 if head_width <= 96 else 32, 64, block, 8, 2)  # 191 registers at E = 128: one program
+        # 64 weighted rows take 178 and 191 registers at E = 32 and 128, one program, and spill 24 bytes at E = 16.
+        config = GemmConfig(64 if joined or 32 < head_width <= 96 else 32, 64, block, 8, 2)
     elif few:
         # Twice the programs; every one of them goes over the whole layer. There is hardly one for a multiprocessor,
-        # so 8 warps: 100 registers on sm_90. On sm_100 they spill 8 bytes at E = 128.
-        warps = 4 if device.arch == "sm_100" and head_width > 96 and not joined else 8
-        config = GemmConfig(32, 128, block if joined else min(block, 32), warps, 2)
+        # so 8 warps: 100 registers on sm_90. Weighted rows of the narrowest and the widest heads take 158 to 167 with
+        # 128 columns: one program.
+        columns = 128 if joined or 32 < head_width <= 96 else 64
+        config = GemmConfig(32, columns, block if joined else min(block, 32), 8, 2)
     elif many:
         # A pass over the rows forms them anew: as few passes as registers allow. 256 spill 16 bytes at E = 128.
         columns = 256 if device.arch == "sm_90" and head_width <= 96 else 128
@@ -552,8 +554,9 @@ def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_wid
     return _chosen(request, config, BM=(block,), BN=(block,))
 
 
-def joint_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
-    return AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 2)  # narrow heads spill 8 bytes with 32 classes
+def joint_config(device: Device, dtype: torch.dtype, head_width: int, joined: bool) -> AttentionConfig:
+    # Narrow heads spill 8 bytes with 32 classes and rows of each kind, and with 64 where there are none.
+    return AttentionConfig(64, 64 if head_width <= 64 and not joined else 32, 4, 2)
 
 
 def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:

@@ -830,7 +830,7 @@ def mask_attention_bwd(
     # Joined rows don't say what each query kind has of them. In float32, rounding of the rows would show where
     # A (dA - δ) cancels; 16-bit gradients are coarser than that.
     exact = attended.joined or projections.dtype == torch.float32
-    config = joint_config(device, projections.dtype, head_width)
+    config = joint_config(device, projections.dtype, head_width, attended.joined)
     _mask_attention_bwd_joint_kernel[(batch * heads,)](
         query_image=query_image, projections=projections, rows=attended.rows, tops=attended.tops,
         totals=attended.totals, joint_tops=joint_tops,
