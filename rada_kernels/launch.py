@@ -555,8 +555,8 @@ def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_wid
 
 
 def joint_config(device: Device, dtype: torch.dtype, head_width: int, joined: bool) -> AttentionConfig:
-    # Narrow heads spill 8 bytes with 32 classes and rows of each kind, and with 64 where there are none.
-    return AttentionConfig(64, 64 if head_width <= 64 and not joined else 32, 4, 2)
+    # Narrow heads spill 8 bytes with 32 classes; in 16 bits, where there are no rows of each kind, with 64.
+    return AttentionConfig(64, 64 if head_width <= 64 and not (joined and dtype.itemsize == 2) else 32, 4, 2)
 
 
 def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
