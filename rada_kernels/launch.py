@@ -395,7 +395,8 @@ def projection_config(device: Device, dtype: torch.dtype, width: int, batch: int
         # The two or three parts of bf16x3 are held at a time.
         config = GemmConfig(32, 32, 16, 4, 1) if device.arch == "gfx1100" else GemmConfig(64, 64, 16, 4, 1)
     elif dtype == torch.float32:
-        config = GemmConfig(64, 64, block, 4, 2)
+        exact = product_precision(dtype, device) == "ieee"  # 4 warps spill 24 bytes at D = 768
+        config = GemmConfig(64, 64, block, 8 if exact else 4, 2)
     elif device.arch == "gfx1100":
         config = GemmConfig(32, 64, block, 4, 2)  # 64 x 128 spills, 8 warps leave one program
     elif not _has_wide_products(device):
@@ -472,10 +473,19 @@ def reduction_config(
     few, many = batch * classes <= 8192, classes > 256
     wide = _has_wide_products(device)
     if device.arch == "gfx1100":
-        # 4 warps spill at E = 96; in float32 they do with more than 16 columns of exact products at a time.
-        config = GemmConfig(32, 64, block, 8, 1) if dtype.itemsize == 2 else GemmConfig(32, 64, 16, 4, 1)
+        # 4 warps spill at E = 96; in float32 they do with more than 16 columns of exact products at a time. At E = 128
+        # 64 columns spill 192 and 140 bytes: 32 take 132 and 104 registers.
+        if dtype == torch.float32:
+            config = GemmConfig(32, 64, 16, 4, 1)
+        else:
+            config = GemmConfig(32, 64, block, 8, 1) if head_width <= 96 else GemmConfig(32, 64, min(block, 32), 4, 1)
+    elif dtype == torch.float32 and product_precision(dtype, device) == "ieee":
+        # 64 rows spill 8 to 24 bytes; 32 still 8 forward with 64 columns at E = 128, 16 backward with 4 warps at E = 64.
+        config = GemmConfig(32, 64 if backward else 32, block, 8, 2)
     elif dtype == torch.float32 and not device.is_amd and not backward:
-        config = GemmConfig(64, 64, block, 8, 2)  # 4 warps spill 8 to 24 bytes where products are exact
+        config = GemmConfig(64, 64, block, 8, 2)
+    elif dtype == torch.float32 and device.arch == "sm_80":
+        config = GemmConfig(32, 64, block, 4, 2)  # 64 rows spill 8 bytes at E = 64, with 8 warps 16 at E = 16
     elif device == INTERPRETER or device.is_amd or dtype == torch.float32:
         config = GemmConfig(64, 64, block, 4, 2)
     elif backward and many and wide:
@@ -502,8 +512,14 @@ def reduction_config(
 
 def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
-    # Wide heads spill up to 176 bytes with 16 rows a warp.
-    warps = block // 16 if head_width <= 64 or device.is_amd else 4
+    if device.arch.startswith("gfx1"):
+        # 16 rows a warp spill 20 to 996 bytes at 32 x 48 and 16 x 80; 8 warps leave one program.
+        warps = 4 if block * head_width > 1024 else block // 16
+    elif product_precision(dtype, device) == "ieee" and dtype == torch.float32:
+        warps = 4 if block == 16 and head_width in (16, 32, 64) else 8  # 4 spill 16 bytes at E = 48
+    else:
+        # Wide heads spill up to 176 bytes with 16 rows a warp.
+        warps = block // 16 if head_width <= 64 or device.is_amd else 4
     config = AttentionConfig(block, block, warps, 1)
     request = Request("direct_bwd", device, dtype, (block, head_width), head_width)
     return _chosen(request, config, BM=(block,), BN=(block,))
@@ -529,6 +545,8 @@ def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> A
         config = AttentionConfig(64 if head_width <= 80 else 32 if head_width <= 96 else 16, 16, 4, 1, apart=True)
     elif dtype == torch.float32:
         config = _float32_config(device, head_width)
+        if narrow and device.shared_bytes < 128 * KIB and not device.is_amd:
+            config = replace(config, BM=32)  # 64 rows of E = 64 take 58 of 99 KiB: one program
     elif device.arch.startswith("gfx9"):
         config = AttentionConfig(64, 32, 4, 1, apart=head_width > 96)
     elif _has_wide_products(device):
@@ -548,10 +566,11 @@ def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> Atte
         config = AttentionConfig(16, 64 if head_width <= 96 else 16, 4, 1, apart=not narrow)  # 64 spills 120 at E = 128
     elif dtype == torch.float32:
         large = narrow and product_precision(dtype, device) != "ieee"  # 64 classes spill without tensor cores
-        # 32 classes spill 8 to 16 bytes, on sm_100 at E = 96, on sm_80 at E = 128, and at E = 64 without tensor cores;
-        # there at E = 128 4 warps spill 408, 8 of them 8.
-        exact = head_width > 96 and product_precision(dtype, device) == "ieee"
-        config = AttentionConfig(16, 64 if large else 16, 8 if exact else 4, 1, apart=not large)
+        # 32 classes spill 8 to 16 bytes, on sm_100 at E = 96, on sm_80 at E = 128, and at E = 64 without tensor cores.
+        # There at one stage wide heads spill 16 to 408 bytes; two, read from shared memory, take 72 to 80 registers,
+        # but spill 8 bytes at E = 64.
+        exact = not narrow and product_precision(dtype, device) == "ieee"
+        config = AttentionConfig(16, 64 if large else 16, 4, 2 if exact else 1, apart=not large)
     elif device.arch.startswith("gfx9"):
         config = AttentionConfig(32, 64, 4, 1, apart=head_width > 96)
     elif _has_wide_products(device):
