@@ -420,7 +420,8 @@ def projection_config(device: Device, dtype: torch.dtype, width: int, batch: int
         # The two or three parts of bf16x3 are held at a time.
         config = GemmConfig(32, 32, 16, 4, 1) if device.arch == "gfx1100" else GemmConfig(64, 64, 16, 4, 1)
     elif dtype == torch.float32:
-        config = GemmConfig(64, 64, block, 4, 2)
+        exact = product_precision(dtype, device) == "ieee"  # 4 warps spill 24 bytes at D = 768
+        config = GemmConfig(64, 64, block, 8 if exact else 4, 2)
     elif device.arch == "gfx1100":
         config = GemmConfig(32, 64, block, 4, 2)  # 64 x 128 spills, 8 warps leave one program
     elif not _has_wide_products(device):
@@ -441,8 +442,9 @@ def _float32_config(device: Device, head_width: int) -> AttentionConfig:
     BM does not depend on the precision, which may change between a forward pass and its backward pass.
     """
     narrow = head_width <= 64
-    apart = not narrow or product_precision(torch.float32, device) == "ieee"
-    return AttentionConfig(64 if narrow else 32, 16, 4, 1, apart)
+    exact = product_precision(torch.float32, device) == "ieee"
+    # Exact products read from shared memory at two stages; at one they spill 8 and 24 bytes at E = 48 and 80.
+    return AttentionConfig(64 if narrow else 32, 16, 4, 2 if exact else 1, apart=exact or not narrow)
 
 
 def attention_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
@@ -452,10 +454,12 @@ def attention_config(device: Device, dtype: torch.dtype, classes: int, head_widt
         config = AttentionConfig(64, 64, 4, 1)  # large blocks: what takes time is numpy's calls
     elif device.arch.startswith("gfx1"):
         # Operands lie twice in a wave of 32; 198 and 236 registers apart, spills of 228 and 700 bytes side by side.
-        # In float32 the three parts of bf16x3 spill whatever the blocks: 92 bytes at E = 64 with these, 756 with 64
-        # rows.
-        exact = dtype == torch.float32
-        config = AttentionConfig(32 if exact else 64, 16, 4, 1, apart=exact or not narrow)
+        if dtype == torch.float32:
+            # bf16x3 takes 233 registers at E = 64, 248 at E = 80; one stage spills 92 bytes at E = 64. From E = 96 it
+            # spills whatever the blocks: 132 bytes with these.
+            config = AttentionConfig(32 if narrow else 16, 16, 4, 2, apart=True)
+        else:
+            config = AttentionConfig(64, 16, 4, 1, apart=not narrow)
     elif dtype == torch.float32:
         config = _float32_config(device, head_width)
     elif device.arch.startswith("gfx9"):
@@ -494,7 +498,12 @@ def joined_config(device: Device, dtype: torch.dtype, classes: int, head_width: 
 
 def direct_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
-    config = AttentionConfig(block, block, block // 16, 1)  # 16 rows a warp: what one instruction takes
+    # 16 rows a warp: what one instruction takes. Without tensor cores that spills from E = 80, and 32 rows from E = 48;
+    # with them 16 bytes on sm_86 at E = 128. bf16x3 on gfx1100 spills up to 3.4 KB from E = 64, and 32 rows from E = 48.
+    exact = product_precision(dtype, device) == "ieee"
+    wide = block * head_width > 512 if device.arch == "gfx1100" else head_width > 96 and not device.is_amd
+    more = dtype == torch.float32 and (exact or wide)
+    config = AttentionConfig(block, block, 4 if more else block // 16, 1)
     request = Request("direct", device, dtype, (block, head_width), head_width)
     return _chosen(request, config, BM=(block,), BN=(block,))
 
@@ -513,10 +522,22 @@ def reduction_config(
     few, many = batch * classes <= 8192, classes > 256
     wide = _has_wide_products(device)
     if device.arch == "gfx1100":
-        # 4 warps spill at E = 96; in float32 they do with more than 16 columns of exact products at a time.
-        config = GemmConfig(32, 64, block, 8, 1) if dtype.itemsize == 2 else GemmConfig(32, 64, 16, 4, 1)
+        # 4 warps spill at E = 96; in float32 they do with more than 16 columns of exact products at a time. At E = 128
+        # 64 columns spill 192 and 140 bytes: 32 take 132 and 104 registers.
+        if dtype == torch.float32:
+            config = GemmConfig(32, 64, 16, 4, 1)
+        elif head_width <= 96:
+            config = GemmConfig(32, 64, block, 8, 1)
+        else:
+            config = GemmConfig(32, 64, min(block, 32), 4, 1)
+    elif dtype == torch.float32 and product_precision(dtype, device) == "ieee":
+        # 64 rows spill 8 to 24 bytes; 32 still 8 forward with 64 columns at E = 128, and 16 backward with 4 warps at
+        # E = 64.
+        config = GemmConfig(32, 64 if backward else 32, block, 8, 2)
     elif dtype == torch.float32 and not device.is_amd and not backward:
-        config = GemmConfig(64, 64, block, 8, 2)  # 4 warps spill 8 to 24 bytes where products are exact
+        config = GemmConfig(64, 64, block, 8, 2)
+    elif dtype == torch.float32 and device.arch == "sm_80":
+        config = GemmConfig(32, 64, block, 4, 2)  # 64 rows spill 8 bytes at E = 64, with 8 warps 16 at E = 16
     elif device == INTERPRETER or device.is_amd or dtype == torch.float32:
         config = GemmConfig(64, 64, block, 4, 2)
     elif backward and many and wide:
@@ -547,8 +568,18 @@ def reduction_config(
 
 def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
-    # Wide heads spill up to 176 bytes with 16 rows a warp.
-    warps = block // 16 if head_width <= 64 or device.is_amd else 4
+    if device.arch.startswith("gfx1"):
+        # 16 rows a warp spill 20 to 996 bytes at 32 x 48 and 16 x 80; 8 warps leave one program.
+        # In float32 1 warp spills 0.6 to 2.8 KB.
+        warps = 4 if block * head_width > 1024 else block // 16
+        warps = 8 if dtype == torch.float32 and block * head_width > 256 else warps
+    elif product_precision(dtype, device) == "ieee" and dtype == torch.float32:
+        warps = 4 if block == 16 and head_width in (16, 32, 64) else 8  # 4 spill 16 bytes at E = 48
+    else:
+        # Wide heads spill up to 176 bytes with 16 rows a warp; E = 64 in float32 64 to 120, none with 4 warps.
+        narrow = head_width <= (64 if dtype.itemsize == 2 or block == 16 else 32)
+        fits = narrow or (device.is_amd and block * head_width <= (4096 if dtype.itemsize == 2 else 2560))
+        warps = block // 16 if fits else 4  # gfx942 spills 68 and 512 bytes in float32 from E = 96
     config = AttentionConfig(block, block, warps, 1)
     request = Request("direct_bwd", device, dtype, (block, head_width), head_width)
     return _chosen(request, config, BM=(block,), BN=(block,))
@@ -561,10 +592,11 @@ def joint_config(device: Device, dtype: torch.dtype, head_width: int, joined: bo
 
 def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
     config = queries_bwd_config(device, dtype, head_width)
-    if head_width <= 96:
-        return config
-    # Without tensor cores 32 rows spill 144 bytes at E = 128. 64 rows take 60 KiB: one program in 100.
-    return replace(config, BM=16 if dtype == torch.float32 else 32)
+    if dtype == torch.float32:
+        # Without tensor cores 32 rows spill 8 bytes at E = 96 and 144 at E = 128.
+        exact = product_precision(dtype, device) == "ieee"
+        return replace(config, BM=16) if head_width > (80 if exact else 96) else config
+    return replace(config, BM=32) if head_width > 96 else config  # 64 take 60 KiB: one program in 100
 
 
 def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
@@ -572,11 +604,18 @@ def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> A
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)
     elif device.arch.startswith("gfx1"):
-        # 198 registers at E = 64; side by side spills 100 bytes. Apart, 64 rows spill 124 at E = 96, and at E = 128 16
-        # rows still 36.
-        config = AttentionConfig(64 if head_width <= 80 else 32 if head_width <= 96 else 16, 16, 4, 1, apart=True)
+        # 198 registers at E = 64; side by side spills 100 bytes. Apart, 64 rows spill 124 at E = 96; at E = 128 16 rows
+        # still 36 with 4 warps, while 32 with 8 take 253, one program.
+        if dtype == torch.float32:
+            config = _wave32_float32_config(head_width)
+        elif head_width <= 96:
+            config = AttentionConfig(64 if head_width <= 80 else 32, 16, 4, 1, apart=True)
+        else:
+            config = AttentionConfig(32, 16, 8, 1, apart=True)
     elif dtype == torch.float32:
         config = _float32_config(device, head_width)
+        if narrow and device.arch in ("sm_86", "sm_89", "sm_120"):
+            config = replace(config, BM=32)  # 64 rows of E = 64 take 58 of 99 KiB: one program
     elif device.arch.startswith("gfx9"):
         config = AttentionConfig(64, 32, 4, 1, apart=head_width > 96)
     elif _has_wide_products(device):
@@ -587,19 +626,35 @@ def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> A
     return _chosen(Request("queries_bwd", device, dtype, (head_width,), head_width), config)
 
 
+def _wave32_float32_config(head_width: int) -> AttentionConfig:
+    """bf16x3 on gfx1100, backward, rows by classes. Two stages leave the operands of a block in shared memory.
+
+    At one stage E = 64 spills 0.4 to 1.5 KB. From E = 64 on it spills whatever the blocks: 100 to 332 bytes with these,
+    at E = 96 0.2 to 1.1 KB. At E = 48 4 warps spill 68.
+    """
+    if head_width <= 32:
+        return AttentionConfig(64, 16, 4, 2, apart=True)
+    return AttentionConfig(16, 16, 8 if head_width <= 48 else 4, 2, apart=True)
+
+
 def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
     """apart: the keys' gradient in one launch, the values' in another, one accumulator each."""
     narrow = head_width <= 64
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)
     elif device.arch.startswith("gfx1"):
-        config = AttentionConfig(16, 64 if head_width <= 96 else 16, 4, 1, apart=not narrow)  # 64 spills 120 at E = 128
+        if dtype == torch.float32:
+            config = _wave32_float32_config(head_width)
+            config = replace(config, BM=config.BN, BN=config.BM)
+        else:  # at E = 128 64 classes spill 120 bytes
+            config = AttentionConfig(16, 64 if head_width <= 96 else 16, 4, 1, apart=not narrow)
     elif dtype == torch.float32:
         large = narrow and product_precision(dtype, device) != "ieee"  # 64 classes spill without tensor cores
-        # 32 classes spill 8 to 16 bytes, on sm_100 at E = 96, on sm_80 at E = 128, and at E = 64 without tensor cores;
-        # there at E = 128 4 warps spill 408, 8 of them 8.
-        exact = head_width > 96 and product_precision(dtype, device) == "ieee"
-        config = AttentionConfig(16, 64 if large else 16, 8 if exact else 4, 1, apart=not large)
+        # 32 classes spill 8 to 16 bytes, on sm_100 at E = 96, on sm_80 at E = 128, and at E = 64 without tensor cores.
+        # There at one stage wide heads spill 16 to 408 bytes; two, read from shared memory, take 72 to 80 registers,
+        # but spill 8 bytes at E = 64.
+        exact = not narrow and product_precision(dtype, device) == "ieee"
+        config = AttentionConfig(16, 64 if large else 16, 4, 2 if exact else 1, apart=not large)
     elif device.arch.startswith("gfx9"):
         config = AttentionConfig(32, 64, 4, 1, apart=head_width > 96)
     elif _has_wide_products(device):
