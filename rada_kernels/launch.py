@@ -499,7 +499,7 @@ def joined_config(device: Device, dtype: torch.dtype, classes: int, head_width: 
 def direct_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
     # 16 rows a warp: what one instruction takes. Without tensor cores that spills from E = 80, and 32 rows from E = 48;
-    # with them 16 bytes on sm_86 at E = 128. bf16x3 on gfx1100 spills up to 3.4 KB from E = 64, and 32 rows from E = 48.
+    # with them 16 bytes on sm_86 at E = 128. bf16x3 on gfx1100 spills up to 3.4 KB from E = 64, 32 rows from E = 48.
     exact = product_precision(dtype, device) == "ieee"
     wide = block * head_width > 512 if device.arch == "gfx1100" else head_width > 96 and not device.is_amd
     more = dtype == torch.float32 and (exact or wide)
