@@ -458,7 +458,8 @@ def attention_config(device: Device, dtype: torch.dtype, classes: int, head_widt
 def direct_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
     # 16 rows a warp: what one instruction takes. Without tensor cores that spills from E = 80, and 32 rows from E = 48;
-    # with them 16 bytes on sm_86 at E = 128. bf16x3 on gfx1100 spills up to 3.4 KB from E = 64, and 32 rows from E = 48.
+    # with them 16 bytes on sm_86 at E = 128. bf16x3 on gfx1100 spills up to 3.4 KB from E = 64, and 32 rows from
+    # E = 48.
     exact = product_precision(dtype, device) == "ieee"
     wide = block * head_width > 512 if device.arch == "gfx1100" else head_width > 96 and not device.is_amd
     more = dtype == torch.float32 and (exact or wide)
@@ -494,9 +495,11 @@ def reduction_config(
         # E = 64.
         config = GemmConfig(32, 64 if backward else 32, block, 8, 2)
     elif dtype == torch.float32 and not device.is_amd and not backward:
-        config = GemmConfig(64, 64, block, 8, 2)
-    elif dtype == torch.float32 and device.arch == "sm_80":
-        config = GemmConfig(32, 64, block, 4, 2)  # 64 rows spill 8 bytes at E = 64, with 8 warps 16 at E = 16
+        # 64 rows take up to 178 registers at E = 16 to 48 and 128: one program.
+        config = GemmConfig(64 if many else 32, 64, block, 8, 2)
+    elif dtype == torch.float32 and not device.is_amd and not wide and device != INTERPRETER:
+        # 64 rows spill 8 bytes at E = 32 and 64, 16 at E = 16 even with 8 warps; 4 warps still 8 at E = 32.
+        config = GemmConfig(32, 64, block, 8, 2)
     elif device == INTERPRETER or device.is_amd or dtype == torch.float32:
         config = GemmConfig(64, 64, block, 4, 2)
     elif backward and many and wide:
@@ -568,6 +571,8 @@ def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> A
         config = _float32_config(device, head_width)
         if narrow and device.arch in ("sm_86", "sm_89", "sm_120"):
             config = replace(config, BM=32)  # 64 rows of E = 64 take 58 of 99 KiB: one program
+        if head_width == 48 and not device.is_amd and not _has_wide_products(device):
+            config = replace(config, num_stages=2)  # one stage spills 16 bytes on sm_80, 8 on sm_120
     elif device.arch.startswith("gfx9"):
         config = AttentionConfig(64, 32, 4, 1, apart=head_width > 96)
     elif _has_wide_products(device):
