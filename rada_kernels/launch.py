@@ -497,7 +497,7 @@ def reduction_config(
     elif dtype == torch.float32 and not device.is_amd and not backward:
         # 64 rows take up to 178 registers at E = 16 to 48 and 128: one program.
         config = GemmConfig(64 if many else 32, 64, block, 8, 2)
-    elif dtype == torch.float32 and not device.is_amd and not wide and device != INTERPRETER:
+    elif dtype == torch.float32 and not device.is_amd and not wide and device != INTERPRETER and head_width <= 64:
         # 64 rows spill 8 bytes at E = 32 and 64, 16 at E = 16 even with 8 warps; 4 warps still 8 at E = 32.
         config = GemmConfig(32, 64, block, 8, 2)
     elif device == INTERPRETER or device.is_amd or dtype == torch.float32:
