@@ -63,6 +63,11 @@ class Device:
     def is_amd(self) -> bool:
         return self.name.startswith("gfx")
 
+    @property
+    def is_wave32(self) -> bool:
+        """AMD with 32 lanes in a wave: a thread has at most 256 registers, and operands lie twice in them."""
+        return self.arch == "gfx1100"
+
     @staticmethod
     def named(name: str) -> Device:
         """A device that is not here, with the limit of the architecture that serves it."""
@@ -153,12 +158,6 @@ class AttentionConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# Up to here one program holds all pairs of classes of an (image, head). At 64 the backward kernel, with five blocks of
-# pairs alive, spills 456 bytes a thread on sm_80; at 128 two blocks of scores fill half of the registers in the forward
-# kernel already, and no second program fits to hide latencies.
-DIRECT_CLASSES = 32
-
-
 def tile_block(tiles: int) -> int:
     """BT: row tiles that are normalised at a time. Up to 32 the reduction stays within a warp."""
     return 32 if tiles <= 32 else 128
@@ -170,10 +169,47 @@ def share_block(tiles: int, pairs: int) -> int:
 
 
 def attention_form(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> str:
-    """Which form of the attention serves K classes: "direct", "joined" or "streaming"."""
-    if classes <= DIRECT_CLASSES:
+    """Which form of the attention serves K classes: "direct", "joined" or "streaming".
+
+    It does not depend on the precision of float32 products, which may change between a forward and its backward pass.
+    """
+    if classes <= direct_classes(device, dtype, head_width):
         return "direct"
     return "joined" if classes < joined_classes(device, dtype, head_width) else "streaming"
+
+
+def direct_classes(device: Device, dtype: torch.dtype, head_width: int) -> int:
+    """Up to so many classes one program holds all pairs of classes of an (image, head): 32, or what does not spill.
+
+    At 128 two blocks of scores fill half of the registers, and no second program fits to hide latencies. float32 with
+    32 classes spills 16 to 520 bytes from E = 96 without tensor cores; on gfx1100 0.2 to 3.4 KB from E = 48.
+    """
+    if dtype.itemsize == 2 or device == INTERPRETER:
+        return 32
+    if device.is_wave32:
+        return 32 if head_width <= 32 else 0
+    return 32 if head_width < 96 else 16
+
+
+def direct_bwd_classes(device: Device, dtype: torch.dtype, head_width: int) -> int:
+    """The same of the backward pass, which follows the direct or the streaming form as it likes: both find joined rows.
+
+    Five blocks of pairs are alive: with 64 classes they spill 456 bytes on sm_80; with 32, 40 to 48 on sm_100 and
+    sm_120 at E = 96, 96 to 432 on gfx1100 from E = 80. In float32, 8 to 1160 where a head is not one piece of up to 64.
+    """
+    if device == INTERPRETER:
+        return 32
+    if dtype.itemsize == 2:
+        spills = head_width > 64 if device.is_wave32 else head_width == 96 and device.arch in ("sm_100", "sm_120")
+        return 16 if spills else 32
+    if device.is_wave32:
+        return 0
+    if device.is_amd:
+        return 32 if head_width <= 80 else 16
+    one_piece = head_width in (16, 32, 64)
+    if product_precision(dtype, device) == "ieee":
+        return 16 if one_piece else 0
+    return 32 if one_piece else 16
 
 
 def joined_classes(device: Device, dtype: torch.dtype, head_width: int) -> int:
@@ -186,7 +222,7 @@ def joined_classes(device: Device, dtype: torch.dtype, head_width: int) -> int:
     narrow = head_width <= 64
     if device == INTERPRETER:
         return 128
-    if device.arch.startswith("gfx1"):
+    if device.is_wave32:
         return 64 if narrow and dtype.itemsize == 2 else 0
     if dtype == torch.float32:
         return 64 if narrow else 0
@@ -418,11 +454,11 @@ def projection_config(device: Device, dtype: torch.dtype, width: int, batch: int
     block = contracted_block(width, 32)
     if dtype == torch.float32 and device.is_amd:
         # The two or three parts of bf16x3 are held at a time.
-        config = GemmConfig(32, 32, 16, 4, 1) if device.arch == "gfx1100" else GemmConfig(64, 64, 16, 4, 1)
+        config = GemmConfig(32, 32, 16, 4, 1) if device.is_wave32 else GemmConfig(64, 64, 16, 4, 1)
     elif dtype == torch.float32:
         exact = product_precision(dtype, device) == "ieee"  # 4 warps spill 24 bytes at D = 768
         config = GemmConfig(64, 64, block, 8 if exact else 4, 2)
-    elif device.arch == "gfx1100":
+    elif device.is_wave32:
         config = GemmConfig(32, 64, block, 4, 2)  # 64 x 128 spills, 8 warps leave one program
     elif not _has_wide_products(device):
         config = GemmConfig(64, 128, block, 4, 3)
@@ -452,7 +488,7 @@ def attention_config(device: Device, dtype: torch.dtype, classes: int, head_widt
     many, narrow = classes > 512, head_width <= 64
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)  # large blocks: what takes time is numpy's calls
-    elif device.arch.startswith("gfx1"):
+    elif device.is_wave32:
         # Operands lie twice in a wave of 32; 198 and 236 registers apart, spills of 228 and 700 bytes side by side.
         if dtype == torch.float32:
             # bf16x3 takes 233 registers at E = 64, 248 at E = 80; one stage spills 92 bytes at E = 64. From E = 96 it
@@ -488,7 +524,7 @@ def joined_config(device: Device, dtype: torch.dtype, classes: int, head_width: 
     consumer = device.arch in ("sm_86", "sm_89", "sm_120")
     if device == INTERPRETER:
         config = AttentionConfig(rows, 64, 4, 1)
-    elif dtype == torch.float32 or device.arch.startswith("gfx1") or (consumer and head_width > 64):
+    elif dtype == torch.float32 or device.is_wave32 or (consumer and head_width > 64):
         config = AttentionConfig(rows, 16, 4, 1)  # 32 classes: 8 to 104 bytes on sm_86 and sm_120, 40 on gfx1100
     else:
         config = AttentionConfig(rows, 32, 4, 1 if device.is_amd or device.arch == "sm_100" else 2)
@@ -498,12 +534,9 @@ def joined_config(device: Device, dtype: torch.dtype, classes: int, head_width: 
 
 def direct_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
-    # 16 rows a warp: what one instruction takes. Without tensor cores that spills from E = 80, and 32 rows from E = 48;
-    # with them 16 bytes on sm_86 at E = 128. bf16x3 on gfx1100 spills up to 3.4 KB from E = 64, 32 rows from E = 48.
-    exact = product_precision(dtype, device) == "ieee"
-    wide = block * head_width > 512 if device.arch == "gfx1100" else head_width > 96 and not device.is_amd
-    more = dtype == torch.float32 and (exact or wide)
-    config = AttentionConfig(block, block, 4 if more else block // 16, 1)
+    # 16 rows a warp: what one instruction takes. Without tensor cores that spills from E = 80, and 32 rows from E = 48.
+    exact = product_precision(dtype, device) == "ieee" or (device.is_wave32 and block * head_width > 512)
+    config = AttentionConfig(block, block, 4 if dtype == torch.float32 and exact else block // 16, 1)
     request = Request("direct", device, dtype, (block, head_width), head_width)
     return _chosen(request, config, BM=(block,), BN=(block,))
 
@@ -521,7 +554,7 @@ def reduction_config(
     block = contracted_block(width if joined else head_width, 64 if dtype.itemsize == 2 else 32)
     few, many = batch * classes <= 8192, classes > 256
     wide = _has_wide_products(device)
-    if device.arch == "gfx1100":
+    if device.is_wave32:
         # 4 warps spill at E = 96; in float32 they do with more than 16 columns of exact products at a time. At E = 128
         # 64 columns spill 192 and 140 bytes: 32 take 132 and 104 registers.
         if dtype == torch.float32:
@@ -535,9 +568,11 @@ def reduction_config(
         # E = 64.
         config = GemmConfig(32, 64 if backward else 32, block, 8, 2)
     elif dtype == torch.float32 and not device.is_amd and not backward:
-        config = GemmConfig(64, 64, block, 8, 2)
-    elif dtype == torch.float32 and device.arch == "sm_80":
-        config = GemmConfig(32, 64, block, 4, 2)  # 64 rows spill 8 bytes at E = 64, with 8 warps 16 at E = 16
+        # 64 rows take up to 178 registers at E = 16 to 48 and 128: one program.
+        config = GemmConfig(64 if many else 32, 64, block, 8, 2)
+    elif dtype == torch.float32 and not device.is_amd and not wide and device != INTERPRETER and head_width <= 64:
+        # 64 rows spill 8 bytes at E = 32 and 64, 16 at E = 16 even with 8 warps; 4 warps still 8 at E = 32.
+        config = GemmConfig(32, 64, block, 8, 2)
     elif device == INTERPRETER or device.is_amd or dtype == torch.float32:
         config = GemmConfig(64, 64, block, 4, 2)
     elif backward and many and wide:
@@ -568,26 +603,24 @@ def reduction_config(
 
 def direct_bwd_config(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> AttentionConfig:
     block = max(16, next_power(classes))
-    if device.arch.startswith("gfx1"):
-        # 16 rows a warp spill 20 to 996 bytes at 32 x 48 and 16 x 80; 8 warps leave one program.
-        # In float32 1 warp spills 0.6 to 2.8 KB.
-        warps = 4 if block * head_width > 1024 else block // 16
-        warps = 8 if dtype == torch.float32 and block * head_width > 256 else warps
-    elif product_precision(dtype, device) == "ieee" and dtype == torch.float32:
-        warps = 4 if block == 16 and head_width in (16, 32, 64) else 8  # 4 spill 16 bytes at E = 48
+    # 16 rows a warp, or 4 warps where that spills: on gfx1100 20 to 996 bytes, with wide heads up to 176, in float32 64
+    # to 120 at 32 x 64 and without tensor cores up to 1360.
+    if device.is_wave32:
+        few = block * head_width <= 1024
+    elif dtype == torch.float32 and product_precision(dtype, device) == "ieee":
+        few = False
     else:
-        # Wide heads spill up to 176 bytes with 16 rows a warp; E = 64 in float32 64 to 120, none with 4 warps.
-        narrow = head_width <= (64 if dtype.itemsize == 2 or block == 16 else 32)
-        fits = narrow or (device.is_amd and block * head_width <= (4096 if dtype.itemsize == 2 else 2560))
-        warps = block // 16 if fits else 4  # gfx942 spills 68 and 512 bytes in float32 from E = 96
+        few = device.is_amd or head_width <= (64 if dtype.itemsize == 2 or block == 16 else 32)
+    warps = block // 16 if few else 4
     config = AttentionConfig(block, block, warps, 1)
     request = Request("direct_bwd", device, dtype, (block, head_width), head_width)
     return _chosen(request, config, BM=(block,), BN=(block,))
 
 
 def joint_config(device: Device, dtype: torch.dtype, head_width: int, joined: bool) -> AttentionConfig:
-    # Narrow heads spill 8 bytes with 32 classes; in 16 bits, where there are no rows of each kind, with 64.
-    return AttentionConfig(64, 64 if head_width <= 64 and not (joined and dtype.itemsize == 2) else 32, 4, 2)
+    if joined and dtype.itemsize == 2:
+        return AttentionConfig(64, 32, 2, 2)  # 4 warps spill 8 bytes at E = 48, and with 64 classes at E = 32
+    return AttentionConfig(64, 64 if head_width <= 64 else 32, 4, 2)  # narrow heads spill 8 bytes with 32 classes
 
 
 def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
@@ -603,7 +636,7 @@ def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> A
     narrow = head_width <= 64
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)
-    elif device.arch.startswith("gfx1"):
+    elif device.is_wave32:
         # 198 registers at E = 64; side by side spills 100 bytes. Apart, 64 rows spill 124 at E = 96; at E = 128 16 rows
         # still 36 with 4 warps, while 32 with 8 take 253, one program.
         if dtype == torch.float32:
@@ -616,6 +649,8 @@ def queries_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> A
         config = _float32_config(device, head_width)
         if narrow and device.arch in ("sm_86", "sm_89", "sm_120"):
             config = replace(config, BM=32)  # 64 rows of E = 64 take 58 of 99 KiB: one program
+        if head_width == 48 and not device.is_amd and not _has_wide_products(device):
+            config = replace(config, num_stages=2)  # one stage spills 16 bytes on sm_80, 8 on sm_120
     elif device.arch.startswith("gfx9"):
         config = AttentionConfig(64, 32, 4, 1, apart=head_width > 96)
     elif _has_wide_products(device):
@@ -642,7 +677,7 @@ def keys_bwd_config(device: Device, dtype: torch.dtype, head_width: int) -> Atte
     narrow = head_width <= 64
     if device == INTERPRETER:
         config = AttentionConfig(64, 64, 4, 1)
-    elif device.arch.startswith("gfx1"):
+    elif device.is_wave32:
         if dtype == torch.float32:
             config = _wave32_float32_config(head_width)
             config = replace(config, BM=config.BN, BN=config.BM)
@@ -668,7 +703,7 @@ def weight_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmCon
     if dtype.itemsize == 2 and _has_wide_products(device):
         config = GemmConfig(64, 64, 128, 8, 3)
     elif dtype == torch.float32 and device.is_amd:
-        config = GemmConfig(16, 64, 32 if device.arch == "gfx1100" else 64, 4, 1)
+        config = GemmConfig(16, 64, 32 if device.is_wave32 else 64, 4, 1)
     else:
         config = GemmConfig(32, 64, 64, 4, 2)
     return _chosen(Request("weight_bwd", device, dtype, (width,)), config)
@@ -686,7 +721,7 @@ def rows_bwd_config(device: Device, dtype: torch.dtype, width: int) -> GemmConfi
         config = GemmConfig(128, 128, block, 8, 4)
     elif dtype.itemsize == 2:
         config = GemmConfig(64, 128, block, 4, 3)
-    elif device.arch == "gfx1100":
+    elif device.is_wave32:
         config = GemmConfig(32, 64, 16, 4, 1)
     else:
         config = GemmConfig(64, 64, block, 4, 2)

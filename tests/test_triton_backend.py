@@ -213,6 +213,7 @@ def configurations(device, dtype, head_width, classes=(1, 20, 33, 257, 1000, 655
                 launch.joined_config(device, dtype, count, head_width)
             if form == "direct":
                 launch.direct_config(device, dtype, count, head_width)
+            if count <= launch.direct_bwd_classes(device, dtype, head_width):
                 launch.direct_bwd_config(device, dtype, count, head_width)
             launch.projection_config(device, dtype, width, 64, count)
         launch.queries_bwd_config(device, dtype, head_width)
@@ -253,6 +254,21 @@ def test_configurations_shrink_to_small_devices(arch, kib):
     assert fitted.num_stages == 1, "stages first"
     assert fitted.BR * fitted.BC < 256 * 256
     assert request.shared_bytes(fitted) <= device.shared_bytes < request.shared_bytes(config)
+
+
+@pytest.mark.parametrize("arch", [*launch.SHARED_BYTES, "interpreter"])
+def test_forms_of_the_attention_follow_one_another(arch, monkeypatch):
+    """What the direct backward kernel finds, the direct forward kernel left; and the precision may change between."""
+    device = launch.INTERPRETER if arch == "interpreter" else launch.Device.named(arch)
+    for dtype, head_width in itertools.product(backend.DTYPES, backend.HEAD_WIDTHS):
+        forms = {}
+        for precision in ("highest", "high"):
+            monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+            sizes = device, dtype, head_width
+            assert launch.direct_bwd_classes(*sizes) <= launch.direct_classes(*sizes)
+            forms[precision] = [launch.attention_form(device, dtype, k, head_width) for k in (1, 16, 17, 64, 128)]
+        assert forms["highest"] == forms["high"]
+        assert forms["high"][-1] == "streaming"
 
 
 def test_a_device_that_is_too_small_is_named():

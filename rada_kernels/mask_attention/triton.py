@@ -39,6 +39,7 @@ from rada_kernels.launch import (
     attention_form,
     delta_config,
     device_of,
+    direct_bwd_classes,
     direct_bwd_config,
     direct_config,
     joined_config,
@@ -817,7 +818,7 @@ def mask_attention_bwd(
     }
     common = _common(query_image, query_text, projections, options)
     backward = {"grad_rows": grad_rows, "grad_factor": options.score_factor(width) / len(options.queries)}
-    if attention_form(device, projections.dtype, classes, head_width) == "direct":
+    if classes <= direct_bwd_classes(device, projections.dtype, head_width):
         config = direct_bwd_config(device, projections.dtype, classes, head_width)
         _mask_attention_direct_bwd_kernel[(batch * heads,)](
             tops=attended.tops, totals=attended.totals, BK=config.BM, **gradients, **backward, **common, **config.launch
