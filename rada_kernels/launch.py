@@ -587,9 +587,10 @@ def reduction_config(
     elif few:
         # Twice the programs; every one of them goes over the whole layer. There is hardly one for a multiprocessor,
         # so 8 warps: 100 registers on sm_90. Weighted rows of the narrowest and the widest heads take 158 to 167 with
-        # 128 columns: one program.
+        # 128 columns: one program. With 64 sm_100 spills 8 bytes at E = 128, unless 4 warps share them.
         columns = 128 if joined or 32 < head_width <= 96 else 64
-        config = GemmConfig(32, columns, block if joined else min(block, 32), 8, 2)
+        warps = 4 if device.arch == "sm_100" and columns == 64 else 8
+        config = GemmConfig(32, columns, block if joined else min(block, 32), warps, 2)
     elif many:
         # A pass over the rows forms them anew: as few passes as registers allow. 256 spill 16 bytes at E = 128.
         columns = 256 if device.arch == "sm_90" and head_width <= 96 else 128
