@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from rada.fused import RAdaHead
 from rada_kernels import Params, rada_logits
 from rada_kernels.backends import cpu
+from tests.forked import in_forked_child, needs_fork
 from tests.truth import assert_as_good_as_reference, make_case, results
 
 CPU = torch.device("cpu")
@@ -198,14 +198,14 @@ def test_the_gil_is_released(threads):
     assert sorted(gaps)[len(gaps) // 2] < 0.02
 
 
-def _work_in_child(arguments, case, queue):
+def _sums_and_logits(arguments, case):
     torch.ops.rada_cpu.forward(*arguments)  # at the parent's thread count
     params = Params(*case.layers, logit_scale=20.0)
     logits = rada_logits(case.image, case.text, params, case.options, "cpu")[0]
-    queue.put((arguments[-2].numpy(), logits.numpy()))
+    return arguments[-2].numpy(), logits.numpy()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@needs_fork
 def test_after_fork(threads):
     """The parent's threads do not exist in the child; the call must not wait for them."""
     threads(2)
@@ -214,16 +214,7 @@ def test_after_fork(threads):
     sums = arguments[-2].clone()
     case = make_case(4, 40, 32, 4).cast(torch.float32)
     expected = rada_logits(case.image, case.text, Params(*case.layers, logit_scale=20.0), case.options, "cpu")[0]
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_work_in_child, args=(arguments, case, queue))
-    child.start()
-    child.join(30)
-    if child.exitcode is None:
-        child.kill()
-        child.join()
-    assert child.exitcode == 0
-    child_sums, logits = map(torch.from_numpy, queue.get())
+    child_sums, logits = map(torch.from_numpy, in_forked_child(_sums_and_logits, arguments, case))
     assert torch.equal(child_sums, sums)
     torch.testing.assert_close(logits, expected)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +10,7 @@ from hypothesis import strategies as st
 from rada.fused import RAdaHead
 from rada_kernels import PENALTIES, Params, rada_logits
 from rada_kernels.backends import cpu
+from tests.forked import in_forked_child, needs_fork
 from tests.test_backends import DTYPES
 from tests.test_reference import SUBSETS
 from tests.truth import assert_as_good_as_reference, make_case, results
@@ -123,12 +121,12 @@ def test_expanded_and_strided_upstream_gradients(dtype):
             assert torch.equal(a, b)
 
 
-def _send_logits(head, image, text, queue):
+def _logits(head, image, text):
     with torch.no_grad():
-        queue.put(head(image, text, 20.0).numpy())
+        return head(image, text, 20.0).numpy()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@needs_fork
 @pytest.mark.parametrize(("batch", "classes", "width"), [(3, 5, 16), (70, 3, 512), (2, 80, 512)])
 def test_the_whole_head_in_a_forked_child(batch, classes, width):
     """At the parent's thread count, whose threads the child lacks: nothing in the call may wait for them.
@@ -142,15 +140,7 @@ def test_the_whole_head_in_a_forked_child(batch, classes, width):
         image, text = torch.randn(batch, width), torch.randn(classes, width)
         expected = head(image, text, 20.0).detach()
         (torch.randn(512, 512) @ torch.randn(512, 512)).exp()  # the parent has started its threads
-        context = multiprocessing.get_context("fork")
-        queue = context.SimpleQueue()
-        child = context.Process(target=_send_logits, args=(head, image, text, queue), daemon=True)
-        child.start()
-        child.join(20)
-        if child.exitcode is None:
-            child.kill()
-            child.join()
-        assert child.exitcode == 0
-        torch.testing.assert_close(torch.from_numpy(queue.get()), expected)
+        logits = in_forked_child(_logits, head, image, text)
+        torch.testing.assert_close(torch.from_numpy(logits), expected)
     finally:
         torch.set_num_threads(before)
