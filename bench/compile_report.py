@@ -5,7 +5,7 @@ the workloads of workloads.py and for every head width with few and many classes
 once and its machine code read (machine_code.py); times are predicted by a model (prediction.py).
 
 What is compiled is kept in runs/machine_code.jsonl: a run that was stopped goes on, and after a change only what
-changed is compiled again. From nothing, about 4,000 kernels: some 40 minutes on two cores.
+changed is compiled again. From nothing, about 5,000 kernels: an hour on two cores.
 """
 
 from __future__ import annotations
