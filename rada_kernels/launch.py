@@ -570,9 +570,9 @@ def reduction_config(
     elif dtype == torch.float32 and not device.is_amd and not backward:
         # 64 rows take up to 178 registers at E = 16 to 48 and 128: one program.
         config = GemmConfig(64 if many else 32, 64, block, 8, 2)
-    elif dtype == torch.float32 and not device.is_amd and not wide and device != INTERPRETER and head_width <= 64:
-        # 64 rows spill 8 bytes at E = 32 and 64, 16 at E = 16 even with 8 warps; 4 warps still 8 at E = 32.
-        config = GemmConfig(32, 64, block, 8, 2)
+    elif dtype == torch.float32 and not device.is_amd and not wide and device != INTERPRETER and head_width <= 80:
+        # 64 rows spill 8 bytes at E = 32 to 80, 16 at E = 16 even with 8 warps, where 32 weighted rows still spill 8.
+        config = GemmConfig(32 if joined or head_width > 16 else 16, 64, block, 8, 2)
     elif device == INTERPRETER or device.is_amd or dtype == torch.float32:
         config = GemmConfig(64, 64, block, 4, 2)
     elif backward and many and wide:
@@ -625,7 +625,11 @@ def joint_config(device: Device, dtype: torch.dtype, head_width: int, joined: bo
 
 
 def delta_config(device: Device, dtype: torch.dtype, head_width: int) -> AttentionConfig:
+    # One kind per program asks for dA twice: side by side, but on gfx1100, where that spills 100 to 1116 bytes.
     config = queries_bwd_config(device, dtype, head_width)
+    if device.is_wave32:
+        return replace(config, num_warps=4) if dtype == torch.float32 else config
+    config = replace(config, apart=False)
     if dtype == torch.float32:
         # Without tensor cores 32 rows spill 8 bytes at E = 96 and 144 at E = 128.
         exact = product_precision(dtype, device) == "ieee"

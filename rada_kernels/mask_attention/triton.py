@@ -545,6 +545,7 @@ def _mask_attention_bwd_delta_kernel(
     E: tl.constexpr,
     TEXT: tl.constexpr,
     RATIONAL: tl.constexpr,
+    APART: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -552,17 +553,17 @@ def _mask_attention_bwd_delta_kernel(
     """δ_n from the very A_n and dA that the gradients are made of: exact where one pair has all the weight."""
     D: tl.constexpr = H * E
     T = tl.cdiv(K, BM)
-    pair, _, tile, o_r, m_r, _ = _row_tile(K, T, BM, True, False)
+    pair, kind, tile, o_r, m_r, _ = _row_tile(K, T, BM, True, APART)
     p_head, _, p_rows = _head_offsets(pair, K, H, E)
     p_r = o_r.to(tl.int64) * D
     layer = B.to(tl.int64) * K * D
     keys = projections + p_rows
-    queries = _by_kind(query_text + p_head, keys + 2 * layer, 0, TEXT, RATIONAL, False)
+    queries = _by_kind(query_text + p_head, keys + 2 * layer, kind, TEXT, RATIONAL, APART)
     b_grad_rows = load_head(grad_rows + p_rows + p_r, m_r, E)  # [BM, E]
     b_kinds = ()
     b_deltas = ()
-    for n in tl.static_range(TEXT + RATIONAL):
-        p_kind = n * B * H + pair
+    for n in tl.static_range(len(queries)):
+        p_kind = (kind + n) * B * H + pair
         # (K / total) / K is 1 where the total is.
         b_kinds += (
             (load_head(queries[n] + p_r, m_r, E), tl.load(joint_tops + p_kind), tl.load(joint_scales + p_kind) / K),
@@ -571,13 +572,13 @@ def _mask_attention_bwd_delta_kernel(
     for start in range(0, K, BN):
         o_n, b_key, b_grad_weights = _weights_upstream(keys, keys + layer, b_grad_rows, start, K, D, E, BN, PRECISION)
         b_new = ()
-        for n in tl.static_range(TEXT + RATIONAL):
+        for n in tl.static_range(len(queries)):
             b_query, top, scale = b_kinds[n]
             b_weights = _weights(b_query, b_key, top, scale, start, o_n, K, factor, BN, PRECISION)
             b_new += (b_deltas[n] + tl.sum(b_weights * b_grad_weights, 1),)
         b_deltas = b_new
-    for n in tl.static_range(TEXT + RATIONAL):
-        tl.store(parts + (n * B * H + pair) * T + tile, tl.sum(tl.where(m_r, b_deltas[n], 0.0), 0))
+    for n in tl.static_range(len(queries)):
+        tl.store(parts + ((kind + n) * B * H + pair) * T + tile, tl.sum(tl.where(m_r, b_deltas[n], 0.0), 0))
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -847,8 +848,9 @@ def mask_attention_bwd(
     if kinds and exact:
         config = delta_config(device, projections.dtype, head_width)
         parts = deltas.new_empty(*deltas.shape, triton.cdiv(classes, config.BM))
-        _mask_attention_bwd_delta_kernel[(parts[0].numel(),)](
-            parts=parts, BM=config.BM, BN=config.BN, **common, **config.launch
+        apart = config.apart and kinds == 2
+        _mask_attention_bwd_delta_kernel[(parts[0].numel() * (1 + apart),)](
+            parts=parts, APART=apart, BM=config.BM, BN=config.BN, **common, **config.launch
         )
         deltas = parts.sum(-1) if parts.shape[-1] > 1 else parts.squeeze(-1)
     common |= backward | {"deltas": deltas, "grad_projections": gradients["grad_projections"]}
