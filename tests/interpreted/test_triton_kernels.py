@@ -21,7 +21,7 @@ from rada_kernels.rows import unit_rows
 from tests.truth import make_case
 
 BATCH, WIDTH, HEADS = 2, 96, 2
-SIZES = pytest.mark.parametrize("classes", [1, 2, 17, 64, 65, 129], ids="K={}".format)
+SIZES = pytest.mark.parametrize("classes", [1, 2, 17, 40, 64, 65, 129], ids="K={}".format)
 
 
 def close(mine: torch.Tensor, truth: torch.Tensor) -> None:
