@@ -564,17 +564,22 @@ def reduction_config(
         else:
             config = GemmConfig(32, 64, min(block, 32), 4, 1)
     elif dtype == torch.float32 and product_precision(dtype, device) == "ieee":
-        # 64 rows spill 8 to 24 bytes; 32 still 8 forward with 64 columns at E = 128, and 16 backward with 4 warps at
-        # E = 64.
-        config = GemmConfig(32, 64 if backward else 32, block, 8, 2)
+        # 64 rows spill 8 to 24 bytes; 32 still 8 forward with 64 columns at E = 128 and with 32 at E = 96, and backward
+        # 16 with 4 warps at E = 64 and 8 with two stages at E = 16 and 32.
+        columns = 64 if backward or head_width == 96 else 32
+        config = GemmConfig(32, columns, block, 8, 3 if backward and head_width <= 32 else 2)
     elif dtype == torch.float32 and not device.is_amd and not backward:
-        # 64 rows take up to 178 registers at E = 16 to 48 and 128: one program.
-        config = GemmConfig(64 if many else 32, 64, block, 8, 2)
+        # 64 rows take up to 178 registers at E = 16 to 48 and 128: one program. ptxas keeps to what lets several
+        # reside, even by spilling 8 to 24 bytes: on sm_120 with 8 warps, on sm_100 with two stages at E = 128.
+        warps = 4 if device.arch == "sm_120" and (joined or (many and head_width in (16, 80))) else 8
+        stages = 3 if device.arch == "sm_100" and head_width > 96 else 2
+        config = GemmConfig(64 if many else 32, 64, block, warps, stages)
     elif dtype == torch.float32 and not device.is_amd and not wide and device != INTERPRETER and head_width <= 80:
         # 64 rows spill 8 bytes at E = 32 to 80, 16 at E = 16 even with 8 warps, where 32 weighted rows still spill 8.
         config = GemmConfig(32 if joined or head_width > 16 else 16, 64, block, 8, 2)
     elif device == INTERPRETER or device.is_amd or dtype == torch.float32:
-        config = GemmConfig(64, 64, block, 4, 2)
+        # 4 warps spill 8 bytes on sm_100 at E = 128.
+        config = GemmConfig(64, 64, block, 8 if device.arch == "sm_100" and head_width > 96 else 4, 2)
     elif backward and many and wide:
         config = GemmConfig(64, 128, block, 8, 3)
     elif backward and device.arch == "sm_100" and block < 64:
