@@ -587,8 +587,10 @@ def reduction_config(
     elif backward and wide:
         config = GemmConfig(64, 64, block, 4, 2)  # sm_100 spills 8 bytes with 8 warps
     elif backward:
-        # 64 weighted rows take 178 and 191 registers at E = 32 and 128, one program, and spill 24 bytes at E = 16.
-        config = GemmConfig(64 if joined or 32 < head_width <= 96 else 32, 64, block, 8, 2)
+        # 64 weighted rows take 178 and 191 registers at E = 32 and 128, one program, and spill 24 bytes at E = 16. Of
+        # many classes, with 64 columns contracted at a time, they spill 8 on sm_120 in float16.
+        contracted = min(block, 32) if many and device.arch == "sm_120" else block
+        config = GemmConfig(64 if joined or 32 < head_width <= 96 else 32, 64, contracted, 8, 2)
     elif few:
         # Twice the programs; every one of them goes over the whole layer. There is hardly one for a multiprocessor,
         # so 8 warps: 100 registers on sm_90. Weighted rows of the narrowest and the widest heads take 158 to 167 with
