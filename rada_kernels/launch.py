@@ -251,6 +251,11 @@ def config_key(device: Device, dtype: torch.dtype, *sizes: int) -> str:
 Operands = tuple[int, list[int], int, int]
 
 
+def _projection_operands(c: GemmConfig, width: int, in_flight: int) -> Operands:
+    # A tile of X may pass through, where float16 makes it from factors in float32.
+    return max(1, in_flight) * (c.BR + c.BC) * c.BD, [], c.BR * c.BD, c.BR * c.BC
+
+
 def _gemm_operands(c: GemmConfig, width: int, in_flight: int) -> Operands:
     return max(1, in_flight) * (c.BR + c.BC) * c.BD, [], 0, c.BR * c.BC
 
@@ -279,13 +284,14 @@ def _direct_bwd_operands(c: AttentionConfig, width: int, in_flight: int) -> Oper
 
 def _queries_bwd_operands(c: AttentionConfig, width: int, in_flight: int) -> Operands:
     loop = max(1, in_flight) * 2 * c.BN * width
-    return loop, [c.BM * width] * 3, c.BN * max(width, c.BM), c.BM * width
+    # A row of the gradients of the scores is padded by eight on its way to the next product.
+    return loop, [c.BM * width] * 3, max(c.BN * width, c.BM * (c.BN + 8)), c.BM * width
 
 
 def _keys_bwd_operands(c: AttentionConfig, width: int, in_flight: int) -> Operands:
     # Loaded ahead are the rows before the image's is put among them, and the image's, one of them in float32.
     held = [c.BM * width] * 3 + [c.BN * width] * 2
-    return in_flight * 6 * c.BM * width, held, c.BN * max(width, c.BM), c.BN * width
+    return in_flight * 6 * c.BM * width, held, c.BN * max(width, c.BM + 8), c.BN * width
 
 
 @dataclass(frozen=True)
@@ -299,7 +305,7 @@ class Kernel:
 
 _ROWS, _SCORES = ("BR", "BC", "BD"), ("BM", "BN")
 KERNELS = {
-    "projection": Kernel(GemmConfig, _gemm_operands, _ROWS),
+    "projection": Kernel(GemmConfig, _projection_operands, _ROWS),
     "attention": Kernel(AttentionConfig, _attention_operands, _SCORES),
     "joined": Kernel(AttentionConfig, _attention_operands, ("BN",)),
     "direct": Kernel(AttentionConfig, _direct_operands, ()),

