@@ -89,14 +89,19 @@ _planned: Device | None = None
 
 
 @contextlib.contextmanager
-def planning_for(device: Device):
-    """Within it, every launch is configured for this device instead of the tensors' own."""
-    global _planned
-    before, _planned = _planned, device
+def _within(variable: str, value):
+    """Within it, a variable of this module has another value; in every thread, as autograd has threads of its own."""
+    before = globals()[variable]
+    globals()[variable] = value
     try:
         yield
     finally:
-        _planned = before
+        globals()[variable] = before
+
+
+def planning_for(device: Device):
+    """Within it, every launch is configured for this device instead of the tensors' own."""
+    return _within("_planned", device)
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -393,15 +398,9 @@ def tuned_or_heuristic(request: Request, heuristic):
 _choose: Callable = tuned_or_heuristic
 
 
-@contextlib.contextmanager
 def choosing_by(choose: Callable):
     """Within it, choose(request, heuristic) answers every request for a configuration."""
-    global _choose
-    before, _choose = _choose, choose
-    try:
-        yield
-    finally:
-        _choose = before
+    return _within("_choose", choose)
 
 
 @functools.lru_cache
