@@ -131,6 +131,22 @@ def test_a_pass_is_recorded_with_torchs_own_products():
     assert len(record_launches(load, "forward", torch.bfloat16, Device.named("sm_90"))) == 3
 
 
+@pytest.mark.parametrize("name", ["eurosat", "caltech101", "imagenet"])
+def test_what_is_kept_is_allocated_once(name, monkeypatch):
+    """A forward pass holds one tensor of projections, the one that the kernel fills and the backward pass reads."""
+    load, shapes = WORKLOADS[name], []
+    new_empty = torch.Tensor.new_empty
+
+    def noted(tensor, *shape, **options):
+        out = new_empty(tensor, *shape, **options)
+        shapes.append(tuple(out.shape))
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", noted)
+    record_launches(load, "step", torch.bfloat16, Device.named("sm_90"))
+    assert shapes.count((3, load.batch, load.classes, load.width)) == 1
+
+
 @pytest.mark.parametrize("name", ["eurosat", "caltech101"])
 def test_nothing_waits_for_the_device(name):
     """No number is read back in a pass: on the meta device that raises, and a CUDA graph could not be captured."""

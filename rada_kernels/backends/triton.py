@@ -79,6 +79,15 @@ class Kept:
         return list(vars(self).values())
 
 
+def _fits_budget(image: Tensor, text: Tensor, options: Options) -> bool:
+    """Whether what a call would keep for its backward pass is within RADA_SAVE_BYTES."""
+    from rada_kernels.mask_attention.triton import empty_attended_rows
+
+    row_tensors = 2 + ("rational" in options.queries) + len(empty_attended_rows(image[:0], len(text), options).rows)
+    row_bytes = row_tensors * len(text) * image.numel() * image.dtype.itemsize
+    return row_bytes <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
+
+
 def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kept:
     """Uninitialised tensors for what a call keeps, from shapes alone: everything or nothing."""
     from rada_kernels.logit_reduction.triton import empty_statistic
@@ -86,9 +95,7 @@ def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kep
 
     (batch, width), classes = image.shape, text.shape[0]
     layers = 2 + ("rational" in options.queries)
-    row_tensors = layers + len(empty_attended_rows(image[:0], classes, options).rows)
-    row_bytes = row_tensors * batch * classes * width * image.dtype.itemsize
-    keep = save and row_bytes <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
+    keep = save and _fits_budget(image, text, options)
     b, k = batch * keep, classes * keep
     return Kept(
         query_image=image.new_empty(b * ("image" in options.queries), width),
@@ -122,17 +129,17 @@ def forward(
     image: Tensor, text: Tensor, params: Params, options: Options, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Masked sums [B, K], each image's statistic of |M - 1| [B], and what the backward pass starts from."""
-    kept = empty_kept(image, text, options, save)
     if not len(image):
         return (
             image.new_empty(0, len(text), dtype=torch.float32),
             image.new_empty(0, dtype=torch.float32),
-            kept.tensors(),
+            empty_kept(image, text, options, save).tensors(),
         )
     image, text, params = _contiguous(image, text, params)
     with on_device(image):
-        sums, deviation, computed = _run(image, text, params, options, save=len(kept.inverse_image) > 0)
-    return sums, deviation, (computed or kept).tensors()
+        save = save and _fits_budget(image, text, options)
+        sums, deviation, kept = _run(image, text, params, options, save)
+    return sums, deviation, (kept or empty_kept(image, text, options, save=False)).tensors()
 
 
 def _contiguous(image: Tensor, text: Tensor, params: Params) -> tuple[Tensor, Tensor, Params]:

@@ -308,7 +308,10 @@ def _logit_reduction_bwd_kernel(
 
 
 class Statistic(NamedTuple):
-    """What the reduction leaves of |M - 1|: of the penalty's kind, the others with B = 0."""
+    """What the reduction leaves of |M - 1|: of the penalty's kind, the others with B = 0.
+
+    `peak` says what `largest` does; but `largest` is given out, and an operator's results must not share memory.
+    """
 
     largest: Tensor  # [B] int32, "linf": the bits of the largest. Cleared before the launch
     peak: Tensor  # [B] int64, "linf" where a backward pass follows: those bits and the place. Cleared before the launch
