@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rada_kernels import BackendChoice, Options, Params, backend_for, rada_logits, rada_mask
-from rada_kernels.backends import BACKENDS
+from rada_kernels.dispatch import BACKENDS
 
 # The released checkpoints prefix the head's parameters with its attribute name in the training code.
 RELEASED_PREFIX = "mha."

@@ -2,11 +2,11 @@
 
 rational_projection → mask_attention → logit_reduction
 
-`backends` composes the steps, `operators` registers them with torch, `logits` holds the functions people call.
+`backends` compose the steps, `ops` registers them with torch, `dispatch` chooses, `api` holds what people call.
 """
 
-from rada_kernels.backends import BACKENDS, BackendChoice, choose_backend, usable_backends
-from rada_kernels.logits import backend_for, rada_logits, rada_mask
+from rada_kernels.api import backend_for, rada_logits, rada_mask
+from rada_kernels.dispatch import BACKENDS, BackendChoice, choose_backend, usable_backends
 from rada_kernels.options import PENALTIES, QUERIES, Options, Params
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 
 from rada.fused import RAdaHead
 from rada_kernels import Params, rada_logits
-from rada_kernels.operators import pack_options
+from rada_kernels.ops import pack_options
 from tests.truth import make_case, results
 
 CLASSES = pytest.mark.parametrize("classes", [9, 50, 131], ids=["direct", "joined", "streaming"])

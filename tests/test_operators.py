@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from rada.fused import RAdaHead
 from rada_kernels import Options
-from rada_kernels.operators import pack_options
+from rada_kernels.ops import pack_options
 from tests.test_backends import backends, every_backend
 from tests.truth import make_case
 
@@ -136,7 +136,7 @@ def test_inference_keeps_nothing():
 
 
 def test_options_survive_the_trip_through_the_schema():
-    from rada_kernels.operators import _unpack_options
+    from rada_kernels.ops import _unpack_options
 
     options = Options(2, 0.3, ("rational", "image"), "mse", False)
     *packed, backend = pack_options(options, "torch")

@@ -75,7 +75,7 @@ def test_a_number_becomes_a_scalar_without_a_copy_from_the_host():
     from launches import _TorchCalls
 
     from rada_kernels import Params
-    from rada_kernels.logits import _on_device
+    from rada_kernels.api import _on_device
 
     image, calls = torch.empty(2, 4, device="meta"), []
     with _TorchCalls(calls):

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rada_kernels import ops
+from rada_kernels.budget import MIB, SAVE_BYTES, budget
 from rada_kernels.options import PENALTIES, QUERIES, Options, Params, Wanted
-from rada_kernels.tiling import MIB, SAVE_BYTES, budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # RADA_CPU_LIBRARY: another build of it, such as the one that `make sanitize` tests.
@@ -151,3 +152,6 @@ def backward(
         )  # fmt: skip
     grads = [grad_image] * wanted.image + [grad_text] * wanted.text + layers * wanted.layers
     return [grad.to(image.dtype) for grad in grads]
+
+
+masked_similarity = ops.register("cpu", forward, backward, empty_kept)

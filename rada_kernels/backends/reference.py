@@ -7,9 +7,9 @@ from torch import Tensor
 
 from rada_kernels.logit_reduction.reference import deviation_from_one, mask_from, masked_sums
 from rada_kernels.mask_attention.reference import mask_attention
+from rada_kernels.numerics import unit_rows
 from rada_kernels.options import Options, Params
 from rada_kernels.rational_projection.reference import rational_projection
-from rada_kernels.rows import unit_rows
 
 
 def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: int) -> tuple[bool, str]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rada_kernels import ops
+from rada_kernels.budget import SAVE_BYTES, budget
 from rada_kernels.launch import on_device
+from rada_kernels.numerics import unit_rows_backward
 from rada_kernels.options import Options, Params, Wanted
-from rada_kernels.rows import unit_rows_backward
-from rada_kernels.tiling import SAVE_BYTES, budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_WIDTHS = (16, 32, 48, 64, 80, 96, 128)
@@ -227,3 +228,6 @@ def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wan
     rounded = [torch.empty_like(tensor) for tensor in _differentiated(image, text, params, wanted)]
     torch._foreach_copy_(rounded, grads)
     return rounded
+
+
+masked_similarity = ops.register("triton", forward, backward, empty_kept)

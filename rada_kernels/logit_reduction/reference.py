@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rada_kernels.numerics import accumulation_dtype
 from rada_kernels.options import Params
-from rada_kernels.rows import accumulation_dtype
 
 
 def mask_from(attended: Tensor, params: Params) -> Tensor:  # [B, K, D] -> [B, K, D]

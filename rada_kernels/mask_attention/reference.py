@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rada_kernels.rows import accumulation_dtype
+from rada_kernels.numerics import accumulation_dtype
 
 
 def joint_softmax(scores: Tensor) -> Tensor:  # [B, H, K, K] -> [B, H, K, K]

@@ -48,7 +48,7 @@ RADA_INLINE void apply_back(const Layer<P>& layer, const typename P::element* ro
 // to = scale · features / |features|, padded to ld floats; the inverse norm: 0 for a zero row, 1 without normalize.
 template <class P>
 float unit_row(float* to, const typename P::element* features, int64_t width, int64_t ld, bool normalize) {
-  constexpr double ZERO_NORM = 1e-12;  // as in rows.py
+  constexpr double ZERO_NORM = 1e-12;  // as in numerics.py
   double square = 0;
   for (int64_t d = 0; d < ld; d += W) {
     const vec x = P::get_first(features + d, width - d);

@@ -32,8 +32,8 @@ from rada_kernels.launch import (
     rows_bwd_config,
     weight_bwd_config,
 )
+from rada_kernels.numerics import ZERO_NORM
 from rada_kernels.options import Options, Params
-from rada_kernels.rows import ZERO_NORM
 
 
 @triton.jit

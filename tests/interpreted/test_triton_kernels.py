@@ -10,6 +10,7 @@ from rada_kernels.logit_reduction import reference as reduction_reference
 from rada_kernels.logit_reduction.triton import empty_statistic, logit_reduction_bwd, logit_reduction_fwd
 from rada_kernels.mask_attention import reference as attention_reference
 from rada_kernels.mask_attention.triton import empty_attended_rows, mask_attention_bwd, mask_attention_fwd
+from rada_kernels.numerics import unit_rows
 from rada_kernels.options import QUERIES
 from rada_kernels.rational_projection import reference as projection_reference
 from rada_kernels.rational_projection.triton import (
@@ -17,7 +18,6 @@ from rada_kernels.rational_projection.triton import (
     rational_projection_bwd_weights,
     rational_projection_fwd,
 )
-from rada_kernels.rows import unit_rows
 from tests.truth import make_case
 
 BATCH, WIDTH, HEADS = 2, 96, 2

@@ -1,19 +1,19 @@
-"""The registered operators torch.ops.rada.masked_similarity and its backward.
+"""The registered operators torch.ops.rada.masked_similarity and its backward: schema, fake, autograd, autocast.
 
-One schema serves every backend; the backend's name travels as an argument. The wrappers in `rada_kernels.logits`
-are what people call.
+One schema serves every backend; the backend's name travels as an argument. `rada_kernels.api` holds what people call.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rada_kernels.backends import BACKENDS
+from rada_kernels.numerics import accumulation_dtype
 from rada_kernels.options import Options, Params, Wanted
-from rada_kernels.rows import accumulation_dtype
 
 _OPTIONS = "int num_heads, float temperature, str queries, str penalty, bool normalize, str backend"
 _INPUTS = "Tensor image, Tensor text, Tensor logit_scale, Tensor[] layers"
@@ -25,6 +25,34 @@ LIBRARY.define(
     f"masked_similarity_backward(Tensor grad_sums, Tensor? grad_deviation, {_INPUTS}, Tensor[] kept, {_OPTIONS}, "
     "bool want_image, bool want_text, bool want_layers) -> Tensor[]"
 )
+
+
+class Kernels(NamedTuple):
+    """What a backend does of a call; its arguments and results are those of the operators."""
+
+    forward: Callable  # (image, text, params, options, save) -> (sums, deviation, kept)
+    backward: Callable  # (grad_sums, grad_deviation, image, text, params, kept, options, wanted) -> gradients
+    empty_kept: Callable  # (image, text, options, save) -> uninitialised `kept`, from shapes alone
+
+
+KERNELS: dict[str, Kernels] = {}
+
+
+def register(name: str, forward: Callable, backward: Callable, empty_kept: Callable) -> Callable:
+    """Serve the operators under this name. Returns the backend's masked_similarity, which torch can differentiate."""
+    KERNELS[name] = Kernels(forward, backward, empty_kept)
+
+    def masked_similarity(image: Tensor, text: Tensor, params: Params, options: Options) -> tuple[Tensor, Tensor]:
+        """Σ_d M R [B, K] and each image's statistic of |M - 1| [B], both in the accumulation dtype."""
+        # An exported program keeps nothing: what fits a byte budget depends on B, which export leaves open.
+        save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        save = save and any(t.requires_grad for t in (image, text, *params.layers))
+        sums, deviation, _ = torch.ops.rada.masked_similarity(
+            image, text, params.logit_scale.detach(), params.layers, *pack_options(options, name), save
+        )
+        return sums, deviation
+
+    return masked_similarity
 
 
 def pack_options(options: Options, backend: str) -> tuple:
@@ -41,7 +69,7 @@ def _unpack_options(num_heads, temperature, queries, penalty, normalize) -> Opti
 @torch.library.impl(LIBRARY, "masked_similarity", "CompositeExplicitAutograd")
 def _forward(image, text, logit_scale, layers, *packed):
     *options, backend, save = packed
-    return BACKENDS[backend].forward(image, text, Params(*layers, logit_scale), _unpack_options(*options), save)
+    return KERNELS[backend].forward(image, text, Params(*layers, logit_scale), _unpack_options(*options), save)
 
 
 @torch.library.register_fake("rada::masked_similarity", lib=LIBRARY)
@@ -53,14 +81,14 @@ def _forward_fake(image, text, logit_scale, layers, *packed):
     return (
         sums,
         deviation,
-        BACKENDS[backend].empty_kept(image, text, _unpack_options(*options), save).tensors(),
+        KERNELS[backend].empty_kept(image, text, _unpack_options(*options), save).tensors(),
     )
 
 
 @torch.library.impl(LIBRARY, "masked_similarity_backward", "CompositeExplicitAutograd")
 def _backward(grad_sums, grad_deviation, image, text, logit_scale, layers, kept, *packed):
     *options, backend, want_image, want_text, want_layers = packed
-    return BACKENDS[backend].backward(
+    return KERNELS[backend].backward(
         grad_sums,
         grad_deviation,
         image,

@@ -1,16 +1,15 @@
-"""rada_logits: the function under the head."""
+"""The functions people call: rada_logits, the function under the head, and rada_mask."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-import rada_kernels.operators  # noqa: F401  (registers torch.ops.rada)
-from rada_kernels.backends import BackendChoice, choose_backend, reference, tiled
+from rada_kernels.backends import plain
 from rada_kernels.checks import check_inputs
-from rada_kernels.operators import pack_options
+from rada_kernels.dispatch import BACKENDS, BackendChoice, choose_backend
+from rada_kernels.numerics import accumulation_dtype
 from rada_kernels.options import Options, Params
-from rada_kernels.rows import accumulation_dtype
 
 
 def backend_for(image: Tensor, options: Options, backend: str = "auto") -> BackendChoice:
@@ -39,7 +38,7 @@ def rada_logits(
     params: the six layers [D, D] and [D] in the features' dtype (under autocast in any floating dtype), the
         exponentiated logit_scale (a positive 0-d tensor or float) and an optional logit_bias.
     options: see `Options`; None means its defaults.
-    backend: "auto" (default), or a name that must serve the call. See `rada_kernels.backends`.
+    backend: "auto" (default), or a name that must serve the call. See `rada_kernels.dispatch`.
 
     Returns logits [B, K] in the features' dtype (float32 under autocast) and the penalty, a 0-d tensor in float32
     (float64 for float64 features): the mean over the images of what Options.penalty names, 0 for an empty batch.
@@ -53,15 +52,7 @@ def rada_logits(
     check_inputs(image, text, params, options)
     params = _on_device(params, image)
     name, _ = _choose(image, options, backend)
-    if name == "reference":
-        sums, deviation = reference.masked_similarity(image, text, params, options)
-    else:
-        # An exported program keeps nothing: what fits a byte budget depends on B, which export leaves open.
-        save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
-        save = save and any(t.requires_grad for t in (image, text, *params.layers))
-        sums, deviation, _ = torch.ops.rada.masked_similarity(
-            image, text, params.logit_scale.detach(), params.layers, *pack_options(options, name), save
-        )
+    sums, deviation = BACKENDS[name].masked_similarity(image, text, params, options)
     logits = params.logit_scale * sums
     if params.logit_bias is not None:
         logits = logits + params.logit_bias
@@ -75,7 +66,7 @@ def rada_mask(image: Tensor, text: Tensor, params: Params, options: Options | No
     options = Options() if options is None else options
     check_inputs(image, text, params, options)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        return tiled.mask(image, text, _on_device(params, image), options)
+        return plain.mask(image, text, _on_device(params, image), options)
 
 
 def _on_device(params: Params, image: Tensor) -> Params:

@@ -1,4 +1,4 @@
-"""The logit reduction for a chunk of images: output product, then everything that is read off the mask, in place."""
+"""The logit reduction of the `torch` backend, for a chunk of b images: the output product, then the mask in place."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ def deviation(change: Tensor, peak: Tensor, penalty: str) -> Tensor:  # [b, K, D
     if penalty == "l1":
         return torch.linalg.vector_norm(flat, 1, dim=-1) / flat.shape[-1]
     return torch.linalg.vecdot(flat, flat) / flat.shape[-1]
+
+
+def rational_backward(grad_sums: Tensor, change: Tensor) -> Tensor:  # [b, K], [b, K, D] -> [b, K, D]
+    """The gradient of R through the sums Σ_d M R."""
+    return grad_sums.unsqueeze(-1) * (1 + change)
 
 
 def logit_reduction_backward(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rada_kernels.rows import accumulation_dtype
+from rada_kernels.numerics import accumulation_dtype
 
 MIB = 1 << 20
 # A score tile should stay in a CPU's last-level cache between its passes; other devices want launches to be large.

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rada_kernels.logit_reduction import tiled as logit_reduction
-from rada_kernels.mask_attention import tiled as mask_attention
+from rada_kernels import ops
+from rada_kernels.budget import SAVE_BYTES, Tiling, budget
+from rada_kernels.logit_reduction import plain as logit_reduction
+from rada_kernels.mask_attention import plain as mask_attention
+from rada_kernels.mask_attention.plain import Attended, Queries
+from rada_kernels.numerics import LayerGradients, accumulation_dtype, inverse_norms, unit_rows_backward
 from rada_kernels.options import Options, Params, Wanted
-from rada_kernels.rational_projection import tiled as rational_projection
-from rada_kernels.rational_projection.tiled import join_heads, split_heads
-from rada_kernels.rows import accumulation_dtype, inverse_norms, unit_rows_backward
-from rada_kernels.tiling import SAVE_BYTES, Tiling, budget
+from rada_kernels.rational_projection import plain as rational_projection
+from rada_kernels.rational_projection.plain import join_heads, split_heads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,14 +38,14 @@ class Kept:
     of 0 and is computed again: the exponentials alone, or everything.
     """
 
-    top: Tensor  # [n, P] the scores' maximum over all pairs of classes, n = 0 to 2 matrix query kinds
-    total: Tensor  # [n, P] the sum of exp(score - maximum)
-    peak: Tensor  # [1, b] the first place of the largest |M - 1|
     projections: Tensor  # [N, P, K, E] keys, values, rational queries if in use
-    rows: Tensor  # [1, P, K, E] attended rows
-    kinds: Tensor  # [n, P, K, E] each kind's attended rows, only where score rows come in several tiles
+    rows: Tensor  # [1, P, K, E] Attended's tensors, of n = 0 to 2 matrix query kinds
+    m: Tensor  # [n, P]
+    l: Tensor  # [n, P]
+    by_kind: Tensor  # [n, P, K, E]
+    exponentials: Tensor  # [n, P, K, K] exp(score - m), accumulation dtype
     change: Tensor  # [1, b, K, D] M - 1, accumulation dtype
-    exponentials: Tensor  # [n, P, K, K] exp(score - maximum), accumulation dtype
+    peak: Tensor  # [1, b] the first place of the largest |M - 1|
 
     def tensors(self) -> list[Tensor]:
         return list(vars(self).values())
@@ -54,8 +56,12 @@ class Kept:
         views = {name: t[:, b if name in ("peak", "change") else p] for name, t in vars(self).items()}
         return Kept(**views)
 
+    @property
+    def attended(self) -> Attended:
+        return Attended(self.rows[0], self.m, self.l, self.by_kind)
+
     def store(self, other: Kept) -> None:
-        """Copy in from a chunk what is kept here and does not lie here already."""
+        """Copy a chunk's tensors in, but for those not kept and those written in place."""
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             if mine.numel() and mine.data_ptr() != theirs.data_ptr():
                 mine.copy_(theirs)
@@ -67,7 +73,7 @@ def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kep
     dtype = accumulation_dtype(image.dtype)
     matrix = len(options.queries) - ("image" in options.queries)
     layers = 2 + ("rational" in options.queries)
-    keep = keep_kinds = keep_exponentials = False
+    keep = keep_by_kind = keep_exponentials = False
     if save:
         whole = Tiling.fit(classes, width, heads, image.dtype, image.device).rows >= classes
         room = budget("RADA_SAVE_BYTES", SAVE_BYTES)
@@ -75,19 +81,19 @@ def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kep
         row_bytes = batch * classes * width * ((layers + 1 + streamed) * image.dtype.itemsize + dtype.itemsize)
         exponential_bytes = batch * matrix * heads * classes * classes * dtype.itemsize
         keep = row_bytes <= room
-        keep_kinds = keep and not whole
+        keep_by_kind = keep and not whole
         keep_exponentials = whole and row_bytes + exponential_bytes <= room
     pairs = batch * heads
     head_rows = (classes, width // heads)
     return Kept(
-        top=image.new_empty(matrix, pairs * keep, dtype=dtype),
-        total=image.new_empty(matrix, pairs * keep, dtype=dtype),
-        peak=image.new_empty(1, batch * keep, dtype=torch.int64),
         projections=image.new_empty(layers, pairs * keep, *head_rows),
         rows=image.new_empty(1, pairs * keep, *head_rows),
-        kinds=image.new_empty(matrix, pairs * keep_kinds, *head_rows),
-        change=image.new_empty(1, batch * keep, classes, width, dtype=dtype),
+        m=image.new_empty(matrix, pairs * keep, dtype=dtype),
+        l=image.new_empty(matrix, pairs * keep, dtype=dtype),
+        by_kind=image.new_empty(matrix, pairs * keep_by_kind, *head_rows),
         exponentials=image.new_empty(matrix, pairs * keep_exponentials, classes, classes, dtype=dtype),
+        change=image.new_empty(1, batch * keep, classes, width, dtype=dtype),
+        peak=image.new_empty(1, batch * keep, dtype=torch.int64),
     )
 
 
@@ -126,14 +132,13 @@ class Call:
     def rational_rows(self, b: slice) -> Tensor:
         return rational_projection.rational_rows(self.f[b], self.h, self.scale, self.dtype)
 
-    def queries(self, b: slice, projections: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        """The image query [P, 1, E] and the matrix queries [P, K, E] of a chunk."""
+    def queries(self, b: slice, projections: Tensor) -> Queries:
         image = None if self.image_query is None else self.image_query[b].flatten(0, 1).unsqueeze(1)
         matrix = []
         if self.text_query is not None:
             matrix.append(self.text_query.repeat(b.stop - b.start, 1, 1))
         matrix.extend(projections[2:])
-        return image, matrix
+        return Queries(image, matrix)
 
     def forward(self, b: slice, kept: Kept) -> Kept:
         """The three steps for the images of slice b. Projections and exponentials are written where they are kept."""
@@ -146,13 +151,13 @@ class Call:
             )
         for name, out in zip(self.x_layers, projections, strict=True):
             rational_projection.rational_projection(x, *self.layer(name), heads, out)
-        image_query, matrix_queries = self.queries(b, projections)
-        rows, top, total, kinds = mask_attention.mask_attention(
-            image_query, matrix_queries, *projections[:2], kept.exponentials, self.factor, self.tiling
+        queries = self.queries(b, projections)
+        rows, *softmax = mask_attention.mask_attention(
+            queries, *projections[:2], kept.exponentials, self.factor, self.tiling
         )
         change = logit_reduction.mask_change(join_heads(rows, heads), self.params, self.f[b])
         peak = logit_reduction.peak(change)
-        return Kept(top, total, peak[None], projections, rows[None], kinds, change[None], kept.exponentials)
+        return Kept(projections, rows[None], *softmax, kept.exponentials, change[None], peak[None])
 
 
 def forward(
@@ -208,65 +213,50 @@ class GradientSums:
 
     def __init__(self, call: Call, wanted: Wanted):
         self.call, self.wanted = call, wanted
-        self.layers: dict[str, tuple[Tensor, Tensor]] = {}  # by name: weight [D, D], bias [D]
+        self.layers = LayerGradients()
         self.f, self.h = torch.zeros_like(call.f), torch.zeros_like(call.h)
         self.image_query = None if call.image_query is None else torch.zeros_like(call.f)  # [B, D]
         self.text_query = None if call.text_query is None else torch.zeros_like(call.h)  # [K, D]
 
-    def add_layer(self, name: str, grad: Tensor, rows: Tensor) -> None:
-        """Add a linear layer's gradients from those of its result [N, D] and its input [N, D]."""
-        bias = grad.sum(0, dtype=self.call.f.dtype)
-        if name not in self.layers:
-            self.layers[name] = (grad.t() @ rows).to(bias.dtype), bias
-            return
-        weight_sum, bias_sum = self.layers[name]
-        bias_sum += bias
-        if weight_sum.dtype == grad.dtype:
-            weight_sum.addmm_(grad.t(), rows)
-        else:
-            weight_sum += grad.t() @ rows
-
     def add_chunk(self, b: slice, chunk: Kept, grad_sums: Tensor, grad_deviation: Tensor | None) -> None:
         """Run the three steps backward for the images of slice b."""
-        call, heads = self.call, self.call.options.num_heads
+        call, heads, wanted = self.call, self.call.options.num_heads, self.wanted
         f, change = call.f[b], chunk.change[0]
 
         grad_out = logit_reduction.logit_reduction_backward(
             grad_sums, grad_deviation, change, f, call.h, chunk.peak[0], call.options.penalty
         )
         grad_out = grad_out.flatten(0, 1).to(call.dtype)  # [b·K, D]
-        if self.wanted.layers:
-            self.add_layer("out", grad_out, join_heads(chunk.rows[0], heads))
+        if wanted.layers:
+            self.layers.add("out", grad_out, join_heads(chunk.rows[0], heads))
         grad_rows = split_heads(grad_out @ call.params.out_weight, call.classes, heads)
 
-        image_query, matrix_queries = call.queries(b, chunk.projections)
-        key, value = chunk.projections[:2]
+        queries = call.queries(b, chunk.projections)
         grads = mask_attention.mask_attention_backward(
-            grad_rows, image_query, matrix_queries, key, value, chunk.top, chunk.total, chunk.kinds,
-            chunk.exponentials, call.factor, call.tiling,
-        )  # fmt: skip
+            grad_rows, queries, *chunk.projections[:2], chunk.attended, chunk.exponentials, call.factor, call.tiling
+        )
         grad_x_layers = [grads.key, grads.value]
         if "rational" in call.options.queries:
-            grad_x_layers.append(grads.matrix_queries.pop())
-        if image_query is not None:
-            self.image_query[b] = grads.image_query.reshape_as(f)
-        if grads.matrix_queries:
-            by_image = grads.matrix_queries[0].unflatten(0, (-1, heads)).sum(0, dtype=call.f.dtype)  # [H, K, E]
+            grad_x_layers.append(grads.queries.matrix.pop())
+        if queries.image is not None:
+            self.image_query[b] = grads.queries.image.reshape_as(f)
+        if grads.queries.matrix:
+            by_image = grads.queries.matrix[0].unflatten(0, (-1, heads)).sum(0, dtype=call.f.dtype)  # [H, K, E]
             self.text_query += join_heads(by_image, heads)
 
-        x = call.rational_rows(b) if self.wanted.layers else None
+        features = wanted.image or wanted.text
+        x = call.rational_rows(b) if wanted.layers else None
         grad_x = 0
         for name, pairs in zip(call.x_layers, grad_x_layers, strict=True):
             grad = join_heads(pairs, heads)  # [b·K, D]
-            if self.wanted.layers:
-                self.add_layer(name, grad, x)
-            if self.wanted.image or self.wanted.text:
+            if wanted.layers:
+                self.layers.add(name, grad, x)
+            if features:
                 grad_x = grad_x + (grad @ call.layer(name)[0]).to(f.dtype)
-        if self.wanted.image or self.wanted.text:
-            # Through X = s R and through the sums M R; M - 1 is what is kept.
-            grad_r = call.scale * grad_x.unflatten(0, (-1, call.classes)) + grad_sums.unsqueeze(-1) * (1 + change)
-            self.f[b] = (grad_r * call.h).sum(1)
-            self.h += (grad_r * f.unsqueeze(1)).sum(0)
+        if features:
+            grad_r = logit_reduction.rational_backward(grad_sums, change)
+            self.f[b], grad_h = rational_projection.rational_rows_backward(grad_x, grad_r, f, call.h, call.scale)
+            self.h += grad_h
 
     def finish(self) -> list[Tensor]:
         """The two queries without X, the rows' normalisation, and one rounding to the dtype of the inputs."""
@@ -276,9 +266,9 @@ class GradientSums:
             ("query_text", call.h, self.h, self.text_query, wanted.text),
         ):
             if grad is not None and wanted.layers:
-                self.add_layer(name, grad, root * rows)
+                self.layers.add(name, grad, root * rows)
             if grad is not None and want_rows:
-                grad_rows += root * (grad @ call.layer(name)[0].to(grad.dtype))
+                grad_rows += rational_projection.direct_query_backward(grad, root, call.layer(name)[0])
         grads = []
         for on, grad, unit, index in ((wanted.image, self.f, call.f, 0), (wanted.text, self.h, call.h, 1)):
             if on:
@@ -286,5 +276,8 @@ class GradientSums:
         if wanted.layers:
             for layer in ("query_image", "query_text", "query_rational", "key", "value", "out"):
                 # A query kind that is not in use has no part in the logits.
-                grads += self.layers.get(layer) or [torch.zeros_like(t) for t in call.layer(layer)]
+                grads += self.layers.sums.get(layer) or [torch.zeros_like(t) for t in call.layer(layer)]
         return [grad.to(call.dtype) for grad in grads]
+
+
+masked_similarity = ops.register("torch", forward, backward, empty_kept)

@@ -1,4 +1,4 @@
-"""Row normalisation, shared by every backend."""
+"""What every backend agrees on: the accumulation dtype and the rows' normalisation; and layers' gradient sums."""
 
 from __future__ import annotations
 
@@ -35,3 +35,23 @@ def unit_rows_backward(grad_unit: Tensor, unit: Tensor, inverse: Tensor) -> Tens
     """
     along = (grad_unit * unit).sum(-1, keepdim=True)
     return (grad_unit - unit * along) * inverse.unsqueeze(-1)
+
+
+class LayerGradients:
+    """Gradients of linear layers y = x Wᵀ + c, summed chunk by chunk in the accumulation dtype."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}  # by layer: weight [D, D], bias [D]
+
+    def add(self, layer: str, grad: Tensor, rows: Tensor) -> None:
+        """Add a chunk: the gradient of the layer's result [N, D], and its input [N, D]."""
+        bias = grad.sum(0, dtype=accumulation_dtype(grad.dtype))
+        if layer not in self.sums:
+            self.sums[layer] = (grad.t() @ rows).to(bias.dtype), bias
+            return
+        weight_sum, bias_sum = self.sums[layer]
+        bias_sum += bias
+        if weight_sum.dtype == grad.dtype:
+            weight_sum.addmm_(grad.t(), rows)
+        else:
+            weight_sum += grad.t() @ rows
