@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from rada.released import NUM_HEADS, head_state, read_checkpoint
 from rada_kernels import BackendChoice, Options, Params, backend_for, rada_logits, rada_mask
 from rada_kernels.dispatch import BACKENDS
-
-# The released checkpoints prefix the head's parameters with its attribute name in the training code.
-RELEASED_PREFIX = "mha."
 
 
 class RAdaHead(nn.Module):
@@ -72,25 +72,41 @@ class RAdaHead(nn.Module):
             layer.requires_grad_(kind in self.options.queries)
 
     @classmethod
-    def from_released(cls, checkpoint: str | os.PathLike | dict, num_heads: int = 8, **options) -> RAdaHead:
+    def from_released(
+        cls,
+        checkpoint: str | os.PathLike | Mapping,
+        num_heads: int | None = None,
+        *,
+        temperature: float | None = None,
+        **options,
+    ) -> RAdaHead:
         """A head from a checkpoint of the released training code, {"state_dict": {"mha.q_proj1.weight": ...}}.
 
-        checkpoint: its path, or the loaded dict; a bare state dict, with or without the "mha." prefix, will do.
-        num_heads, options: as for RAdaHead; the checkpoint does not hold them. Released runs use 8 heads.
+        checkpoint: its path, such as model.pth.tar-5, or the loaded dict; a bare state dict, with or without the "mha."
+            prefix, will do. A file's state dict is read without running anything else that the file holds.
+        num_heads, temperature: those of the run, which no checkpoint holds. Default: 8, written into the released code,
+            and 1.0, which its runs set by experiment (TEMP); a UserWarning says what was assumed.
+        options: as for RAdaHead. dtype defaults to the checkpoint's.
+
+        Raises FileNotFoundError, or ValueError for a file that cannot be read this way and for one without a head.
         """
-        if not isinstance(checkpoint, dict):
-            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        state = checkpoint.get("state_dict", checkpoint)
-        prefixed = {k.removeprefix(RELEASED_PREFIX): v for k, v in state.items() if k.startswith(RELEASED_PREFIX)}
-        state = prefixed or state
-        if "q_proj1.weight" not in state:
-            raise ValueError(
-                f"checkpoint: got the entries {sorted(state)[:8]}; it takes a state dict with "
-                f"'{RELEASED_PREFIX}q_proj1.weight' or 'q_proj1.weight'"
+        state = head_state(checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint))
+        assumed = []
+        if num_heads is None:
+            num_heads = NUM_HEADS
+            assumed.append(f"num_heads={num_heads}")
+        if temperature is None:
+            temperature = 1.0
+            assumed.append(f"temperature={temperature}")
+        if assumed:
+            warnings.warn(
+                f"from_released: assumed {', '.join(assumed)}, which a checkpoint does not hold; give those of its run "
+                "to from_released",
+                stacklevel=2,
             )
         weight = state["q_proj1.weight"]
         options.setdefault("dtype", weight.dtype)
-        head = cls(weight.shape[0], num_heads, **options)
+        head = cls(weight.shape[0], num_heads, temperature=temperature, **options)
         head.load_state_dict(state)
         return head
 

@@ -73,6 +73,8 @@ def test_from_released(shape, tmp_path):
 def test_from_released_names_what_it_found():
     with pytest.raises(ValueError, match=r"encoder\.weight.*takes a state dict with"):
         RAdaHead.from_released({"state_dict": {"encoder.weight": torch.zeros(1)}})
+    with pytest.raises(ValueError, match="got a list; it takes a state dict"):
+        RAdaHead.from_released({"state_dict": [1]})
 
 
 @pytest.mark.parametrize(
