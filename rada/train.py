@@ -18,7 +18,8 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -121,13 +122,20 @@ def run(settings: Settings, output: Path, *, overwrite: bool = False, tensorboar
     Accuracies are in percent: base test images among the base classes, new test images among the new classes. The
     head of the last epoch is the one that is tested; no choice is made by test or validation accuracy.
 
-    overwrite: replace the run that `output` holds. tensorboard: write event files too.
+    overwrite: replace the run that `output` holds, once the new one is complete; see `folder_for`.
+    tensorboard: write event files too.
 
     Raises FileExistsError for a folder that holds a run (without overwrite) or other files; ValueError, TypeError,
     FileNotFoundError or ImportError for what is wrong with settings, data or model, before anything is written.
     After KeyboardInterrupt the seeds that had finished are in the folder, with the status "interrupted".
     """
     check_output(output, overwrite)
+    with folder_for(output) as folder:
+        return _run(settings, folder, tensorboard)
+
+
+def _run(settings: Settings, output: Path, tensorboard: bool) -> dict:
+    """The run itself, in a folder that holds none."""
     writer_of = _tensorboard_writer() if tensorboard else None
     start = time.perf_counter()
     device = choose_device(settings.device)
@@ -159,8 +167,6 @@ def run(settings: Settings, output: Path, *, overwrite: bool = False, tensorboar
         "step": None,
         "seconds": {"encode": problem.encode_seconds},
     }
-    if output.exists():
-        _remove_run(output)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / RESULTS, results)
     epochs: list[dict] = []
@@ -170,29 +176,27 @@ def run(settings: Settings, output: Path, *, overwrite: bool = False, tensorboar
         for seed in settings.seeds:
             began = time.perf_counter()
             head = _new_head(problem, settings, device, seed)
-            writer = writer_of(str(output / "tensorboard" / f"seed-{seed}")) if writer_of else None
-
-            def on_epoch(numbers: dict, seed=seed, writer=writer) -> None:
-                epochs.append({"seed": seed, **numbers})
-                _write_csv(output / "epochs.csv", epochs)
-                if writer is not None:
-                    for name in ("loss", "penalty", "train_accuracy", "val_accuracy"):
-                        if numbers[name] is not None:
-                            writer.add_scalar(name, numbers[name], numbers["epoch"])
-
             samples = problem.samples[seed]
-            tune_head(
-                head,
-                samples["train"],
-                base,
-                settings.tuning,
-                seed=seed,
-                val=samples["val"],
-                on_epoch=on_epoch,
-                description=f"train seed {seed}",
-            )
-            if writer is not None:
-                writer.close()
+            with writer_of(str(output / "tensorboard" / f"seed-{seed}")) if writer_of else nullcontext() as writer:
+
+                def on_epoch(numbers: dict, seed=seed, writer=writer) -> None:
+                    epochs.append({"seed": seed, **numbers})
+                    _write_csv(output / "epochs.csv", epochs)
+                    if writer is not None:
+                        for name in ("loss", "penalty", "train_accuracy", "val_accuracy"):
+                            if numbers[name] is not None:
+                                writer.add_scalar(name, numbers[name], numbers["epoch"])
+
+                tune_head(
+                    head,
+                    samples["train"],
+                    base,
+                    settings.tuning,
+                    seed=seed,
+                    val=samples["val"],
+                    on_epoch=on_epoch,
+                    description=f"train seed {seed}",
+                )
             train_seconds = time.perf_counter() - began
             tested = {half: _tested(problem, half, head) for half in problem.halves}
             for half, (predicted, _) in tested.items():
@@ -247,6 +251,33 @@ def check_output(output: Path, overwrite: bool) -> None:
             )
     elif any(output.iterdir()):
         raise FileExistsError(f"output: {output} holds other files than a run's; it takes a new or an empty folder")
+
+
+@contextmanager
+def folder_for(output: Path) -> Iterator[Path]:
+    """The folder to write a run into: `output`, or, where that holds a run already, a new one beside it.
+
+    When the block ends, the new run takes the old one's place in `output`, whose other files stay. After an error or
+    Ctrl-C the old run is as it was; what the new one finished stays where it is, and a warning says where.
+    """
+    if not (output / RESULTS).is_file():
+        yield output
+        return
+    whole = output.resolve()
+    folder = free_output(whole.with_name(f"{whole.name}-new"))
+    try:
+        yield folder
+    except BaseException:
+        if any(folder.glob("seed-*/head.json")):
+            warnings.warn(f"output: the run in {output} is as it was; the new one's finished seeds are in {folder}",
+                          stacklevel=3)  # fmt: skip
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    _remove_run(whole)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RESULTS):  # what makes it a run comes last
+        shutil.move(path, whole / path.name)
+    folder.rmdir()
 
 
 def free_output(folder: Path) -> Path:
@@ -418,7 +449,7 @@ def _sample(labels: Tensor, shots: int, seed: int) -> dict[str, Tensor]:
 
 def _new_head(problem: Problem, settings: Settings, device: torch.device, seed: int) -> RAdaHead:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed changes the accelerators' too
         head = RAdaHead(
             problem.classes.text.shape[1],
             settings.head.num_heads,
@@ -550,7 +581,8 @@ def _write_csv(path: Path, rows: list[dict]) -> None:
 def _remove_run(output: Path) -> None:
     """Remove what a run wrote, and nothing else."""
     for path in (*output.glob("seed-*"), *(output / name for name in ("examples", "figures", "tensorboard"))):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path)
     for name in (RESULTS, "epochs.csv", "index.html"):
         (output / name).unlink(missing_ok=True)
 
