@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rada.data.images import to_rgb
 from rada.extras import require
 from rada.fused import RAdaHead
 from rada.templates import DEFAULT_TEMPLATES, check_templates, fill
@@ -86,7 +87,8 @@ class RAdaCLIP(nn.Module):
         class_names: K names, put into the templates as they are.
         templates: format strings with "{}" or "{class}". Default: "a photo of a {}.".
         pretrained: only with a name: a tag of open_clip's, which is downloaded, or the path of a checkpoint.
-        preprocess: default: the model's own evaluation transform.
+        preprocess: default: the model's own evaluation transform, after `rada.data.images.to_rgb`: transparency is laid
+            on white.
         tokenizer: default: the name's; for a model given as an object, CLIP's own if its vocabulary is
             CLIP's.
         device: of model and head. Default: where the model is; "cpu" with a name.
@@ -303,7 +305,7 @@ def _create(name: str, pretrained, precision: str, device, want_tokenizer: bool)
             raise
         raise ValueError(f"pretrained: {pretrained} does not fit the model {name}: {error}") from error
     tokenizer = open_clip.get_tokenizer(name) if want_tokenizer else None
-    return model, preprocess, tokenizer, backbone
+    return model, _of_any_mode(preprocess), tokenizer, backbone
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -324,7 +326,18 @@ def _transform_of(model: nn.Module) -> Callable | None:
         return None
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    return image_transform_v2(PreprocessCfg(**config), is_train=False)
+    return _of_any_mode(image_transform_v2(PreprocessCfg(**config), is_train=False))
+
+
+def _of_any_mode(transform: Callable) -> Callable:
+    """The transform of images of any mode. (open_clip's own lays transparency on black.)"""
+    return require("torchvision.transforms", "torchvision", "models").Compose([_rgb, transform])
+
+
+def _rgb(image):
+    from PIL.Image import Image
+
+    return to_rgb(image) if isinstance(image, Image) else image  # transforms take tensors too
 
 
 def _tokenizer_of(model: nn.Module) -> Callable:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rada.data import load_source
 from rada.data.features import feature_shards
-from rada.data.folder import EXTENSIONS, ImageFiles
+from rada.data.folder import EXTENSIONS
+from rada.data.images import ImageFiles, read_image
 from rada.encode import encode_images
 from rada.evaluate import Trained, load_trained
 from rada.extras import require
@@ -136,9 +137,9 @@ def _from_images(trained: Trained, path: Path, batch_size: int, skip_bad: bool) 
     skipped = []
     if skip_bad:
         readable = []
-        for i, file in enumerate(files):
+        for file in files:
             try:
-                ImageFiles(files)[i]
+                read_image(file)
                 readable.append(file)
             except ValueError:
                 skipped.append(str(file))

@@ -22,7 +22,7 @@ from importlib.resources import files
 import numpy as np
 import torch
 
-from rada.data.source import Source, Split
+from rada.data.source import Source, Split, digest
 from rada.extras import require
 
 ATTRIBUTION = {
@@ -95,11 +95,13 @@ def load_emoji(
     classes = emoji_classes()
 
     def split(name: str, views: int) -> Split:
-        images = EmojiViews(classes, domain, name, views, image_size, seed)
+        names = tuple(f"U+{emoji.code} {name} {view}" for emoji in classes for view in range(views))
         return Split(
             labels=torch.arange(len(classes)).repeat_interleave(views),
-            images=images,
-            names=tuple(f"U+{emoji.code} {name} {view}" for emoji in classes for view in range(views)),
+            images=EmojiViews(classes, domain, name, views, image_size, seed),
+            names=names,
+            # Of what decides a view, so that no view has to be drawn.
+            digests=tuple(digest(f"{domain} {image_size} {seed} {item}".encode()) for item in names),
         )
 
     return Source(

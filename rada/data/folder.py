@@ -5,50 +5,32 @@ Either layout:
     PATH/<class>/*.jpg                                   split by `rada.data.splits.train_test`
     PATH/train/<class>/*.jpg and PATH/test/<class>/*.jpg   (or val, where there is no test)
 
-- Folder names are the class names, sorted; underscores are kept as they are. Both splits hold the same
-  classes.
+- Folder names are the class names, sorted. Both splits hold the same classes. Prompts say an underscore as a space:
+  the class golden_retriever is "a photo of a golden retriever." and stays golden_retriever in every output.
+  `--class-names FILE` gives classes other names and another order, see `rada.data.classes`.
 - An image is a file directly in a class folder whose name ends in one of EXTENSIONS, in either case. Other
   files, and files and folders whose name starts with a dot, are ignored.
 - Every image is decoded once while loading, so that a bad file shows before training does. After that images
-  are decoded again whenever they are indexed, to RGB, with neither transparency nor the EXIF rotation
-  applied, as torchvision's ImageFolder does.
+  are decoded again whenever they are indexed, to RGB: transparency on white, deep greys scaled to 8 bits, the EXIF
+  rotation not applied, see `rada.data.images`.
 - Item names are paths below PATH.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
 import torch
 
-from rada.data.source import Source, Split
+from rada.data.images import ImageFiles, read_image
+from rada.data.source import Source, Split, digest
 from rada.data.splits import subset, train_test
 from rada.extras import require
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-
-
-class ImageFiles(Sequence):
-    """RGB PIL images of N files, each decoded when indexed. It holds paths only, so it pickles to workers
-    cheaply."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int):
-        Image = require("PIL.Image", "Pillow", "image folders")
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except Exception as error:  # a decoder may raise anything; what matters is which file
-            raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
 
 
 def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> Source:
@@ -79,8 +61,8 @@ def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> S
     else:
         files = {"all": _class_files(root)}
     class_names = tuple(sorted(next(iter(files.values()))))
-    bad = _unreadable([file for group in files.values() for file in chain(*group.values())], skip_bad)
-    splits = {name: _split(root, [group[label] for label in class_names], bad) for name, group in files.items()}
+    digests, bad = _check([file for group in files.values() for file in chain(*group.values())], skip_bad)
+    splits = {name: _split(root, [group[label] for label in class_names], digests) for name, group in files.items()}
     if "all" in splits:
         every = splits.pop("all")
         try:
@@ -119,9 +101,9 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _split(root: Path, classes: list[list[Path]], bad: Collection[Path]) -> Split:
-    """The images of each class, in the order of the labels, without the bad ones."""
-    kept = [[file for file in files if file not in bad] for files in classes]
+def _split(root: Path, classes: list[list[Path]], digests: Mapping[Path, str]) -> Split:
+    """The readable images of each class, those with a digest, in the order of the labels."""
+    kept = [[file for file in files if file in digests] for files in classes]
     for files, left in zip(classes, kept, strict=True):
         if not left:
             raise ValueError(f"{files[0].parent}: a class folder without a readable image")
@@ -130,30 +112,31 @@ def _split(root: Path, classes: list[list[Path]], bad: Collection[Path]) -> Spli
         labels=torch.tensor([label for label, files in enumerate(kept) for _ in files]),
         images=ImageFiles(images),
         names=tuple(file.relative_to(root).as_posix() for file in images),
+        digests=tuple(digests[file] for file in images),
     )
 
 
-def _unreadable(files: list[Path], skip_bad: bool) -> dict[Path, str]:
-    """The files that do not decode, in order, each with its error; the first is raised unless skip_bad."""
+def _check(files: list[Path], skip_bad: bool) -> tuple[dict[Path, str], list[Path]]:
+    """The digest of each file that decodes, and the files that do not; the first of these raises unless skip_bad."""
     tqdm = require("tqdm", "tqdm", "image folders").tqdm
-    images = ImageFiles(files)
 
-    def error_of(index: int) -> str | None:
+    def check(file: Path) -> tuple[str | None, ValueError | None]:
         try:
-            images[index]
+            return digest(read_image(file)[1]), None
         except ValueError as error:
-            return str(error)
-        return None
+            return None, error
 
-    bad = {}
+    digests, bad = {}, []
     pool = ThreadPoolExecutor()  # decoders release the interpreter lock
     try:
-        errors = pool.map(error_of, range(len(files)))
-        for file, error in zip(files, tqdm(errors, "check images", len(files), unit="image"), strict=True):
-            if error and not skip_bad:
-                raise ValueError(f"{error}; skip_bad (--skip-bad) leaves such files out")
-            if error:
-                bad[file] = error
+        checks = pool.map(check, files)
+        for file, (content, error) in zip(files, tqdm(checks, "check images", len(files), unit="image"), strict=True):
+            if error is None:
+                digests[file] = content
+            elif skip_bad:
+                bad.append(file)
+            else:
+                raise ValueError(f"{error}; skip_bad (--skip-bad) leaves such files out") from error
     finally:
         pool.shutdown(cancel_futures=True)
-    return bad
+    return digests, bad

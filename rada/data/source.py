@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ class Split:
     labels: Tensor  # [N] int64, in 0..K-1
     images: Sequence | None = None  # N RGB PIL images, decoded when indexed
     features: Tensor | None = None  # [N, D] image features
-    names: tuple[str, ...] | None = None  # N names to print: a file path, a code point
+    names: tuple[str, ...] | None = None  # N names, each once: a file path, a code point, a row
+    digests: tuple[str, ...] | None = None  # N digests of what the items are, whatever their names
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -33,3 +35,8 @@ class Source:
     text_features: Tensor | None = None  # [K, D], only with features computed before
     logit_scale: float | None = None  # the exponentiated scale that goes with text_features
     skipped: tuple[str, ...] = ()  # unreadable files left out because the caller asked for it
+
+
+def digest(content: bytes) -> str:
+    """16 hexadecimal digits by which equal contents are known; two of 10⁶ others agree with a probability of 3e-8."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from rada.data.source import Split
 
@@ -79,6 +79,23 @@ def subset(split: Split, indices: Tensor | Sequence[int]) -> Split:
         images=None if split.images is None else Subset(split.images, positions),
         features=None if split.features is None else split.features[indices],
         names=None if split.names is None else tuple(split.names[i] for i in positions),
+        digests=None if split.digests is None else tuple(split.digests[i] for i in positions),
+    )
+
+
+def join(first: Split, second: Split) -> Split:
+    """The items of two splits of one source, those of `first` before those of `second`."""
+
+    def both(field: str) -> tuple | None:
+        parts = [getattr(split, field) for split in (first, second)]
+        return None if None in parts else sum(parts, ())
+
+    return Split(
+        labels=torch.cat([first.labels, second.labels]),
+        images=None if first.images is None else ConcatDataset([first.images, second.images]),
+        features=None if first.features is None else torch.cat([first.features, second.features]),
+        names=both("names"),
+        digests=both("digests"),
     )
 
 
