@@ -78,6 +78,9 @@ def train(
     template: Annotated[
         list[str] | None, typer.Option(help=f"A prompt template, may be repeated. [default: {DEFAULT_TEMPLATES[0]}]")
     ] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="A file with a line per class: what the data call it, or that, a TAB, its name.")
+    ] = None,
     max_classes: Annotated[
         int | None, typer.Option(help="So many classes, evenly spaced; 0: all. [default: 300 of emoji, else all]")
     ] = None,
@@ -115,6 +118,7 @@ def train(
         model=model,
         pretrained=pretrained,
         templates=tuple(template) if template else DEFAULT_TEMPLATES,
+        class_names=None if class_names is None else str(class_names),
         max_classes=max_classes,
         shots=shots,
         seeds=_integers("seeds", seeds),
@@ -151,22 +155,26 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="As for train. [default: what the head was trained on]")] = None,
     device: Device = "auto",
     backend: Backend = "auto",
-    seed: Annotated[int, typer.Option(help="As given to train.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
     skip_bad: SkipBad = False,
     traceback: Traceback = False,
 ) -> None:
-    """Test a head: base among base classes, new among new classes, and all among all; zero-shot beside it."""
+    """Test a head: base among base classes, new among new classes, and all among all; zero-shot beside it.
+
+    On what it was trained on, the items are those that the training run tested; other data give their test split
+    without the items that the head was trained on.
+    """
     from rada.evaluate import evaluate_checkpoint
     from rada.files import write_json
 
-    results = evaluate_checkpoint(checkpoint, data, device=device, backend=backend, seed=seed, skip_bad=skip_bad)
+    results = evaluate_checkpoint(checkpoint, data, device=device, backend=backend, skip_bad=skip_bad)
     table = Table(title=f"{results['data']}: accuracy in % (device {results['device']}, backend {results['backend']})")
     for heading in ("", "base", "new", "H", "all"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, label in (("zero_shot", "zero-shot"), ("rada", "RAda")):
         table.add_row(label, *(f"{results[name][column]:.2f}" for column in ("base", "new", "h", "all")))
     Console().print(table)
+    print("test items: " + ", ".join(f"{count} {half}" for half, count in results["test_items"].items()))
     if results["attribution"]:
         Console().print(results["attribution"], style="dim", highlight=False)
     if output is not None:
@@ -179,7 +187,7 @@ def predict(
     output: Annotated[Path, typer.Option(help="PATH.parquet or PATH.jsonl.")],
     data: Annotated[
         str | None,
-        typer.Option(help="emoji, folder:PATH or features:PATH (their test split); or features:PATH of bare shards."),
+        typer.Option(help="As for train: the test items that evaluate takes; or features:PATH of bare shards."),
     ] = None,
     images: Annotated[Path | None, typer.Option(help="An image, or a folder that is searched for images.")] = None,
     top_k: Annotated[int, typer.Option(min=1)] = 5,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from rada.checkpoint import load_config, load_head
 from rada.clip import RAdaCLIP
-from rada.data import base_new, harmonic_mean, load_source, select_classes
+from rada.data import Source, Split, base_new, harmonic_mean, load_source, select_classes
+from rada.data.record import RECORD, SplitRecord, content_of
 from rada.encode import ModelSpec, choose_device, split_features
 from rada.fused import RAdaHead
 from rada.tune import Classes, accuracy, predict_labels
@@ -27,6 +30,7 @@ class Trained:
     spec: ModelSpec | None  # None: trained on features computed before
     config: dict
     device: torch.device
+    record: SplitRecord | None  # None: a head that `rada.train` did not write
 
     def open_model(self) -> RAdaCLIP:
         """The encoders, checked to be the head's. Raises ValueError where it was trained on features."""
@@ -66,7 +70,65 @@ def load_trained(checkpoint: Path, *, device: str = "auto", backend: str = "auto
         names = tuple(stored["class_names"].tolist())
     model = config["extra"].get("model")
     spec = None if model is None else ModelSpec(model["name"], model["pretrained"], tuple(model["templates"]))
-    return Trained(head, classes, names, spec, config, where)
+    record = SplitRecord.read(folder) if (folder / RECORD).exists() else None
+    return Trained(head, classes, names, spec, config, where, record)
+
+
+class EvaluationData(NamedTuple):
+    """What a stored head may be tested on."""
+
+    name: str
+    class_names: tuple[str, ...]  # of the classes that the items' labels count; the head's own have the head's names
+    items: Split
+    attribution: str
+    skipped: tuple[str, ...]
+
+
+def load_test(trained: Trained, data: str | None = None, *, skip_bad: bool = False) -> EvaluationData:
+    """The items of a data set that a stored head may be tested on.
+
+    data: default, or where it is what the head was trained on: the items that the training run tested, all of them as
+        they were, among the classes of the head. Other data: their test split, drawn by the seed of the training run
+        where they come without one, without the items (by content) that the head was trained on, counted in a warning.
+
+    Raises FileNotFoundError without data and without split.json; ValueError where the data have changed since the
+    training, or where the head was trained on all of the test items.
+    """
+    record = trained.record
+    if record is None:
+        if data is None:
+            raise FileNotFoundError(f"data: got none, and the checkpoint has no {RECORD}; it takes a data set")
+        warnings.warn(
+            f"checkpoint: it has no {RECORD}, so nothing tells whether the head was trained on these test items",
+            stacklevel=2,
+        )
+        source = load_source(data, skip_bad=skip_bad)
+        return _evaluation_data(source, source.class_names, source.test)
+    own = data in (None, record.data)
+    source = load_source(data or record.data, seed=record.data_seed, skip_bad=skip_bad or (own and record.skip_bad))
+    if own:
+        return _evaluation_data(source, record.class_names, record.restore_test(source))
+    if content_of(source.test) != record.content:
+        warnings.warn(
+            f"data: {data} holds {content_of(source.test)} and the head was trained on {record.content}, so nothing "
+            "tells whether the test items are among those",
+            stacklevel=2,
+        )
+    test, seen = record.drop_trained(source.test)
+    if seen:
+        warnings.warn(
+            f"data: the head was trained on {len(seen)} of {len(source.test)} test items of {data}; they are left out, "
+            f"the first is {seen[0]}",
+            stacklevel=2,
+        )
+    if not len(test):
+        raise ValueError(f"data: the head was trained on every test item of {data}; it takes data with others")
+    name_of = dict(zip(record.origins, record.class_names, strict=True))
+    return _evaluation_data(source, tuple(name_of.get(name, name) for name in source.class_names), test)
+
+
+def _evaluation_data(source: Source, class_names: tuple[str, ...], items: Split) -> EvaluationData:
+    return EvaluationData(source.name, class_names, items, source.attribution, source.skipped)
 
 
 def evaluate_checkpoint(
@@ -75,41 +137,46 @@ def evaluate_checkpoint(
     *,
     device: str = "auto",
     backend: str = "auto",
-    seed: int = 0,
     skip_bad: bool = False,
 ) -> dict:
-    """Accuracies in percent of a stored head and of zero-shot on the test split of a data set with its classes.
+    """Accuracies in percent of a stored head and of zero-shot on the test items that `load_test` gives.
 
-    data: default: what the head was trained on. seed: of a split that the data come without, as given to training.
+    data: default: what the head was trained on.
 
-    Returns data, attribution, device, backend, and under zero_shot and rada: base, new (each among its own classes),
-    h, all (among all classes). Raises ValueError where the data have other classes than the checkpoint.
+    Returns data, attribution, device, backend, test_items (numbers: base, new), and under zero_shot and rada: base, new
+    (each among its own classes), h, all (among all classes). Raises as `load_test`, and ValueError where the data lack
+    a class of the checkpoint, or test items of base or new classes.
     """
     trained = load_trained(checkpoint, device=device, backend=backend)
-    source = load_source(data or trained.config["extra"]["data"], seed=seed, skip_bad=skip_bad)
-    position = {name: i for i, name in enumerate(source.class_names)}
+    data_set = load_test(trained, data, skip_bad=skip_bad)
+    position = {name: i for i, name in enumerate(data_set.class_names)}
     missing = [name for name in trained.class_names if name not in position]
     if missing:
-        raise ValueError(f"data: {source.name} has no class {missing[0]!r}; it takes the checkpoint's classes")
-    test = select_classes(source.test, [position[name] for name in trained.class_names])
+        raise ValueError(f"data: {data_set.name} has no class {missing[0]!r}; it takes the checkpoint's classes")
+    test = select_classes(data_set.items, [position[name] for name in trained.class_names])
+    base, new = base_new(len(trained.class_names))
+    halves = {"base": base, "new": new, "all": torch.arange(len(trained.class_names))}
+    counts = {half: int(torch.isin(test.labels, halves[half]).sum()) for half in ("base", "new")}
+    for half, count in counts.items():
+        if not count:
+            raise ValueError(f"data: {data_set.name} has no test item of the {half} classes; it takes at least one")
     clip = trained.open_model() if test.features is None else None
     features = split_features(clip, test, torch.arange(len(test)), "encode test images")
     if features.shape[1] != trained.head.embed_dim:
         raise ValueError(
             f"data: got features of width {features.shape[1]}; the checkpoint takes {trained.head.embed_dim}"
         )
-    base, new = base_new(len(trained.class_names))
-    halves = {"base": base, "new": new, "all": torch.arange(len(trained.class_names))}
 
     def scores(head: RAdaHead | None) -> dict[str, float]:
         values = {name: _accuracy(features, test.labels, trained.classes, ids, head) for name, ids in halves.items()}
         return {**values, "h": harmonic_mean(values["base"], values["new"])}
 
     return {
-        "data": source.name,
-        "attribution": source.attribution,
+        "data": data_set.name,
+        "attribution": data_set.attribution,
         "device": str(trained.device),
         "backend": str(trained.head.backend_for(trained.classes.text)),
+        "test_items": counts,
         "zero_shot": scores(None),
         "rada": scores(trained.head),
     }

@@ -12,12 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rada.data import load_source
 from rada.data.features import feature_shards
 from rada.data.folder import EXTENSIONS
 from rada.data.images import ImageFiles, read_image
 from rada.encode import encode_images
-from rada.evaluate import Trained, load_trained
+from rada.evaluate import Trained, load_test, load_trained
 from rada.extras import require
 from rada.files import replacing
 
@@ -49,8 +48,9 @@ def predict_to_file(
 ) -> dict:
     """Write the top_k classes of every item to `output`, one row each, and return what was done.
 
-    data: a source whose test split is predicted, or features:PATH of a .npy file or of a folder with img_emb and
-        without metadata. images: an image, or a folder searched for images. Exactly one of the two.
+    data: a source whose test items are predicted, see `rada.evaluate.load_test`; or features:PATH of a .npy file or of
+        a folder with img_emb and without metadata.
+    images: an image, or a folder searched for images. Exactly one of data and images.
     output: .parquet or .jsonl with item (a name, or the row's number), label (where the data have one), classes and
         probabilities (lists of top_k, or of K where there are fewer classes; best first). It appears when whole.
 
@@ -118,14 +118,14 @@ def _from_data(trained: Trained, data: str, batch_size: int, skip_bad: bool) -> 
         shards = feature_shards(folder)
         batches = (batch for shard in shards for batch in shard.split(batch_size))
         return Items(range(sum(map(len, shards))), None, None, batches, [])
-    source = load_source(data, skip_bad=skip_bad)
-    test = source.test
+    data_set = load_test(trained, data, skip_bad=skip_bad)
+    test = data_set.items
     names = range(len(test)) if test.names is None else list(test.names)
     if test.features is not None:
         batches = iter(test.features.split(batch_size))
     else:
         batches = encode_images(trained.open_model(), test.images, batch_size=batch_size, quiet=True)
-    return Items(names, test.labels, source.class_names, batches, list(source.skipped))
+    return Items(names, test.labels, data_set.class_names, batches, list(data_set.skipped))
 
 
 def _from_images(trained: Trained, path: Path, batch_size: int, skip_bad: bool) -> Items:

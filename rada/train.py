@@ -4,7 +4,7 @@ A run folder holds
 
     results.json           settings, environment, accuracies, step costs: everything that is printed and shown
     epochs.csv             loss and accuracies of every epoch of every seed
-    seed-N/                the head of each seed: head.safetensors, head.json, classes.npz
+    seed-N/                the head of each seed: head.safetensors, head.json, classes.npz, split.json
     examples/              images, rational matrices and masks that the report draws
     figures/, index.html   the report, drawn from the files above by `rada.report`
 """
@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,11 @@ from rada.data import (
     harmonic_means,
     load_source,
     select_classes,
+    subset,
 )
+from rada.data.classes import name_classes, prompt_names, read_class_names, take_classes
+from rada.data.record import SplitRecord, content_of, contents, items_of
+from rada.data.splits import LEAST_CLASSES
 from rada.encode import DEMO_MODEL, ModelSpec, choose_device, split_features
 from rada.files import replacing, write_json, write_text
 from rada.fused import RAdaHead
@@ -68,7 +72,8 @@ class Settings:
     data: a source as `rada.data.load_source` takes it.
     model, pretrained, templates: the encoders, see `rada.encode.ModelSpec`; not with features:PATH. model None is
         "demo" for the emoji set, and an error for a folder.
-    max_classes: use so many classes, evenly spaced in the sorted order; 0: all. None: 300 of the emoji set, all of any
+    class_names: a file with the classes' names and order, see `rada.data.classes`. None: as the data have them.
+    max_classes: use so many classes, evenly spaced in their order; 0: all. None: 300 of the emoji set, all of any
         other.
     shots: training images per base class. seeds: one training run each.
     tuning: see `Tuning`. head: num_heads, temperature, queries, penalty.
@@ -81,6 +86,7 @@ class Settings:
     model: str | None = None
     pretrained: str | None = None
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    class_names: str | None = None
     max_classes: int | None = None
     shots: int = 16
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -97,8 +103,8 @@ class Settings:
             raise ValueError(
                 f"seeds: got {self.seeds}; it takes at least one, none negative and each once, such as 1,2,3"
             )
-        if self.max_classes is not None and (self.max_classes < 0 or self.max_classes == 1):
-            raise ValueError(f"max_classes: got {self.max_classes}; it takes 0 (all) or at least 2")
+        if self.max_classes is not None and self.max_classes != 0 and self.max_classes < LEAST_CLASSES:
+            raise ValueError(f"max_classes: got {self.max_classes}; it takes 0 (all) or at least {LEAST_CLASSES}")
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ class Problem:
     samples: dict[int, dict[str, Labelled]]  # seed -> "train", "val" (base labels)
     tests: dict[str, Labelled]  # "base", "new" -> features with the half's own labels
     test_splits: dict[str, Split]
+    records: dict[int, SplitRecord]  # seed -> what its head is trained and tested on
     spec: ModelSpec | None
     backbone: str
     encode_seconds: float
@@ -291,13 +298,17 @@ def free_output(folder: Path) -> Path:
 
 def prepare(settings: Settings, device: torch.device) -> Problem:
     """Load the data, draw every seed's sample, and compute the features that the run needs, each once."""
-    source = restrict(load_source(settings.data, seed=settings.seed, skip_bad=settings.skip_bad), _limit(settings))
+    loaded = load_source(settings.data, seed=settings.seed, skip_bad=settings.skip_bad)
+    names = {name: name for name in loaded.class_names}
+    if settings.class_names is not None:
+        names = read_class_names(settings.class_names, loaded.class_names)
+    source = restrict(name_classes(loaded, names), _limit(settings))
     base, new = base_new(len(source.class_names))
     spec = model_spec(settings, source)
     train = select_classes(source.train, base)
     picks = {seed: _sample(train.labels, settings.shots, seed) for seed in settings.seeds}
     start = time.perf_counter()
-    clip = None if spec is None else spec.open(source.class_names, device, num_heads=1)
+    clip = None if spec is None else spec.open(prompt_names(source.class_names), device, num_heads=1)
     if clip is None:
         scale = CLIP_LOGIT_SCALE if source.logit_scale is None else source.logit_scale
         classes = Classes(source.text_features.to(device), scale)
@@ -329,6 +340,7 @@ def prepare(settings: Settings, device: torch.device) -> Problem:
         samples,
         tests,
         test_splits,
+        _records(settings, source, {name: origin for origin, name in names.items()}, train, picks),
         spec,
         source.name if clip is None else clip.backbone,
         time.perf_counter() - start,
@@ -361,13 +373,7 @@ def restrict(source: Source, limit: int) -> Source:
     if not limit or limit >= count:
         return source
     ids = torch.arange(limit) * count // limit
-    return replace(
-        source,
-        class_names=tuple(source.class_names[i] for i in ids),
-        train=select_classes(source.train, ids),
-        test=select_classes(source.test, ids),
-        text_features=None if source.text_features is None else source.text_features[ids],
-    )
+    return take_classes(source, ids)
 
 
 def summarise(seeds: list[dict]) -> dict:
@@ -447,6 +453,38 @@ def _sample(labels: Tensor, shots: int, seed: int) -> dict[str, Tensor]:
         return {"train": train, "val": rest[few_shot(labels[rest], VAL_SHOTS, seed)]}
 
 
+def _records(
+    settings: Settings, source: Source, origin_of: dict[str, str], train: Split, picks: dict[int, dict[str, Tensor]]
+) -> dict[int, SplitRecord]:
+    """What the head of each seed is trained and tested on. Warns of test items that are training items too."""
+    origins = tuple(origin_of[name] for name in source.class_names)
+    test = items_of(source.test, origins)
+    records = {}
+    for seed, pick in picks.items():
+        items = {half: items_of(subset(train, index), origins) for half, index in pick.items()}
+        both = contents(items["train"]) & contents(test)
+        if both:
+            warnings.warn(
+                f"data: seed {seed} is trained on {len(both)} items that are in the test split too, by other names: "
+                "the accuracies count them",
+                stacklevel=2,
+            )
+        records[seed] = SplitRecord(
+            data=settings.data,
+            data_seed=settings.seed,
+            skip_bad=settings.skip_bad,
+            max_classes=_limit(settings),
+            shots=settings.shots,
+            seed=seed,
+            content=content_of(source.test),
+            origins=origins,
+            class_names=source.class_names,
+            test=test,
+            **items,
+        )
+    return records
+
+
 def _new_head(problem: Problem, settings: Settings, device: torch.device, seed: int) -> RAdaHead:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed changes the accelerators' too
@@ -488,8 +526,9 @@ def _describe(problem: Problem) -> dict:
 
 
 def _save(folder: Path, head: RAdaHead, problem: Problem, settings: Settings, seed: int) -> None:
-    """A checkpoint that `rada.predict` can use by itself: the head, the classes' features, the encoders' names."""
+    """A checkpoint for `rada.evaluate` and `rada.predict`: the head, the classes' features, the encoders, the split."""
     folder.mkdir(parents=True, exist_ok=True)
+    problem.records[seed].write(folder)
     bias = {} if problem.classes.logit_bias is None else {"logit_bias": problem.classes.logit_bias}
     with replacing(folder / "classes.npz") as partial, open(partial, "wb") as file:
         np.savez(
@@ -505,13 +544,7 @@ def _save(folder: Path, head: RAdaHead, problem: Problem, settings: Settings, se
         backbone=problem.backbone,
         class_names=problem.source.class_names,
         templates=settings.templates,
-        extra={
-            "model": None if problem.spec is None else asdict(problem.spec),
-            "data": settings.data,
-            "max_classes": settings.max_classes,
-            "shots": settings.shots,
-            "seed": seed,
-        },
+        extra={"model": None if problem.spec is None else asdict(problem.spec)},
     )
 
 

@@ -80,16 +80,18 @@ def test_train_test_refuses_a_class_of_one():
         train_test(torch.empty(0, dtype=torch.int64), 0)
 
 
-@pytest.mark.parametrize(("count", "base"), [(2, 1), (3, 2), (10, 5), (11, 6)])
+@pytest.mark.parametrize(("count", "base"), [(4, 2), (5, 3), (10, 5), (11, 6)])
 def test_base_is_the_first_half_rounded_up(count, base):
     base_ids, new_ids = base_new(count)
     assert base_ids.tolist() == list(range(base))
     assert new_ids.tolist() == list(range(base, count))
 
 
-@pytest.mark.parametrize("count", [1, 0, 2.0])
-def test_base_new_needs_two_classes(count):
-    with pytest.raises(ValueError, match=r"num_classes: got .*at least 2"):
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4.0])
+def test_base_new_needs_two_classes_on_either_side(count):
+    with pytest.raises(
+        ValueError, match=r"num_classes: got .*at least 4, two base and two new, because with one class"
+    ):
         base_new(count)
 
 

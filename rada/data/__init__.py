@@ -5,8 +5,9 @@ set.
     source = load_source("features:path/to/features.npz")
     source = load_source("emoji")
 
-`rada.data.folder` and `rada.data.features` state what they read; `rada.data.splits` holds the few-shot and
-base-to-new protocols.
+`rada.data.folder` and `rada.data.features` state what they read, `rada.data.images` what becomes of a picture;
+`rada.data.splits` holds the few-shot and base-to-new protocols, `rada.data.classes` names and orders the classes, and
+`rada.data.record` keeps with a head what it was trained and is tested on.
 """
 
 from __future__ import annotations

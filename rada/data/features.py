@@ -20,6 +20,7 @@ or a folder in clip-retrieval's layout
 - Of text_features and class_names one is needed; without names the classes are called "0", "1", ... Without
   logit_scale `Source.logit_scale` is None. In a folder `classes.npz` may be missing where the labels are
   names: the classes are then the sorted names that occur. Other entries and columns are ignored.
+- Item names are rows of the file, from 0: "17", or "train/17" and "test/17" of entries that come apart.
 - Labels lie in 0..K-1. Features are what the towers' projections give out, normalised or not; the head
   normalises.
 - Whatever the stored dtype, `load_features` returns float32: the dtype of the head's parameters. Shards are
@@ -33,6 +34,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -117,12 +119,12 @@ def _source(path: Path, entries: Mapping, seed: int) -> Source:
     if any(key.startswith(("train_", "test_")) for key in entries):
         train_shards, train_labels = stored("train_", width)
         test_shards, test_labels = stored("test_", train_shards[0].shape[1])
-        train = Split(labels=train_labels, features=torch.cat(train_shards).float())
-        test = Split(labels=test_labels, features=torch.cat(test_shards).float())
+        train = Split(train_labels, features=torch.cat(train_shards).float(), names=_rows_of("train", train_labels))
+        test = Split(test_labels, features=torch.cat(test_shards).float(), names=_rows_of("test", test_labels))
     else:
         shards, labels = stored("", width)
         train, test = (
-            Split(labels=labels[part], features=_gather(shards, part))
+            Split(labels[part], features=_gather(shards, part), names=tuple(map(str, part.tolist())))
             for part in _parts(path, labels, entries.get("split"), seed)
         )
     return Source(
@@ -154,6 +156,10 @@ def _parts(path: Path, labels: Tensor, tags, seed: int) -> Sequence[Tensor]:
             f"each of the {len(labels)} rows"
         )
     return [torch.from_numpy(np.flatnonzero(tags == tag)) for tag in ("train", "test")]
+
+
+def _rows_of(half: str, labels: Tensor) -> tuple[str, ...]:
+    return tuple(f"{half}/{row}" for row in range(len(labels)))
 
 
 def _gather(shards: list[Tensor], indices: Tensor) -> Tensor:
@@ -204,6 +210,9 @@ def _names(path: Path, value) -> tuple[str, ...]:
         names = np.char.decode(names, "utf-8")
     if names.dtype.kind != "U" or names.ndim != 1 or names.size == 0:
         raise ValueError(f"{path}: class_names: got {names.dtype} {list(names.shape)}; it takes [K] strings")
+    twice = next((name for name, count in Counter(names.tolist()).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}: class_names: got {twice!r} more than once; it takes each name once")
     return tuple(names.tolist())
 
 

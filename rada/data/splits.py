@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, Subset
 from rada.data.source import Split
 
 TEST_SHARE = 0.3
+LEAST_CLASSES = 4
 
 
 def few_shot(labels: Tensor, shots: int, seed: int) -> Tensor:
@@ -61,9 +62,15 @@ def train_test(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def base_new(num_classes: int) -> tuple[Tensor, Tensor]:
-    """Class ids of the base-to-new protocol: the first ⌈n/2⌉ of the sorted labels are base, the rest new."""
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-        raise ValueError(f"num_classes: got {num_classes!r}; it takes an int of at least 2")
+    """Class ids of the base-to-new protocol: the first ⌈n/2⌉ of the labels are base, the rest new.
+
+    Raises ValueError for fewer than two base and two new classes.
+    """
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < LEAST_CLASSES:
+        raise ValueError(
+            f"num_classes: got {num_classes!r}; base-to-new takes at least {LEAST_CLASSES}, two base and two new, "
+            "because with one class to choose from every answer is right"
+        )
     ids = torch.arange(num_classes)
     half = -(-num_classes // 2)
     return ids[:half], ids[half:]

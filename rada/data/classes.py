@@ -1,0 +1,106 @@
+"""The classes of a run: which, in what order, by what names.
+
+`--class-names FILE` takes a UTF-8 text file with a line per class, in the order that the run is to have:
+
+    golden_retriever
+    n02123045<TAB>tabby cat
+
+The first column is the class as the data call it (a folder's name); the second one, where there is a TAB, the name that
+the run gives it. Each class of the data stands in one line; empty lines are ignored. The order decides the classes'
+labels, and with them which half is base.
+
+A class's *name* stands in every output: predictions, tables, checkpoints. Prompts say the name with spaces for
+underscores. Its *origin*, what the data call it, is kept with a checkpoint, to find the class again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rada.data.source import Source
+from rada.data.splits import select_classes
+
+
+def read_class_names(path: str | Path, classes: Sequence[str]) -> dict[str, str]:
+    """The name of each of the data's classes, in the order of the file `path`.
+
+    Raises FileNotFoundError, or ValueError naming the file, and the line that is wrong or the class that is missing.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"class_names: {path}: no such file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"class_names: {path}: not a UTF-8 text file ({error})") from error
+    known = set(classes)
+    names: dict[str, str] = {}
+    line_of: dict[tuple[str, str], int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        columns = [column.strip() for column in line.split("\t")]
+        origin, name = columns[0], columns[-1]
+        where = f"class_names: {path}, line {number}"
+        if len(columns) > 2 or not origin or not name:
+            raise ValueError(f"{where}: got {line!r}; it takes a class, or a class, a TAB and its name")
+        if origin not in known:
+            raise ValueError(f"{where}: got the class {origin!r}, which the data do not have; {_some(classes)}")
+        for what, value in (("class", origin), ("name", prompt_name(name))):
+            first = line_of.setdefault((what, value), number)
+            if first != number:
+                raise ValueError(f"{where}: got the {what} {value!r} again, after line {first}; it takes each once")
+        names[origin] = name
+    missing = [origin for origin in classes if origin not in names]
+    if missing:
+        raise ValueError(
+            f"class_names: {path}: no line for {len(missing)} of the data's {len(classes)} classes, the first is "
+            f"{missing[0]!r}; it takes a line for each"
+        )
+    return names
+
+
+def name_classes(source: Source, names: Mapping[str, str]) -> Source:
+    """The source with the classes `names` (what it calls them: the name they get), in that order."""
+    if tuple(names) != source.class_names:
+        position = {origin: i for i, origin in enumerate(source.class_names)}
+        source = take_classes(source, torch.tensor([position[origin] for origin in names]))
+    return replace(source, class_names=tuple(names.values()))
+
+
+def take_classes(source: Source, ids: Tensor) -> Source:
+    """The source with the classes `ids` alone, in that order."""
+    return replace(
+        source,
+        class_names=tuple(source.class_names[i] for i in ids),
+        train=select_classes(source.train, ids),
+        test=select_classes(source.test, ids),
+        text_features=None if source.text_features is None else source.text_features[ids],
+    )
+
+
+def prompt_name(name: str) -> str:
+    """A class's name as prompts say it, the released code's and CoOp's way: golden_retriever is "golden retriever"."""
+    return name.replace("_", " ")
+
+
+def prompt_names(names: Sequence[str]) -> list[str]:
+    """All of them. Raises ValueError for two names that would give the same prompts."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(prompt_name(name), name)
+        if other != name:
+            raise ValueError(
+                f"class_names: got {other!r} and {name!r}, both {prompt_name(name)!r} in prompts; --class-names FILE "
+                "gives classes other names"
+            )
+    return list(first)
+
+
+def _some(classes: Sequence[str]) -> str:
+    return f"they have {len(classes)}, such as {list(classes[:4])}"

@@ -1,0 +1,143 @@
+"""What a head was trained on and is tested on: the file `split.json` of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from rada.data.source import Source, Split, digest
+from rada.data.splits import join, subset
+from rada.files import write_text
+
+RECORD = "split.json"
+FORMAT = "rada-split"
+FORMAT_VERSION = 1
+NAMED = 3
+
+Items = dict[str, dict[str, str]]  # class -> item name -> digest
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """All that decided a split, and the split itself, item by item.
+
+    data, data_seed, skip_bad: source, seed and skip_bad as `rada.data.load_source` took them.
+    max_classes: so many classes were used at most; 0: all. shots, seed: of the few-shot sample.
+    content: what the digests are of: "images" or "features".
+    origins: K classes as the data call them, in the order of the labels. class_names: the names they got.
+    train, val, test: the items, by the class as the data call it.
+    """
+
+    data: str
+    data_seed: int
+    skip_bad: bool
+    max_classes: int
+    shots: int
+    seed: int
+    content: str
+    origins: tuple[str, ...]
+    class_names: tuple[str, ...]
+    train: Items
+    val: Items
+    test: Items
+
+    def write(self, folder: Path) -> None:
+        """Write split.json into a folder."""
+        values = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+        write_text(folder / RECORD, "{\n" + ",\n".join(lines) + "\n}\n")
+
+    @staticmethod
+    def read(folder: Path) -> SplitRecord:
+        """The record in a checkpoint's folder. Raises FileNotFoundError, or ValueError for a file that is none."""
+        path = folder / RECORD
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; it holds the items that the head was trained and tested on")
+        try:
+            values = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: not a JSON file ({error})") from error
+        names = [field.name for field in fields(SplitRecord)]
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a record of a split, which has the entry format = {FORMAT!r}")
+        if values.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: format_version: got {values.get('format_version')!r}; this version of rada takes "
+                f"{FORMAT_VERSION}"
+            )
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ValueError(f"{path}: no entry {missing[0]!r}; it holds {sorted(values)}")
+        record = SplitRecord(**{name: values[name] for name in names})
+        return replace(record, origins=tuple(record.origins), class_names=tuple(record.class_names))
+
+    def restore_test(self, source: Source) -> Split:
+        """The test items among the items of `source`, the data as they are today, with this record's labels.
+
+        Raises ValueError, naming the first, where items are missing or have changed.
+        """
+        pool = join(source.train, source.test)
+        names, labels, origins = _names(pool), pool.labels.tolist(), source.class_names
+        place = {(origins[label], name): i for i, (name, label) in enumerate(zip(names, labels, strict=True))}
+        wanted = [(origin, name, known) for origin in self.origins for name, known in self.test.get(origin, {}).items()]
+        missing = [name for origin, name, _ in wanted if (origin, name) not in place]
+        found = [item for item in wanted if item[:2] in place]
+        test = subset(pool, [place[item[:2]] for item in found])
+        changed = [name for (_, name, known), now in zip(found, digests_of(test), strict=True) if now != known]
+        if missing or changed:
+            wrong = [f"{len(items)} {how} ({_first(items)})" for items, how in
+                     ((missing, "are missing"), (changed, "have changed")) if items]  # fmt: skip
+            raise ValueError(
+                f"data: {self.data} has changed since the head was trained: of its {len(wanted)} test items "
+                f"{' and '.join(wrong)}; it takes the data as they were, or a head trained again"
+            )
+        label_of = {origin: label for label, origin in enumerate(self.origins)}
+        return replace(test, labels=torch.tensor([label_of[origin] for origin, _, _ in found]))
+
+    def drop_trained(self, split: Split) -> tuple[Split, list[str]]:
+        """The items of a split that the head was not trained on, whatever their names, and the names of the others."""
+        trained = contents(self.train)
+        names = _names(split)
+        seen = [i for i, now in enumerate(digests_of(split)) if now in trained]
+        kept = torch.ones(len(split), dtype=torch.bool)
+        kept[seen] = False
+        return subset(split, kept.nonzero().squeeze(1)), [names[i] for i in seen]
+
+
+def content_of(split: Split) -> str:
+    """What the digests of a split are of."""
+    return "images" if split.features is None else "features"
+
+
+def digests_of(split: Split) -> Sequence[str]:
+    """N digests of the items' content; features are rounded to float32 first."""
+    if split.digests is not None:
+        return split.digests
+    if split.features is None:
+        return _names(split)  # images of a source without digests: known by their names
+    return [digest(row.tobytes()) for row in split.features.float().numpy()]
+
+
+def items_of(split: Split, origins: Sequence[str]) -> Items:
+    """The items of a split by their classes, which its labels count."""
+    items: Items = {}
+    for name, label, content in zip(_names(split), split.labels.tolist(), digests_of(split), strict=True):
+        items.setdefault(origins[label], {})[name] = content
+    return items
+
+
+def contents(items: Items) -> set[str]:
+    """All digests of the items."""
+    return {content for named in items.values() for content in named.values()}
+
+
+def _names(split: Split) -> Sequence[str]:
+    return [str(i) for i in range(len(split))] if split.names is None else split.names
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
