@@ -137,12 +137,12 @@ class Bench:
             row.status = OUT_OF_MEMORY if out_of_memory else FAILED
             row.note = f"{type(error).__name__}: {error}".splitlines()[0]
             return None
-        row.error_logits, row.error_penalty = verdict.logits, verdict.penalty
-        row.error_gradients = verdict.gradients
+        row.error_logits, row.error_penalty, *gradients = verdict.errors.values()
+        row.error_gradients = max(gradients, default=None)
         row.worst, row.worst_error, row.worst_limit = verdict.worst, verdict.worst_error, verdict.worst_limit
         if not verdict.right:
             row.status = WRONG
-            row.note = f"{verdict.worst}: relative error {verdict.worst_error:.1e}, limit {verdict.worst_limit:.1e}"
+            row.note = verdict.account
             return None
         return run
 

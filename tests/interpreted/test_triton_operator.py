@@ -1,4 +1,4 @@
-"""The whole operator by Triton kernels, interpreted: values and all gradients, by the one rule of tests/truth.py."""
+"""The whole operator by Triton kernels, interpreted: values and gradients, by the one rule of bench/tolerance.py."""
 
 from __future__ import annotations
 
