@@ -27,7 +27,7 @@ class RAdaHead(nn.Module):
     penalty: "linf" (default), "l1" or "mse": what of |M - 1| the penalty measures.
     normalize: divide the features by their L2 norm first. Default True; a zero row stays zero, with zero gradient.
     backend: "auto" (default, or what RADA_BACKEND names), "torch", "reference", ...: see `rada_kernels.BACKENDS`.
-    device, dtype: of the parameters. Features must have the same, or run under torch.autocast.
+    device, dtype: of the parameters. Features must have the same; under torch.autocast, any floating dtype but float64.
 
     Parameters carry the released names: q_proj1, q_proj2, q_proj3 (image, text, rational query), k_proj, v_proj,
     out_proj, each with weight [D, D] and bias [D]. Layers of query kinds that are not in use do not require a

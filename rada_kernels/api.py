@@ -34,9 +34,10 @@ def rada_logits(
     ``logits = logit_scale * (M * R).sum(-1) + logit_bias``.
 
     image: [B, D] image features, raw or normalised; float32, bfloat16, float16 or float64.
-    text: [K, D] text features, the same dtype and device.
-    params: the six layers [D, D] and [D] in the features' dtype (under autocast in any floating dtype), the
-        exponentiated logit_scale (a positive 0-d tensor or float) and an optional logit_bias.
+    text: [K, D] text features.
+    params: the six layers [D, D] and [D], the exponentiated logit_scale (a positive 0-d tensor or float) and an
+        optional logit_bias. Features and layers have one device and one dtype; under autocast each has any floating
+        dtype, or all have float64.
     options: see `Options`; None means its defaults.
     backend: "auto" (default), or a name that must serve the call. See `rada_kernels.dispatch`.
 
@@ -45,7 +46,8 @@ def rada_logits(
     Products run in the input dtype and accumulate in float32; the logits are rounded once.
 
     The gradient reaches logit_scale through the final product only. NaN or Inf in one image's features stays in
-    that image's logits. Raises TypeError or ValueError naming the argument, what it got and what it takes.
+    that image's logits. Raises TypeError or ValueError naming the argument, what it got and what it takes; image and
+    text are called image_features and text_features there, as by the head, and layers by both names.
     Source: One Last Attention for Your Vision-Language Model, ICCV 2025, arXiv 2507.15480.
     """
     options = Options() if options is None else options
@@ -65,8 +67,10 @@ def rada_mask(image: Tensor, text: Tensor, params: Params, options: Options | No
     """The mask M [B, K, D] itself, for looking at: without gradients, in the features' dtype. Arguments as above."""
     options = Options() if options is None else options
     check_inputs(image, text, params, options)
+    params = _on_device(params, image)
+    params = params._replace(**{name: getattr(params, name).to(image.dtype) for name in Params._fields[:12]})
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        return plain.mask(image, text, _on_device(params, image), options)
+        return plain.mask(image, text.to(image.dtype), params, options)
 
 
 def _on_device(params: Params, image: Tensor) -> Params:

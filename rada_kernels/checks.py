@@ -1,4 +1,8 @@
-"""What a call must look like. Every error names the argument, what it got and what it takes."""
+"""What a call must look like. Every error names the argument, what it got and what it takes.
+
+The head's words are used: image_features and text_features for what rada_logits calls image and text, and for a layer
+the name in the head's state dict beside the field of Params.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,14 @@ from torch import Tensor
 from rada_kernels.options import Options, Params
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYERS = {
+    "query_image": "q_proj1",
+    "query_text": "q_proj2",
+    "query_rational": "q_proj3",
+    "key": "k_proj",
+    "value": "v_proj",
+    "out": "out_proj",
+}
 
 
 def check_inputs(image: Tensor, text: Tensor, params: Params, options: Options) -> None:
@@ -19,20 +31,19 @@ def check_inputs(image: Tensor, text: Tensor, params: Params, options: Options) 
         raise ValueError(f"text_features: got width {text.shape[1]}; it takes [K, {width}], as wide as image_features")
     if text.shape[0] == 0:
         raise ValueError("text_features: got an empty class set [0, D]; it takes at least one class")
-    _check_beside("text_features", text, image)
     heads = options.num_heads
     if width % heads:
         raise ValueError(f"num_heads: got {heads}; it takes a divisor of the embedding width {width}")
-    autocast = torch.is_autocast_enabled(image.device.type)
-    for name, tensor in zip(Params._fields, params.layers, strict=False):
-        shape = (width, width) if name.endswith("weight") else (width,)
+    layers = {_layer_name(field): layer for field, layer in zip(Params._fields, params.layers, strict=False)}
+    for name, tensor in layers.items():
+        shape = (width, width) if "weight" in name else (width,)
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}; it takes a tensor {list(shape)}")
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name}: got shape {list(tensor.shape)}; it takes {list(shape)} for features of width {width}"
             )
-        _check_beside(name, tensor, image, any_dtype=autocast)
+    _check_together(image, text, layers)
     check_scalar("logit_scale", params.logit_scale)
     if params.logit_bias is not None:
         check_scalar("logit_bias", params.logit_bias)
@@ -61,12 +72,36 @@ def _check_features(name: str, rows: str, features: Tensor) -> None:
         raise ValueError(f"{name}: got width 0; it takes [{rows}, D] with D at least 1")
 
 
-def _check_beside(name: str, tensor: Tensor, image: Tensor, any_dtype: bool = False) -> None:
-    """Same device and dtype as the image features."""
-    if tensor.device != image.device:
-        raise ValueError(f"{name}: got device {tensor.device}; it takes {image.device}, where image_features are")
-    if tensor.dtype != image.dtype and not (any_dtype and tensor.dtype.is_floating_point):
-        raise TypeError(
-            f"{name}: got dtype {tensor.dtype}; it takes {image.dtype}, as image_features have "
-            "(cast one of them, or run under torch.autocast)"
+def _layer_name(field: str) -> str:
+    """key_weight -> k_proj.weight (params.key_weight)"""
+    layer, _, kind = field.rpartition("_")
+    return f"{LAYERS[layer]}.{kind} (params.{field})"
+
+
+def _check_together(image: Tensor, text: Tensor, layers: dict[str, Tensor]) -> None:
+    """One device and one dtype for all. Under autocast, which casts all but float64, any dtype but that."""
+    first = next(iter(layers.values()))
+    if not any(layer.device == image.device for layer in layers.values()):
+        raise ValueError(
+            f"image_features: got device {image.device}, but the layers are on {first.device}; "
+            f"move the head, head.to({str(image.device)!r}), or the features"
         )
+    for name, tensor in {"text_features": text, **layers}.items():
+        if tensor.device != image.device:
+            raise ValueError(f"{name}: got device {tensor.device}; it takes {image.device}, where image_features are")
+    autocast = torch.is_autocast_enabled(image.device.type)
+
+    def fits(tensor: Tensor) -> bool:
+        if autocast and torch.float64 not in (tensor.dtype, image.dtype):
+            return tensor.dtype.is_floating_point
+        return tensor.dtype == image.dtype
+
+    if not any(map(fits, layers.values())):
+        hint = "" if torch.float64 in (image.dtype, first.dtype) else ", or run under torch.autocast"
+        raise TypeError(
+            f"image_features: got dtype {image.dtype}, but the layers have {first.dtype}; "
+            f"cast the head, head.to({image.dtype}), or the features, features.to({first.dtype}){hint}"
+        )
+    for name, tensor in {"text_features": text, **layers}.items():
+        if not fits(tensor):
+            raise TypeError(f"{name}: got dtype {tensor.dtype}; it takes {image.dtype}, as image_features have")

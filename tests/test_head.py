@@ -107,7 +107,15 @@ def wrong_calls():
     yield "no class", (image, text[:0], 1.0), ValueError, "text_features: got an empty class set"
     yield "width of another head", (image[:, :8], text[:, :8], 1.0), ValueError, "it takes [8, 8]"
     yield "dtypes differ", (image, text.double(), 1.0), TypeError, "text_features: got dtype torch.float64"
-    yield "head of another dtype", (image.half(), text.half(), 1.0), TypeError, "got dtype torch.float32; it takes"
+    half = "image_features: got dtype torch.float16, but the layers have torch.float32; cast the head, head.to("
+    yield "head of another dtype", (image.half(), text.half(), 1.0), TypeError, half + "torch.float16), or the features"
+    yield "image of another dtype", (image.half(), text, 1.0), TypeError, half
+    yield (
+        "head on another device",
+        (image.to("meta"), text.to("meta"), 1.0),
+        ValueError,
+        ("image_features: got device meta, but the layers are on cpu; move the head, head.to('meta'), or the features"),
+    )
     yield "integers", (image.long(), text, 1.0), TypeError, "image_features: got dtype torch.int64"
     yield "devices differ", (image, text.to("meta"), 1.0), ValueError, "text_features: got device meta; it takes cpu"
     yield "no tensor", (image.numpy(), text, 1.0), TypeError, "image_features: got ndarray"
@@ -122,6 +130,53 @@ def test_wrong_calls_are_named(arguments, error, message):
     with pytest.raises(error) as caught:
         RAdaHead(16, 4)(*arguments)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(dtype=torch.float16), TypeError, "k_proj.weight (params.key_weight): got dtype torch.float16; it takes"),
+        (dict(device="meta"), ValueError, "k_proj.weight (params.key_weight): got device meta; it takes cpu, where"),
+    ],
+)
+def test_a_layer_unlike_the_others_is_named(change, error, message):
+    head = RAdaHead(16, 4)
+    head.k_proj.to(**change)
+    with pytest.raises(error) as caught:
+        head(*features(), 1.0)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("image_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("text_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", *backends()])
+def test_autocast_takes_any_mixture_of_dtypes(backend, image_dtype, text_dtype):
+    """As features come from towers under autocast on one side and from a store on the other."""
+    head = RAdaHead(16, 4, backend=backend)
+    torch.nn.init.normal_(head.out_proj.weight)
+    image, text = features()
+    image, text = image.to(image_dtype), text.to(text_dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, mask = head(image, text, 20.0), head.mask(image, text, 20.0)
+        expected = head(image.bfloat16(), text.bfloat16(), 20.0)
+    assert mask.dtype == image_dtype
+    torch.testing.assert_close(mask.float(), head.mask(image.float(), text.float(), 20.0), rtol=0.05, atol=0.05)
+    if backend == "reference":  # torch's own autocast rounds where each product begins
+        torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.2)
+    else:
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_autocast_does_not_mix_with_float64(backend):
+    head = RAdaHead(16, 4, backend=backend)
+    image, text = features()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for call in (head, head.mask):
+            with pytest.raises(TypeError, match=r"image_features: got dtype torch.float64.*head.to\(torch.float64\)"):
+                call(image.double(), text.double(), 20.0)
+            with pytest.raises(TypeError, match=r"text_features: got dtype torch.float64; it takes torch.float32"):
+                call(image, text.double(), 20.0)
 
 
 def test_backend_for_says_why_not_the_others():
