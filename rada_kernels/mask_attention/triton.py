@@ -54,7 +54,7 @@ from rada_kernels.options import QUERIES, Options
 
 @triton.jit
 def joint_normaliser(tops, totals, p_tiles, T, BT: tl.constexpr):
-    """The maximum over all pairs of classes and K / the sum of exp2(score - maximum), from those of the row tiles."""
+    """The maximum over all pairs of classes and the sum of exp2(score - maximum), from those of the row tiles."""
     b_most = tl.full([BT], float("-inf"), tl.float32)
     for start in range(0, T, BT):
         o_t = start + tl.arange(0, BT)
