@@ -137,6 +137,7 @@ def test_the_whole_head_in_a_forked_child(batch, classes, width):
     torch.set_num_threads(2)
     try:
         head = RAdaHead(width, 4, backend="cpu")
+        torch.nn.init.normal_(head.out_proj.weight, std=0.3)  # else the attention would not show in the logits
         image, text = torch.randn(batch, width), torch.randn(classes, width)
         expected = head(image, text, 20.0).detach()
         (torch.randn(512, 512) @ torch.randn(512, 512)).exp()  # the parent has started its threads
