@@ -33,8 +33,8 @@ from torch import Tensor
 from rada_kernels import Options, Params
 from rada_kernels.logit_reduction.reference import deviation_from_one, masked_sums
 from rada_kernels.mask_attention.reference import joint_softmax
+from rada_kernels.numerics import inverse_norms
 from rada_kernels.rational_projection.reference import rational_projection
-from rada_kernels.rows import inverse_norms
 
 MARGIN = 2.0
 FLOOR = {torch.float64: 16, torch.float32: 16, torch.bfloat16: 1, torch.float16: 1}
