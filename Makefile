@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CPP := $(wildcard rada_kernels/csrc/*.cpp rada_kernels/*/*.h tests/loops/*.cpp)
 
-.PHONY: run test test-all loops cross-aarch64 sanitize bench compile-report lint format clean
+.PHONY: run test test-all wheel loops cross-aarch64 sanitize bench compile-report lint format clean
 
 run: $(STAMP)
 	$(PY) -m rada train $(ARGS)
@@ -16,6 +16,14 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PY) -m pytest $(ARGS)
+
+# dist/: the source distribution and, built from it, the wheel. auditwheel gives the wheel the tag of the oldest glibc
+# that it runs on; it refuses a wheel without a library.
+wheel: $(STAMP)
+	rm -rf dist build/wheel
+	$(PY) setup.py -q sdist
+	$(PY) -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel dist/*.tar.gz
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
 
 # The C++ loops without torch, against double precision: every instruction set that this machine runs.
 CMAKE := $(VENV)/bin/cmake
@@ -59,6 +67,7 @@ compile-report: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 format: $(STAMP)
@@ -67,10 +76,10 @@ format: $(STAMP)
 	$(VENV)/bin/clang-format -i $(CPP)
 
 # Installed again when what it is made from changes; the exact versions stand in constraints.txt.
-$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(filter rada_kernels/%,$(CPP))
+$(STAMP): pyproject.toml setup.py build_hooks.py constraints.txt CMakeLists.txt $(filter rada_kernels/%,$(CPP))
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision setuptools cmake
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[demo,plot,dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[demo,dev]"
 	touch $(STAMP)
 
 clean:

@@ -1,6 +1,6 @@
 """Rational Adaptation of vision-language models: the head, open_clip models, tuning, inference.
 
-Importing it needs torch alone; open_clip, Pillow, safetensors and pyarrow are imported where they are used.
+Importing it imports torch alone; open_clip, Pillow, safetensors and pyarrow are imported where they are used.
 """
 
 from rada.checkpoint import load_head, save_head

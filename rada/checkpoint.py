@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from rada.extras import require
 from rada.files import write_bytes
 from rada.fused import RAdaHead
 from rada.version import __version__
@@ -44,7 +43,8 @@ def save_head(
     """
     if not isinstance(backbone, str) or not backbone:
         raise ValueError(f"backbone: got {backbone!r}; it takes the name of the model")
-    safetensors = require("safetensors.torch", "safetensors", "checkpoints")
+    import safetensors.torch as safetensors
+
     weights = _weights_path(path)
     weights.parent.mkdir(parents=True, exist_ok=True)
     data = safetensors.save({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()})
@@ -106,7 +106,8 @@ def load_head(
     Raises FileNotFoundError, or ValueError naming the field that does not match, what it got and what the
     checkpoint takes, or the file that is corrupt.
     """
-    safetensors = require("safetensors.torch", "safetensors", "checkpoints")
+    import safetensors.torch as safetensors
+
     config = load_config(path)
     for field, got in (("backbone", backbone), ("embed_dim", embed_dim), ("num_heads", num_heads)):
         if got is not None and got != config[field]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback as tracebacks
@@ -11,12 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.table import Table
-except ModuleNotFoundError as missing:
-    raise SystemExit(f'rada: error: the command line needs {missing.name}: pip install "rada[demo,plot]"') from missing
+import typer
+from rich.console import Console
+from rich.table import Table
 
 from rada.templates import DEFAULT_TEMPLATES
 from rada.tune import Tuning
@@ -225,28 +221,9 @@ def info(
     traceback: Traceback = False,
 ) -> None:
     """Print versions, devices, backends and environment variables: what a bug report asks for."""
-    from rada.info import EMBED_DIM, NUM_HEADS, backends, environment
+    from rada.info import describe
 
-    facts, served = environment(), backends()
-    if as_json:
-        print(json.dumps({**facts, "backends": served}, indent=2))
-        return
-    console = Console()
-    table = Table(show_header=False, title="environment")
-    for name in ("rada", "python", "system", "cores", "threads", "triton kernels"):
-        table.add_row(name, str(facts[name]))
-    for group in ("packages", "devices", "variables"):
-        missing = "not set" if group == "variables" else "not installed"
-        for name, value in facts[group].items():
-            table.add_row(name, value if value is not None else f"[dim]{missing}[/dim]")
-    console.print(table)
-    table = Table(title=f"backends for a head of width {EMBED_DIM} with {NUM_HEADS} heads, in the order of preference")
-    for heading in ("device", "dtype", "backend", "usable", "why"):
-        table.add_column(heading)
-    for row in served:
-        mark = "[green]yes[/green]" if row["usable"] else "[red]no[/red]"
-        table.add_row(row["device"], row["dtype"], row["backend"], mark, row["reason"])
-    console.print(table)
+    print(describe(as_json))
 
 
 def print_results(results: dict) -> None:

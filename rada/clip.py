@@ -225,7 +225,8 @@ class RAdaCLIP(nn.Module):
         )
 
     def _encode_classes(self) -> Tensor:
-        tqdm = require("tqdm", "tqdm", "models").tqdm
+        from tqdm import tqdm
+
         keep, device = not self._text_trains(), self.model.logit_scale.device
         batches = self._tokens.split(max(1, PROMPTS_PER_BATCH // len(self.templates)))
         # A bar where it is long: once per set of classes, not in every step of a tower that trains.
@@ -267,7 +268,7 @@ def _keep_frozen_model(module: RAdaCLIP, state: dict, prefix: str, *_) -> None:
 
 def _create(name: str, pretrained, precision: str, device, want_tokenizer: bool):
     """(model, preprocess, tokenizer, backbone) by open_clip's name."""
-    open_clip = require("open_clip", "open_clip_torch", "models")
+    open_clip = require("open_clip", "clip", "an open_clip model")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}; it takes one of {PRECISIONS}")
     pretrained = None if pretrained is None else os.fspath(pretrained)
@@ -331,7 +332,7 @@ def _transform_of(model: nn.Module) -> Callable | None:
 
 def _of_any_mode(transform: Callable) -> Callable:
     """The transform of images of any mode. (open_clip's own lays transparency on black.)"""
-    return require("torchvision.transforms", "torchvision", "models").Compose([_rgb, transform])
+    return require("torchvision.transforms", "clip", "an open_clip model").Compose([_rgb, transform])
 
 
 def _rgb(image):
@@ -346,7 +347,7 @@ def _tokenizer_of(model: nn.Module) -> Callable:
             "tokenizer: got None with a model whose vocabulary is not CLIP's; it takes the model's own, "
             "as open_clip.get_tokenizer makes it"
         )
-    return require("open_clip", "open_clip_torch", "models").SimpleTokenizer(context_length=model.context_length)
+    return require("open_clip", "clip", "an open_clip model").SimpleTokenizer(context_length=model.context_length)
 
 
 def _vocabulary_size(model: nn.Module) -> int | None:

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from rada.clip import RAdaCLIP
 from rada.data import Split
-from rada.extras import require
 from rada.templates import DEFAULT_TEMPLATES
 
 DEMO_MODEL = "demo"
@@ -106,7 +105,8 @@ def encode_images(
     images: PIL images, decoded when indexed; in worker processes where there are many.
     quiet: without a bar, for a caller that shows its own.
     """
-    tqdm = require("tqdm", "tqdm", "encoding bars").tqdm
+    from tqdm import tqdm
+
     if clip.preprocess is None:
         raise ValueError("model: it came without an image transform; it takes one that open_clip knows")
     positions = range(len(images)) if indices is None else indices.tolist()

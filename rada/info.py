@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +13,7 @@ from rada.version import __version__
 from rada_kernels import usable_backends
 from rada_kernels.backends.triton import STATUS
 
-PACKAGES = ("torch", "numpy", "triton", "open_clip_torch", "torchvision", "safetensors", "pyarrow", "matplotlib")
+PACKAGES = ("torch", "numpy", "safetensors", "triton", "open_clip_torch", "torchvision", "pyarrow", "matplotlib")
 VARIABLES = (
     "RADA_BACKEND",
     "RADA_TILE_BYTES",
@@ -67,6 +68,28 @@ def backends() -> list[dict]:
         for dtype in DTYPES
         for name, (usable, reason) in usable_backends(dtype, device, EMBED_DIM, NUM_HEADS).items()
     ]
+
+
+def describe(as_json: bool = False) -> str:
+    """All of this as text, in columns, or as JSON."""
+    facts, served = environment(), backends()
+    if as_json:
+        return json.dumps({**facts, "backends": served}, indent=2)
+    rows = [(name, str(value)) for name, value in facts.items() if not isinstance(value, dict)]
+    for group, missing in (("packages", "not installed"), ("devices", ""), ("variables", "not set")):
+        rows += [(name, missing if value is None else value) for name, value in facts[group].items()]
+    heading = f"backends for a head of width {EMBED_DIM} with {NUM_HEADS} heads, in the order of preference"
+    table = [("device", "dtype", "backend", "usable", "why")]
+    table += [(r["device"], r["dtype"], r["backend"], "yes" if r["usable"] else "no", r["reason"]) for r in served]
+    return f"{_columns(rows)}\n\n{heading}\n{_columns(table)}"
+
+
+def _columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows of equal length, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _version(package: str) -> str | None:

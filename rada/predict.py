@@ -64,7 +64,8 @@ def predict_to_file(
         raise FileExistsError(f"output: {output} exists; --overwrite replaces it")
     if (data is None) == (images is None):
         raise ValueError("data, images: got both or none; it takes exactly one of them")
-    tqdm = require("tqdm", "tqdm", "prediction bars").tqdm
+    from tqdm import tqdm
+
     trained = load_trained(checkpoint, device=device, backend=backend)
     items = (
         _from_images(trained, Path(images), batch_size, skip_bad)
@@ -162,8 +163,8 @@ def _writer(path: Path, suffix: str, labelled: bool) -> Iterator[Callable[[dict[
 
             yield write
         return
-    pa = require("pyarrow", "pyarrow", "Parquet files")
-    pq = require("pyarrow.parquet", "pyarrow", "Parquet files")
+    pa = require("pyarrow", "parquet", "a Parquet file")
+    pq = require("pyarrow.parquet", "parquet", "a Parquet file")
     fields = {"item": pa.string(), "label": pa.string(), "classes": pa.list_(pa.string())}
     fields["probabilities"] = pa.list_(pa.float32())
     if not labelled:

@@ -43,6 +43,7 @@ from rada.data.classes import name_classes, prompt_names, read_class_names, take
 from rada.data.record import SplitRecord, content_of, contents, items_of
 from rada.data.splits import LEAST_CLASSES
 from rada.encode import DEMO_MODEL, ModelSpec, choose_device, split_features
+from rada.extras import require
 from rada.files import replacing, write_json, write_text
 from rada.fused import RAdaHead
 from rada.info import environment
@@ -621,10 +622,4 @@ def _remove_run(output: Path) -> None:
 
 
 def _tensorboard_writer() -> Callable:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "tensorboard: --tensorboard needs the package tensorboard: pip install tensorboard"
-        ) from error
-    return SummaryWriter
+    return require("torch.utils.tensorboard", "tensorboard", "--tensorboard").SummaryWriter

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rada.extras import require
 from rada.fused import RAdaHead
 
 
@@ -123,7 +122,8 @@ def tune_head(
 
     Raises ValueError for labels outside 0..K-1 and where the loss is no longer finite.
     """
-    tqdm = require("tqdm", "tqdm", "training bars").tqdm
+    from tqdm import tqdm
+
     count, device = len(train.features), classes.text.device
     if not count or len(train.labels) != count:
         raise ValueError(f"train: got {count} features and {len(train.labels)} labels; it takes as many, at least one")

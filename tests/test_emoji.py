@@ -134,8 +134,8 @@ def test_index_out_of_range(target):
 
 
 def test_missing_packages_are_named(monkeypatch):
-    monkeypatch.setitem(module.PACKAGES, "no_such_module", "no-such-package")
+    monkeypatch.setattr(module, "MODULES", ("no_such_module",))
     emoji_classes.cache_clear()
-    with pytest.raises(ImportError, match=r'no-such-package: pip install "rada\[demo\]"'):
+    with pytest.raises(ImportError, match=r'the emoji data set needs no_such_module: pip install "rada\[emoji\]"'):
         load_emoji()
     emoji_classes.cache_clear()

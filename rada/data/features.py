@@ -245,7 +245,8 @@ def _read_npz(path: Path) -> dict:
 
 
 def _read_safetensors(path: Path) -> dict:
-    safetensors = require("safetensors", "safetensors", "features in .safetensors")
+    import safetensors
+
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             entries = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
@@ -271,7 +272,7 @@ def _read_pt(path: Path) -> dict:
 def _read_folder(path: Path) -> dict:
     """clip-retrieval's layout as the entries of one file, with image_features as the list of mapped
     shards."""
-    pq = require("pyarrow.parquet", "pyarrow", "features in clip-retrieval's layout")
+    pq = require("pyarrow.parquet", "parquet", "clip-retrieval's layout")
     shards = feature_shards(path)
     files = _numbered(path / "metadata", "metadata", ".parquet")
     if len(files) != len(shards):

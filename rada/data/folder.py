@@ -28,7 +28,6 @@ import torch
 from rada.data.images import ImageFiles, read_image
 from rada.data.source import Source, Split, digest
 from rada.data.splits import subset, train_test
-from rada.extras import require
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -118,7 +117,7 @@ def _split(root: Path, classes: list[list[Path]], digests: Mapping[Path, str]) -
 
 def _check(files: list[Path], skip_bad: bool) -> tuple[dict[Path, str], list[Path]]:
     """The digest of each file that decodes, and the files that do not; the first of these raises unless skip_bad."""
-    tqdm = require("tqdm", "tqdm", "image folders").tqdm
+    from tqdm import tqdm
 
     def check(file: Path) -> tuple[str | None, ValueError | None]:
         try:

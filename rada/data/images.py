@@ -23,7 +23,7 @@ def to_rgb(image):
 
     Raises ValueError for a deeper grey with values outside its range, which no scale could be right for.
     """
-    Image = require("PIL.Image", "Pillow", "images")
+    Image = require("PIL.Image", "clip", "an image")
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_eight_bit(image)).convert("RGB")
     if not _transparent(image):
@@ -35,7 +35,7 @@ def to_rgb(image):
 
 def read_image(path: Path) -> tuple:
     """The RGB PIL image in a file, and the file's bytes. Raises ValueError naming the file."""
-    Image = require("PIL.Image", "Pillow", "images")
+    Image = require("PIL.Image", "clip", "an image")
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:

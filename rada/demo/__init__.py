@@ -37,7 +37,7 @@ def load_demo_model(device: str | torch.device = "cpu", *, pretrained: bool = Tr
         FileNotFoundError: the checkpoint or the vocabulary is missing; the message names the command that
             makes it.
     """
-    open_clip = require("open_clip", "open_clip_torch", "models")
+    open_clip = require("open_clip", "clip", "an open_clip model")
     for path in (CHECKPOINT, VOCABULARY) if pretrained else (VOCABULARY,):
         if not path.is_file():
             raise FileNotFoundError(f"the demo model's {path} is missing: make it by {PRETRAIN}")

@@ -30,7 +30,7 @@ def _load() -> tuple[str, str, bool]:
     """The instruction set in use, why there is none, and whether it has bfloat16 dot products."""
     if not LIBRARY.exists():
         reason = LIBRARY.with_suffix(".missing")  # setup.py leaves it
-        why = reason.read_text().strip() if reason.exists() else "install with a C++ compiler, CMake and torch"
+        why = reason.read_text().strip() if reason.exists() else "install again with a C++ compiler"
         return "", f"{LIBRARY.name} was not built: {why}", False
     try:
         torch.ops.load_library(LIBRARY)
