@@ -6,6 +6,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from rada.templates import DEFAULT_TEMPLATES, check_templates, fill
 # Prompts per call of the text tower: large enough to keep a device busy, small enough for any memory.
 PROMPTS_PER_BATCH = 256
 CLIP_VOCABULARY = 49408
+# An open_clip model: its towers have no annotations.
+OpenCLIP = Any
 PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
 
 
@@ -52,7 +55,7 @@ class RAdaCLIP(nn.Module):
         backbone: str | None = None,
     ):
         super().__init__()
-        self.model = model
+        self.model: OpenCLIP = model
         self.head = head
         self.tokenizer = tokenizer
         self.preprocess = preprocess
@@ -79,7 +82,7 @@ class RAdaCLIP(nn.Module):
         freeze: bool = True,
         num_heads: int = 8,
         backbone: str | None = None,
-        **head_options,
+        **head_options: Any,
     ) -> RAdaCLIP:
         """An open_clip model (CLIP, CustomTextCLIP as SigLIP is, CoCa) under a new, untrained head.
 
@@ -321,7 +324,7 @@ def _refuse_with_object(**arguments) -> None:
             raise ValueError(f"{name}: got {value!r} with a model given as an object; it goes with a model's name only")
 
 
-def _transform_of(model: nn.Module) -> Callable | None:
+def _transform_of(model: OpenCLIP) -> Callable | None:
     config = getattr(model.visual, "preprocess_cfg", None)
     if config is None:
         return None
@@ -341,7 +344,7 @@ def _rgb(image):
     return to_rgb(image) if isinstance(image, Image) else image  # transforms take tensors too
 
 
-def _tokenizer_of(model: nn.Module) -> Callable:
+def _tokenizer_of(model: OpenCLIP) -> Callable:
     if _vocabulary_size(model) != CLIP_VOCABULARY:
         raise ValueError(
             "tokenizer: got None with a model whose vocabulary is not CLIP's; it takes the model's own, "
@@ -350,17 +353,17 @@ def _tokenizer_of(model: nn.Module) -> Callable:
     return require("open_clip", "clip", "an open_clip model").SimpleTokenizer(context_length=model.context_length)
 
 
-def _vocabulary_size(model: nn.Module) -> int | None:
+def _vocabulary_size(model: OpenCLIP) -> int | None:
     return getattr(model, "vocab_size", getattr(getattr(model, "text", None), "vocab_size", None))
 
 
-def _input_dtype(model: nn.Module) -> torch.dtype:
+def _input_dtype(model: OpenCLIP) -> torch.dtype:
     """The dtype that the image tower takes: its first layer's. (Norms may keep float32 beside half precision.)"""
     layers = (module for module in model.visual.modules() if isinstance(module, nn.Conv2d | nn.Linear))
     return next(layers).weight.dtype
 
 
-def _image_width(model: nn.Module) -> int:
+def _image_width(model: OpenCLIP) -> int:
     """D, by encoding one black image: the towers do not agree on an attribute that holds it."""
     size = model.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rada.clip import RAdaCLIP
 from rada.data import Split
+from rada.data.source import Images
 from rada.templates import DEFAULT_TEMPLATES
 
 DEMO_MODEL = "demo"
@@ -33,7 +35,7 @@ class ModelSpec:
     pretrained: str | None = None
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
 
-    def open(self, class_names: Sequence[str], device: torch.device, **head_options) -> RAdaCLIP:
+    def open(self, class_names: Sequence[str], device: torch.device, **head_options: Any) -> RAdaCLIP:
         """The model, frozen, under a new head over the classes."""
         if self.name != DEMO_MODEL:
             return RAdaCLIP.from_open_clip(
@@ -81,7 +83,7 @@ def choose_device(name: str) -> torch.device:
 class Preprocessed(Dataset):
     """Images of a sequence at some positions, as the model takes them."""
 
-    def __init__(self, images: Sequence, positions: Sequence[int], preprocess) -> None:
+    def __init__(self, images: Images, positions: Sequence[int], preprocess) -> None:
         self.images, self.positions, self.preprocess = images, positions, preprocess
 
     def __len__(self) -> int:
@@ -93,7 +95,7 @@ class Preprocessed(Dataset):
 
 def encode_images(
     clip: RAdaCLIP,
-    images: Sequence,
+    images: Images,
     indices: Tensor | None = None,
     *,
     description: str = "encode images",
@@ -129,5 +131,7 @@ def split_features(clip: RAdaCLIP | None, split: Split, indices: Tensor, descrip
     """Features [M, D] of a split's items at indices [M]: stored ones, or encoded by `clip`. On the CPU."""
     if split.features is not None:
         return split.features[indices]
+    if clip is None or split.images is None:
+        raise ValueError("clip: got None for a split without features; it takes the model that encodes its images")
     parts = [features.cpu() for features in encode_images(clip, split.images, indices, description=description)]
     return torch.cat(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class RAdaHead(nn.Module):
         num_heads: int | None = None,
         *,
         temperature: float | None = None,
-        **options,
+        **options: Any,
     ) -> RAdaHead:
         """A head from a checkpoint of the released training code, {"state_dict": {"mha.q_proj1.weight": ...}}.
 
@@ -114,7 +115,7 @@ class RAdaHead(nn.Module):
         """The head's tensors as `rada_kernels.rada_logits` takes them."""
         layers = (self.q_proj1, self.q_proj2, self.q_proj3, self.k_proj, self.v_proj, self.out_proj)
         tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-        return Params(*tensors, logit_scale=logit_scale, logit_bias=logit_bias)
+        return Params._make((*tensors, logit_scale, logit_bias))
 
     def forward(
         self,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from rada.data.features import feature_shards
 from rada.data.folder import EXTENSIONS
 from rada.data.images import ImageFiles, read_image
+from rada.data.source import Images
 from rada.encode import encode_images
 from rada.evaluate import Trained, load_test, load_trained
 from rada.extras import require
@@ -68,9 +69,9 @@ def predict_to_file(
 
     trained = load_trained(checkpoint, device=device, backend=backend)
     items = (
-        _from_images(trained, Path(images), batch_size, skip_bad)
-        if data is None
-        else _from_data(trained, data, batch_size, skip_bad)
+        _from_data(trained, data, batch_size, skip_bad)
+        if data is not None
+        else _from_images(trained, Path(cast(Path, images)), batch_size, skip_bad)
     )
     count, done = min(top_k, len(trained.class_names)), 0
     choice = trained.head.backend_for(trained.classes.text)
@@ -91,8 +92,8 @@ def predict_to_file(
                 logits = trained.head(features, *trained.classes)
             best = logits.float().softmax(-1).topk(count)
             rows = range(done, done + len(features))
-            columns = {"item": [str(items.names[i]) for i in rows]}
-            if items.labels is not None:
+            columns: dict[str, list] = {"item": [str(items.names[i]) for i in rows]}
+            if items.labels is not None and items.label_names is not None:
                 columns["label"] = [items.label_names[items.labels[i]] for i in rows]
             columns["classes"] = [[trained.class_names[i] for i in row] for row in best.indices.tolist()]
             columns["probabilities"] = best.values.tolist()
@@ -117,7 +118,7 @@ def _from_data(trained: Trained, data: str, batch_size: int, skip_bad: bool) -> 
         folder.suffix == ".npy" or ((folder / "img_emb").is_dir() and not (folder / "metadata").is_dir())
     ):
         shards = feature_shards(folder)
-        batches = (batch for shard in shards for batch in shard.split(batch_size))
+        batches: Iterator[Tensor] = (batch for shard in shards for batch in shard.split(batch_size))
         return Items(range(sum(map(len, shards))), None, None, batches, [])
     data_set = load_test(trained, data, skip_bad=skip_bad)
     test = data_set.items
@@ -125,7 +126,7 @@ def _from_data(trained: Trained, data: str, batch_size: int, skip_bad: bool) -> 
     if test.features is not None:
         batches = iter(test.features.split(batch_size))
     else:
-        batches = encode_images(trained.open_model(), test.images, batch_size=batch_size, quiet=True)
+        batches = encode_images(trained.open_model(), cast(Images, test.images), batch_size=batch_size, quiet=True)
     return Items(names, test.labels, data_set.class_names, batches, list(data_set.skipped))
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -115,7 +116,7 @@ class Problem:
     source: Source
     classes: Classes  # all K
     halves: dict[str, Tensor]  # "base", "new" -> class ids
-    samples: dict[int, dict[str, Labelled]]  # seed -> "train", "val" (base labels)
+    samples: dict[int, dict[str, Any]]  # seed -> "train", "val" or None: Labelled (base labels)
     tests: dict[str, Labelled]  # "base", "new" -> features with the half's own labels
     test_splits: dict[str, Split]
     records: dict[int, SplitRecord]  # seed -> what its head is trained and tested on
@@ -153,7 +154,7 @@ def _run(settings: Settings, output: Path, tensorboard: bool) -> dict:
     choice = head.backend_for(problem.classes.text)
     base = problem.classes.select(problem.halves["base"])
     zero_shot = {half: _tested(problem, half, None) for half in problem.halves}
-    results = {
+    results: dict[str, Any] = {
         "format": FORMAT,
         "format_version": 1,
         "status": "running",
@@ -223,7 +224,7 @@ def _run(settings: Settings, output: Path, tensorboard: bool) -> dict:
             write_json(output / RESULTS, results)
             first_head = first_head or head
         results["gain"] = gain(problem, zero_shot, predictions)
-        results["examples"] = _write_examples(output, problem, first_head, zero_shot["base"])
+        results["examples"] = _write_examples(output, problem, first_head or head, zero_shot["base"])
         shape = StepShape(settings.tuning.batch_size, len(base.text), base.text.shape[1])
         results["step"] = {
             **asdict(shape),
@@ -312,7 +313,7 @@ def prepare(settings: Settings, device: torch.device) -> Problem:
     clip = None if spec is None else spec.open(prompt_names(source.class_names), device, num_heads=1)
     if clip is None:
         scale = CLIP_LOGIT_SCALE if source.logit_scale is None else source.logit_scale
-        classes = Classes(source.text_features.to(device), scale)
+        classes = Classes(cast(Tensor, source.text_features).to(device), scale)
     else:
         bias = clip.logit_bias
         classes = Classes(clip.text_features.detach(), float(clip.logit_scale), None if bias is None else float(bias))
@@ -396,7 +397,9 @@ def gain(problem: Problem, zero_shot: dict, predictions: dict[str, list[Tensor]]
     classes: name, half, zero_shot and rada (percent, the mean over the seeds) of each class.
     repaired, broken: pairs (class, taken for) with the number of test images per seed that changed sides.
     """
-    rows, repaired, broken = [], Counter(), Counter()
+    rows: list[dict] = []
+    repaired: Counter[tuple[str, str, str]] = Counter()
+    broken: Counter[tuple[str, str, str]] = Counter()
     for half, ids in problem.halves.items():
         before, labels = zero_shot[half]
         names = [problem.source.class_names[i] for i in ids]
@@ -530,7 +533,7 @@ def _save(folder: Path, head: RAdaHead, problem: Problem, settings: Settings, se
     """A checkpoint for `rada.evaluate` and `rada.predict`: the head, the classes' features, the encoders, the split."""
     folder.mkdir(parents=True, exist_ok=True)
     problem.records[seed].write(folder)
-    bias = {} if problem.classes.logit_bias is None else {"logit_bias": problem.classes.logit_bias}
+    bias: dict[str, Any] = {} if problem.classes.logit_bias is None else {"logit_bias": problem.classes.logit_bias}
     with replacing(folder / "classes.npz") as partial, open(partial, "wb") as file:
         np.savez(
             file,
@@ -570,7 +573,8 @@ def _write_examples(output: Path, problem: Problem, head: RAdaHead, zero_shot: t
             label = int(labels[i])
             repaired = int(zero_shot[0][i]) != label and int(predicted[i]) == label
             candidates.append((not repaired, value, i, other))
-    rows, shown = [], set()
+    rows: list[dict] = []
+    shown: set[int] = set()
     for _, _, i, other in sorted(candidates):
         label = int(labels[i])
         if label in shown:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +172,7 @@ def tune_head(
                 penalties += penalty.detach() * len(batch)
                 hits += (logits.detach().argmax(-1) == labels).sum()
                 bar.update(len(batch))
-            numbers = {
+            numbers: dict[str, Any] = {
                 "epoch": epoch + 1,
                 "lr": lr,
                 "loss": float(losses) / count,

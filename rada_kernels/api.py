@@ -79,9 +79,10 @@ def _on_device(params: Params, image: Tensor) -> Params:
     def scalar(value):
         if value is None:
             return None
-        options = {"dtype": accumulation_dtype(image.dtype), "device": image.device}
+        dtype = accumulation_dtype(image.dtype)
         if isinstance(value, Tensor):
-            return value.to(**options).reshape(())
-        return torch.full((), value, **options)  # no copy from the host, which would wait for the device
+            return value.to(image.device, dtype).reshape(())
+        # No copy from the host, which would wait for the device.
+        return torch.full((), value, dtype=dtype, device=image.device)
 
     return params._replace(logit_scale=scalar(params.logit_scale), logit_bias=scalar(params.logit_bias))

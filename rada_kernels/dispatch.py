@@ -52,7 +52,7 @@ def choose_backend(
             others = [name for name, (ok, _) in answers.items() if ok]
             raise ValueError(f"backend: {requested!r} cannot serve this call ({reason}); {others} would work")
         return requested, {}
-    passed_over = {}
+    passed_over: dict[str, str] = {}
     for name, module in BACKENDS.items():
         works, reason = module.usable(dtype, device, embed_dim, num_heads)
         if works:

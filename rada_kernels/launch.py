@@ -82,7 +82,7 @@ def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:  # its properties have no shared_memory_per_block_optin: what a program has, it may use
         return Device(properties.gcnArchName.split(":")[0], properties.shared_memory_per_block)
-    return Device(f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin)
+    return Device(f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 _planned: Device | None = None
@@ -353,16 +353,16 @@ class Request:
         in_flight = config.num_stages - (config.num_stages == 1 or not _has_wide_products(self.device))
         width = max(16, next_power(self.head_width))
         loop, held, made, result = KERNELS[self.kernel].operands(config, width, in_flight)
-        held, to_the_end = (max(held, default=0), loop) if self.device.is_amd else (sum(held), 0)
+        staying, to_the_end = (max(held, default=0), loop) if self.device.is_amd else (sum(held), 0)
         barriers = 2 * KIB if self.device.arch == "sm_100" else 0  # and what a change of layout is padded by there
         itemsize = self.dtype.itemsize
-        return max((loop + held + made) * itemsize, to_the_end * itemsize + result * 9 // 2) + barriers
+        return max((loop + staying + made) * itemsize, to_the_end * itemsize + result * 9 // 2) + barriers
 
     def fitted(self, config):
         """The configuration with fewer stages, then smaller blocks, until the device's shared memory holds it."""
         while self.shared_bytes(config) > self.device.shared_bytes:
             blocks = {name: getattr(config, name) for name in KERNELS[self.kernel].blocks}
-            largest = max(blocks, key=blocks.get, default=None)
+            largest = max(blocks, key=blocks.__getitem__, default=None)
             if config.num_stages > 1:
                 config = replace(config, num_stages=config.num_stages - 1)
             elif largest and blocks[largest] > BLOCKS[0]:

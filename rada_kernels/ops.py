@@ -48,7 +48,7 @@ def register(name: str, forward: Callable, backward: Callable, empty_kept: Calla
         save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         save = save and any(t.requires_grad for t in (image, text, *params.layers))
         sums, deviation, _ = torch.ops.rada.masked_similarity(
-            image, text, params.logit_scale.detach(), params.layers, *pack_options(options, name), save
+            image, text, params.scale.detach(), params.layers, *pack_options(options, name), save
         )
         return sums, deviation
 
@@ -69,7 +69,8 @@ def _unpack_options(num_heads, temperature, queries, penalty, normalize) -> Opti
 @torch.library.impl(LIBRARY, "masked_similarity", "CompositeExplicitAutograd")
 def _forward(image, text, logit_scale, layers, *packed):
     *options, backend, save = packed
-    return KERNELS[backend].forward(image, text, Params(*layers, logit_scale), _unpack_options(*options), save)
+    params = Params._make((*layers, logit_scale, None))
+    return KERNELS[backend].forward(image, text, params, _unpack_options(*options), save)
 
 
 @torch.library.register_fake("rada::masked_similarity", lib=LIBRARY)
@@ -93,7 +94,7 @@ def _backward(grad_sums, grad_deviation, image, text, logit_scale, layers, kept,
         grad_deviation,
         image,
         text,
-        Params(*layers, logit_scale),
+        Params._make((*layers, logit_scale, None)),
         kept,
         _unpack_options(*options),
         Wanted(want_image, want_text, want_layers),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
@@ -79,6 +79,11 @@ class Params(NamedTuple):
     out_bias: Tensor
     logit_scale: Tensor | float = 1.0  # the exponentiated scale, 0-d
     logit_bias: Tensor | float | None = None  # SigLIP's, 0-d
+
+    @property
+    def scale(self) -> Tensor:
+        """logit_scale as the backends get it, a 0-d tensor."""
+        return cast(Tensor, self.logit_scale)
 
     @property
     def layers(self) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +77,22 @@ def test_importing_rada_imports_none_of_its_extras():
     imported = imported_by("rada")
     assert {"rada", "rada_kernels", "torch"} <= imported
     assert not extras & imported
+
+
+@pytest.mark.slow
+def test_the_annotations_hold_and_reach_a_user(tmp_path):
+    """mypy takes the packages, and refuses a user's file that takes a head for a string."""
+    pytest.importorskip("mypy")
+    root = Path(__file__).parent.parent
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("from rada import RAdaHead\nhead: str = RAdaHead(8)\n")
+    for arguments, status, output in (
+        ([], 0, "Success: no issues found"),
+        ([wrong], 1, 'expression has type "RAdaHead", variable has type "str"'),
+    ):
+        command = [sys.executable, "-m", "mypy", "--cache-dir", tmp_path / "cache", *arguments]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert (done.returncode, output in done.stdout) == (status, True), done.stdout + done.stderr
 
 
 def test_the_kernels_do_not_import_rada():

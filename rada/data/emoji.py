@@ -137,7 +137,7 @@ def draw_source(emoji: Emoji, size: int):
     return _draw_colour(emoji.char, size)
 
 
-class EmojiViews(Sequence):
+class EmojiViews:
     """The images of one split, drawn when indexed: item `label * views + view` is an RGB PIL image.
 
     It holds no image and no open font, so it can be pickled to the workers of a `DataLoader` at no cost.
@@ -166,6 +166,7 @@ class EmojiViews(Sequence):
         # The code point, not the label, seeds the view: another list of classes leaves the images alone.
         rng = np.random.default_rng((self.seed, list(WEIGHTS).index(self.split), ord(emoji.char), view))
         size = 2 * self.image_size  # drawn at twice the size, so that the affine map blurs no line
+        white: int | tuple[int, int, int]
         if self.domain == "source":
             drawing, white = _draw_colour(emoji.char, size), (255, 255, 255)
         else:

@@ -73,7 +73,7 @@ def feature_shards(path: str | Path) -> list[Tensor]:
     """
     path = Path(path).expanduser()
     files = [path] if path.suffix == ".npy" else _numbered(path / "img_emb", "img_emb", ".npy")
-    shards = []
+    shards: list[Tensor] = []
     for file in files:
         try:
             # Copy on write: torch wants writable memory, and the file stays as it is.
@@ -101,7 +101,7 @@ def _source(path: Path, entries: Mapping, seed: int) -> Source:
         raise ValueError(f"{path}: neither 'text_features' nor 'class_names'; it holds {sorted(entries)}")
     if text is not None:
         text = _rows(path, "text_features", text).float()
-    names = tuple(map(str, range(len(text)))) if names is None else _names(path, names)
+    names = _names(path, names) if text is None or names is not None else tuple(map(str, range(len(text))))
     if text is not None and len(names) != len(text):
         raise ValueError(f"{path}: class_names: got {len(names)}; it takes {len(text)}, one per row of text_features")
 

@@ -76,7 +76,8 @@ def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> S
         name=root.resolve().name,
         class_names=class_names,
         skipped=tuple(file.relative_to(root).as_posix() for file in bad),
-        **splits,
+        train=splits["train"],
+        test=splits["test"],
     )
 
 

@@ -44,7 +44,7 @@ def read_image(path: Path) -> tuple:
         raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
 
 
-class ImageFiles(Sequence):
+class ImageFiles:
     """RGB PIL images of N files, each decoded when indexed. It holds paths only, so it pickles to workers cheaply."""
 
     def __init__(self, paths: Sequence[Path]) -> None:

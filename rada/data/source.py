@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
+
+
+class Images(Protocol):
+    """N RGB PIL images, decoded when indexed."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -14,7 +22,7 @@ class Split:
     """Labelled items. Exactly one of `images` and `features` is set."""
 
     labels: Tensor  # [N] int64, in 0..K-1
-    images: Sequence | None = None  # N RGB PIL images, decoded when indexed
+    images: Images | None = None
     features: Tensor | None = None  # [N, D] image features
     names: tuple[str, ...] | None = None  # N names, each once: a file path, a code point, a row
     digests: tuple[str, ...] | None = None  # N digests of what the items are, whatever their names

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from rada.data.source import Split
 
@@ -58,7 +58,7 @@ def train_test(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         shuffled = _shuffled(items, seed, label)
         test.append(shuffled[:count])
         train.append(shuffled[count:])
-    return tuple(torch.from_numpy(np.sort(np.concatenate(part))) for part in (train, test))
+    return torch.from_numpy(np.sort(np.concatenate(train))), torch.from_numpy(np.sort(np.concatenate(test)))
 
 
 def base_new(num_classes: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ def subset(split: Split, indices: Tensor | Sequence[int]) -> Split:
     return replace(
         split,
         labels=split.labels[indices],
-        images=None if split.images is None else Subset(split.images, positions),
+        images=None if split.images is None else Subset(cast(Dataset, split.images), positions),
         features=None if split.features is None else split.features[indices],
         names=None if split.names is None else tuple(split.names[i] for i in positions),
         digests=None if split.digests is None else tuple(split.digests[i] for i in positions),
@@ -93,16 +93,17 @@ def subset(split: Split, indices: Tensor | Sequence[int]) -> Split:
 def join(first: Split, second: Split) -> Split:
     """The items of two splits of one source, those of `first` before those of `second`."""
 
-    def both(field: str) -> tuple | None:
+    def both(field: str) -> list | None:
         parts = [getattr(split, field) for split in (first, second)]
-        return None if None in parts else sum(parts, ())
+        return None if any(part is None for part in parts) else parts
 
+    images, features, names, digests = map(both, ("images", "features", "names", "digests"))
     return Split(
         labels=torch.cat([first.labels, second.labels]),
-        images=None if first.images is None else ConcatDataset([first.images, second.images]),
-        features=None if first.features is None else torch.cat([first.features, second.features]),
-        names=both("names"),
-        digests=both("digests"),
+        images=None if images is None else ConcatDataset(images),
+        features=None if features is None else torch.cat(features),
+        names=None if names is None else sum(names, ()),
+        digests=None if digests is None else sum(digests, ()),
     )
 
 

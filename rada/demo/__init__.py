@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ VOCABULARY = MODEL_DIR / "bpe_vocab.txt.gz"
 PRETRAIN = "python -m rada.demo.pretrain"
 
 
-def load_demo_model(device: str | torch.device = "cpu", *, pretrained: bool = True):
+def load_demo_model(device: str | torch.device = "cpu", *, pretrained: bool = True) -> tuple[Any, Callable, Callable]:
     """The demo's open_clip model in eval mode, the transform of its images, and its tokenizer.
 
     Args:

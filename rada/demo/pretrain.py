@@ -28,9 +28,10 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from rada.clip import OpenCLIP
 from rada.data.emoji import ATTRIBUTION, draw_source, emoji_classes
 from rada.demo import CHECKPOINT, MODEL_DIR, VOCABULARY
 from rada.demo.vocabulary import learn_merges, write_merges
@@ -105,7 +106,7 @@ def new_model(names: list[str], seed: int, device: str):
     return model, open_clip.get_tokenizer(location, bpe_path=str(VOCABULARY))
 
 
-def pretrain_text(model: nn.Module, captions: Tensor, rng: torch.Generator) -> Tensor:
+def pretrain_text(model: OpenCLIP, captions: Tensor, rng: torch.Generator) -> Tensor:
     """Train the text tower in place: two captions of one name are a pair, all others of the batch are not.
 
     captions: [T, K, L] token ids of every template and name. Returns the normalised text features [T, K, D].
@@ -128,7 +129,7 @@ def pretrain_text(model: nn.Module, captions: Tensor, rng: torch.Generator) -> T
 
 
 def pretrain_image(
-    model: nn.Module, drawings: Tensor, text: Tensor, rng: torch.Generator, args: argparse.Namespace
+    model: OpenCLIP, drawings: Tensor, text: Tensor, rng: torch.Generator, args: argparse.Namespace
 ) -> None:
     """Train the image tower and the logit scale in place: drawings [K, 3, 2S, 2S] against all K texts."""
     size = model.visual.image_size

@@ -108,7 +108,7 @@ def operator_arguments(image: Tensor, text: Tensor, params: Params, options: Opt
     image, text, *layers = (t.to(element).contiguous() for t in (image, text, *params.layers))
     queries = sum(1 << QUERIES.index(name) for name in options.queries)
     return (
-        image, text, layers, kept, options.num_heads, params.logit_scale.item(), options.score_factor(width),
+        image, text, layers, kept, options.num_heads, params.scale.item(), options.score_factor(width),
         options.normalize, queries, PENALTIES.index(options.penalty), budget("RADA_TILE_BYTES", SCORE_BYTES),
     )  # fmt: skip
 

@@ -105,7 +105,7 @@ class Call:
         self.params, self.options, self.dtype = params, options, image.dtype
         self.batch, self.width = image.shape
         self.classes = len(text)
-        self.scale = params.logit_scale.to(dtype)
+        self.scale = params.scale.to(dtype)
         self.inverse = (inverse_norms(image), inverse_norms(text)) if options.normalize else None
         self.f, self.h = image.to(dtype).contiguous(), text.to(dtype).contiguous()
         if self.inverse:
@@ -152,12 +152,13 @@ class Call:
         for name, out in zip(self.x_layers, projections, strict=True):
             rational_projection.rational_projection(x, *self.layer(name), heads, out)
         queries = self.queries(b, projections)
-        rows, *softmax = mask_attention.mask_attention(
-            queries, *projections[:2], kept.exponentials, self.factor, self.tiling
+        key, value = projections[:2]
+        rows, m, l, by_kind = mask_attention.mask_attention(
+            queries, key, value, kept.exponentials, self.factor, self.tiling
         )
         change = logit_reduction.mask_change(join_heads(rows, heads), self.params, self.f[b])
         peak = logit_reduction.peak(change)
-        return Kept(projections, rows[None], *softmax, kept.exponentials, change[None], peak[None])
+        return Kept(projections, rows[None], m, l, by_kind, kept.exponentials, change[None], peak[None])
 
 
 def forward(
@@ -232,24 +233,25 @@ class GradientSums:
         grad_rows = split_heads(grad_out @ call.params.out_weight, call.classes, heads)
 
         queries = call.queries(b, chunk.projections)
+        key, value = chunk.projections[:2]
         grads = mask_attention.mask_attention_backward(
-            grad_rows, queries, *chunk.projections[:2], chunk.attended, chunk.exponentials, call.factor, call.tiling
+            grad_rows, queries, key, value, chunk.attended, chunk.exponentials, call.factor, call.tiling
         )
         grad_x_layers = [grads.key, grads.value]
         if "rational" in call.options.queries:
             grad_x_layers.append(grads.queries.matrix.pop())
-        if queries.image is not None:
+        if self.image_query is not None and grads.queries.image is not None:
             self.image_query[b] = grads.queries.image.reshape_as(f)
-        if grads.queries.matrix:
+        if self.text_query is not None:
             by_image = grads.queries.matrix[0].unflatten(0, (-1, heads)).sum(0, dtype=call.f.dtype)  # [H, K, E]
             self.text_query += join_heads(by_image, heads)
 
         features = wanted.image or wanted.text
         x = call.rational_rows(b) if wanted.layers else None
-        grad_x = 0
+        grad_x = f.new_zeros(())
         for name, pairs in zip(call.x_layers, grad_x_layers, strict=True):
             grad = join_heads(pairs, heads)  # [b·K, D]
-            if wanted.layers:
+            if x is not None:
                 self.layers.add(name, grad, x)
             if features:
                 grad_x = grad_x + (grad @ call.layer(name)[0]).to(f.dtype)

@@ -34,7 +34,7 @@ def _features(image: Tensor, text: Tensor, options: Options) -> tuple[Tensor, Te
 
 
 def _mask(f: Tensor, h: Tensor, params: Params, options: Options) -> Tensor:
-    scale = params.logit_scale.detach()
+    scale = params.scale.detach()
     query, key, value = rational_projection(f, h, scale, params, options.queries)
     attended = mask_attention(query, key, value, options.num_heads, options.score_factor(f.shape[-1]))
     return mask_from(attended, params)

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -145,7 +146,7 @@ def forward(
 
 def _contiguous(image: Tensor, text: Tensor, params: Params) -> tuple[Tensor, Tensor, Params]:
     layers = [layer.contiguous() for layer in params.layers]
-    return image.contiguous(), text.contiguous(), Params(*layers, logit_scale=params.logit_scale.to(torch.float32))
+    return image.contiguous(), text.contiguous(), Params._make((*layers, params.scale.to(torch.float32), None))
 
 
 def backward(
@@ -165,7 +166,7 @@ def backward(
     with on_device(image):
         kept = Kept(*kept_tensors)
         if not len(kept.inverse_image):
-            kept = _run(image, text, params, options, save=True)[2]
+            kept = cast(Kept, _run(image, text, params, options, save=True)[2])
         grad_sums = grad_sums.contiguous()
         if grad_deviation is not None:
             grad_deviation = grad_deviation.contiguous()

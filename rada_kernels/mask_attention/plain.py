@@ -6,7 +6,7 @@ a query row per class, the image query has one row.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -80,14 +80,14 @@ def mask_attention(
     elif whole:
         rows = torch.empty_like(key)
         for p, _ in tiling.tiles(pairs, classes):
-            mixed = None
+            mixed: Tensor | None = None
             for n, query in enumerate(queries.matrix):
                 exps, m[n, p], l[n, p] = _exponentials(_scores(query[p], key[p], factor))
                 if exponentials.numel():
                     exponentials[n, p] = exps
                 exps.mul_(_share(classes, l[n, p]))  # A_n
                 mixed = exps if mixed is None else mixed.add_(exps)
-            rows[p] = torch.bmm(mixed.to(value.dtype), value[p]).div_(queries.kinds)
+            rows[p] = torch.bmm(cast(Tensor, mixed).to(value.dtype), value[p]).div_(queries.kinds)
     else:
         for n, query in enumerate(queries.matrix):
             # Each row tile's maximum and sum for all pairs, in the order of the row tiles: [tiles, P].

@@ -32,5 +32,5 @@ def mask_attention(
     for q in query.values():
         q = heads((q * score_factor).expand(key.shape[0], key.shape[2], -1))
         weights.append(joint_softmax(q @ key.transpose(-1, -2)))  # [B, H, K, K]
-    attended = (sum(weights) / len(weights)) @ value  # [B, H, K, E]
+    attended = (sum(weights[1:], weights[0]) / len(weights)) @ value  # [B, H, K, E]
     return attended.transpose(1, 2).flatten(-2)

@@ -824,7 +824,7 @@ def mask_attention_bwd(
         _mask_attention_direct_bwd_kernel[(batch * heads,)](
             tops=attended.tops, totals=attended.totals, BK=config.BM, **gradients, **backward, **common, **config.launch
         )
-        return tuple(gradients.values())
+        return gradients["grad_projections"], gradients["grad_text"], gradients["grad_image"]
     joint_tops, joint_scales, deltas = (attended.tops.new_empty(attended.tops.shape[:-1]) for _ in range(3))
     upstream = torch.empty_like(gradients["grad_image"])
     image_parts = upstream.new_empty(2, len(upstream), heads, classes)
@@ -866,7 +866,7 @@ def mask_attention_bwd(
             upstream=upstream, image_parts=image_parts, KEYS=keys, VALUES=values, BM=config.BM, BN=config.BN,
             **common, **image, **config.launch,
         )  # fmt: skip
-    return tuple(gradients.values())
+    return gradients["grad_projections"], gradients["grad_text"], gradients["grad_image"]
 
 
 def kind_flags(options: Options) -> dict[str, bool]:
