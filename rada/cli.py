@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rada.templates import DEFAULT_TEMPLATES
-from rada.tune import Tuning
+from rada.tune import SCHEDULES, Tuning
 from rada_kernels import BACKENDS, PENALTIES, QUERIES, Options
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
@@ -87,6 +87,9 @@ def train(
         float | None, typer.Option(help="Learning rate of Adam after warm-up. [default: 3e-3 for emoji, else 1e-3]")
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the penalty. [default: 3 for emoji, else 0.1]")] = None,
+    schedule: Annotated[
+        str, typer.Option(help=f"Of the learning rate: {', '.join(SCHEDULES)} (the released code's, per epoch).")
+    ] = Tuning.schedule,
     weight_decay: Annotated[float, typer.Option()] = Tuning.weight_decay,
     temperature: Annotated[float, typer.Option(help="Divides the attention scores.")] = Options.temperature,
     heads: Annotated[int, typer.Option(help="Attention heads; a divisor of the width.")] = Options.num_heads,
@@ -108,7 +111,7 @@ def train(
     from rada.train import EMOJI_TUNING, Settings, free_output, run
 
     tuning = replace(EMOJI_TUNING if data == "emoji" else Tuning(), epochs=epochs, batch_size=batch_size)
-    tuning = replace(tuning, weight_decay=weight_decay, **_given(lr=lr, alpha=alpha))
+    tuning = replace(tuning, schedule=schedule, weight_decay=weight_decay, **_given(lr=lr, alpha=alpha))
     settings = Settings(
         data=data,
         model=model,

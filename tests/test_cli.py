@@ -140,6 +140,7 @@ def test_a_folder_with_other_files_is_refused(features, tmp_path, capsys):
         (("--seeds", "1,x"), "seeds: got '1,x'"),
         (("--seeds", "1,1"), "seeds"),
         (("--lr", -1), "lr: got -1"),
+        (("--schedule", "linear"), "schedule: got 'linear'"),
         (("--temperature", 0), "temperature"),
         (("--model", "ViT-B-16"), "model: got 'ViT-B-16' with features"),
     ],

@@ -79,7 +79,48 @@ def test_the_schedule_warms_up_for_an_epoch_and_then_follows_a_cosine():
     assert Tuning(epochs=1).lr_at(0, 10) == Tuning.lr
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": math.nan}, {"alpha": -1.0}])
+def rates_of_dassl(lr: float, epochs: int, warmup_lr: float = 1e-5) -> list[float]:
+    """The rate of each epoch as Dassl's constant warm-up of one epoch drives torch's own scheduler."""
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=lr)
+    (group,), rates = optimizer.param_groups, []
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    group["lr"] = warmup_lr  # the warm-up writes over what the cosine has set
+    for epoch in range(epochs):
+        rates.append(group["lr"])
+        optimizer.step()
+        if epoch:
+            cosine.step()
+        else:  # the step that ends the warm-up writes back what the cosine had set, and does not step it
+            group["lr"] = cosine.get_last_lr()[0]
+    return rates
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5, 20])
+@pytest.mark.parametrize("lr", [3.5e-3, 5e-5, 1e-6])
+def test_the_released_schedule_is_that_of_dassl(lr, epochs):
+    tuning = Tuning(schedule="released", epochs=epochs, lr=lr)
+    rates = [tuning.lr_at(step, 7) for step in range(7 * epochs)]
+    assert rates[::7] == pytest.approx(rates_of_dassl(lr, epochs), rel=1e-12)
+    assert rates == [rate for rate in rates[::7] for _ in range(7)]  # constant within an epoch
+
+
+def test_the_released_schedule_in_figures():
+    tuning = Tuning(schedule="released", epochs=5, lr=1.0)
+    assert [tuning.lr_at(epoch, 1) for epoch in range(5)] == pytest.approx([1e-5, 1, 0.905, 0.655, 0.345], abs=5e-4)
+
+
+def test_training_follows_the_schedule():
+    classes, train, _ = problem(0)
+    epochs = []
+    tuning = Tuning(schedule="released", epochs=3, lr=1e-3)
+    tune_head(RAdaHead(WIDTH, 4, backend="torch"), train, classes, tuning, seed=1, on_epoch=epochs.append)
+    assert [row["lr"] for row in epochs[1:]] == pytest.approx([1e-5, 1e-3, 0.75e-3])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": math.nan}, {"alpha": -1.0}, {"schedule": "linear"}],
+)
 def test_a_setting_out_of_range_is_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Tuning(**wrong)
