@@ -252,8 +252,14 @@ def print_results(results: dict) -> None:
         table.add_section()
         table.add_row("RAda, mean ± std", *(_mean_std(summary[c]) for c in columns), style="bold")
         table.add_row("RAda, H of the means", "", "", f"{summary['h_of_means']:.2f}")
+        table.add_section()
+        delta = summary["delta"]
+        table.add_row("RAda's mean - zero-shot", *(f"{delta[c]['mean']:+.2f}" for c in columns), style="bold")
+        table.add_row(f"its {delta['level']:.0%} interval", *(_interval(delta[c]) for c in columns))
     console.print(table)
     console.print("H of a row is that row's own; its mean ± std is over the seeds' H.", style="dim")
+    if summary:
+        console.print(f"Interval: bootstrap over {delta['over']}, a class with all its test images.", style="dim")
     if results["step"]:
         step = results["step"]
         title = (
@@ -277,6 +283,10 @@ def print_results(results: dict) -> None:
 
 def _mean_std(value: dict) -> str:
     return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
+
+
+def _interval(value: dict) -> str:
+    return "unknown" if value["low"] is None else f"{value['low']:+.2f} to {value['high']:+.2f}"
 
 
 def _draw(folder: Path) -> None:

@@ -43,12 +43,14 @@ from rada.data import (
 from rada.data.classes import name_classes, prompt_names, read_class_names, take_classes
 from rada.data.record import SplitRecord, content_of, contents, items_of
 from rada.data.splits import LEAST_CLASSES
+from rada.delta import count_hits, delta
 from rada.encode import DEMO_MODEL, ModelSpec, choose_device, split_features
 from rada.extras import require
 from rada.files import replacing, write_json, write_text
 from rada.fused import RAdaHead
 from rada.info import environment
 from rada.measure import StepShape, measure_step
+from rada.report import FORMAT_VERSION
 from rada.templates import DEFAULT_TEMPLATES, check_templates
 from rada.tune import Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
 from rada_kernels import Options
@@ -156,7 +158,7 @@ def _run(settings: Settings, output: Path, tensorboard: bool) -> dict:
     zero_shot = {half: _tested(problem, half, None) for half in problem.halves}
     results: dict[str, Any] = {
         "format": FORMAT,
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "status": "running",
         "settings": asdict(settings),
         "environment": environment(),
@@ -219,7 +221,8 @@ def _run(settings: Settings, output: Path, tensorboard: bool) -> dict:
                     "checkpoint": f"seed-{seed}",
                 }
             )
-            results["summary"] = summarise(results["seeds"])
+            hits = {half: count_hits(zero_shot[half][1], zero_shot[half][0], predictions[half]) for half in zero_shot}
+            results["summary"] = summarise(results["seeds"]) | {"delta": delta(**hits)}
             results["epochs"] = epochs
             write_json(output / RESULTS, results)
             first_head = first_head or head
@@ -329,6 +332,11 @@ def prepare(settings: Settings, device: torch.device) -> Problem:
         for seed, pick in picks.items()
     }
     test_splits = {"base": select_classes(source.test, base), "new": select_classes(source.test, new)}
+    for half, split in test_splits.items():
+        if not len(split):
+            raise ValueError(
+                f"data: {source.name} has no test image of its {half} classes; it takes some of both halves"
+            )
     tests = {
         half: Labelled(
             split_features(clip, split, torch.arange(len(split)), f"encode {half} test images"), split.labels
@@ -396,6 +404,7 @@ def gain(problem: Problem, zero_shot: dict, predictions: dict[str, list[Tensor]]
 
     classes: name, half, zero_shot and rada (percent, the mean over the seeds) of each class.
     repaired, broken: pairs (class, taken for) with the number of test images per seed that changed sides.
+    repaired_images, broken_images: all such images per seed, of "base" and of "new".
     """
     rows: list[dict] = []
     repaired: Counter[tuple[str, str, str]] = Counter()
@@ -430,12 +439,15 @@ def gain(problem: Problem, zero_shot: dict, predictions: dict[str, list[Tensor]]
             for (half, name, other), count in counter.most_common(CONFUSIONS)
         ]
 
+    def total(counter: Counter) -> dict[str, float]:
+        return {half: sum(n for (of, *_), n in counter.items() if of == half) / runs for half in problem.halves}
+
     return {
         "classes": rows,
         "repaired": top(repaired),
         "broken": top(broken),
-        "repaired_images": sum(repaired.values()) / runs,
-        "broken_images": sum(broken.values()) / runs,
+        "repaired_images": total(repaired),
+        "broken_images": total(broken),
     }
 
 

@@ -96,6 +96,42 @@ def test_train_on_features_writes_a_whole_run(feature_run):
     assert all(cost["median_ms"] > 0 for cost in results["step"]["costs"])
 
 
+def test_the_gain_is_stored_and_printed(feature_run, features, capsys):
+    from rada.data import base_new, load_source, select_classes
+    from rada.delta import count_hits, delta
+    from rada.evaluate import load_trained
+    from rada.tune import predict_labels
+
+    results = json.loads((feature_run / "results.json").read_text())
+    test, hits = load_source(f"features:{features}").test, []
+    for ids in base_new(CLASSES):
+        half, heads = select_classes(test, ids), [load_trained(feature_run / f"seed-{seed}") for seed in (1, 2)]
+        classes = heads[0].classes.select(ids)
+        predicted = [predict_labels(half.features, classes, head) for head in (None, *(h.head for h in heads))]
+        hits.append(count_hits(half.labels, predicted[0], predicted[1:]))
+    found = results["summary"]["delta"]
+    assert found == delta(*hits)
+    for half in ("base", "new", "h"):
+        rise = results["summary"][half]["mean"] - results["zero_shot"][half]
+        assert found[half]["mean"] == pytest.approx(rise)
+    assert call("report", feature_run) == 0
+    table = capsys.readouterr().out
+    for half in ("base", "new", "h"):
+        assert f"{found[half]['mean']:+.2f}" in table
+        assert f"{found[half]['low']:+.2f} to {found[half]['high']:+.2f}" in table
+    assert "bootstrap over classes and seeds" in table
+
+
+def test_a_half_without_test_images_is_refused(tmp_path, capsys):
+    path, labels = tmp_path / "half.npz", np.arange(CLASSES).repeat(4)
+    test = labels < CLASSES // 2
+    np.savez(path, image_features=np.ones((len(labels), WIDTH), np.float32), labels=labels,
+             split=np.where(test & (np.arange(len(labels)) % 4 == 0), "test", "train"),
+             text_features=np.eye(CLASSES, WIDTH, dtype=np.float32))  # fmt: skip
+    assert call("train", "--data", f"features:{path}", "--output", tmp_path / "run", *TINY) == 2
+    assert "half has no test image of its new classes" in " ".join(capsys.readouterr().err.split())
+
+
 def test_train_on_a_folder_shows_its_images(image_run):
     results = json.loads((image_run / "results.json").read_text())
     assert results["data"]["base_classes"] == results["data"]["new_classes"] == CLASSES // 2

@@ -73,6 +73,31 @@ def test_the_page_states_the_numbers(folder):
     assert results["environment"]["packages"]["torch"] in page
 
 
+def test_the_page_states_the_gain_and_its_interval(folder):
+    page, delta = write_report(folder).read_text(), load_results(folder)["summary"]["delta"]
+    for name in ("base", "new", "h"):
+        assert f"<td>{delta[name]['mean']:+.2f}</td>" in page
+        assert f"<td>{delta[name]['low']:+.1f} to {delta[name]['high']:+.1f}</td>" in page
+    assert "bootstrap over classes and seeds" in page
+
+
+def test_the_gain_figure_counts_base_and_new_apart(folder):
+    from rada.report.figures import gain_figure
+
+    gain = load_results(folder)["gain"]
+    gain.update(repaired_images={"base": 344.0, "new": 16.0}, broken_images={"base": 2.0, "new": 14.0})
+    titles = [axes.get_title(where) for axes in gain_figure(gain).axes for where in ("left", "center")]
+    assert any("base: 344 repaired, 2 newly wrong" in t and "new: 16 repaired, 14 newly wrong" in t for t in titles)
+
+
+def test_a_run_of_another_format_is_refused(folder, tmp_path):
+    results = load_results(folder)
+    results["format_version"] = 1
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="format_version 1"):
+        write_report(tmp_path)
+
+
 def test_an_interrupted_run_has_a_report_too(folder, tmp_path):
     results = load_results(folder)
     results.update(status="interrupted", seeds=[], summary=None, step=None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from rada import RAdaHead
-from rada.train import free_output, restrict, summarise
+from rada.train import free_output, gain, restrict, summarise
 from rada.tune import Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
 
 CLASSES, WIDTH = 20, 32
@@ -147,6 +148,22 @@ def test_the_summary_has_both_forms_of_h():
     assert summary["h"] == {"mean": pytest.approx(160 / 3), "std": pytest.approx(0)}
     assert summary["base"]["std"] == pytest.approx(800**0.5)
     assert summarise(rows[:1])["base"]["std"] is None
+
+
+def test_repaired_and_broken_images_count_by_half():
+    halves = {"base": torch.arange(2), "new": torch.arange(2, 4)}
+    problem = SimpleNamespace(halves=halves, source=SimpleNamespace(class_names=("a", "b", "c", "d")))
+    labels = torch.tensor([0, 0, 1, 1])
+    wrong = 1 - labels
+    zero_shot = {"base": (torch.tensor([0, 1, 0, 1]), labels), "new": (wrong, labels)}
+    predictions = {"base": [labels, wrong], "new": [torch.tensor([0, 0, 0, 0]), wrong]}
+    found = gain(problem, zero_shot, predictions)
+    assert found["repaired_images"] == {"base": 1.0, "new": 1.0}  # 2 + 0 of base, 2 + 0 of new, over two seeds
+    assert found["broken_images"] == {"base": 1.0, "new": 0.0}
+    assert {(row["half"], row["name"], row["taken_for"]) for row in found["broken"]} == {
+        ("base", "a", "b"),
+        ("base", "b", "a"),
+    }
 
 
 def test_zero_shot_has_the_bias():

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 RESULTS = "results.json"
+FORMAT_VERSION = 2  # of results.json
 
 
 def load_results(folder: Path) -> dict:
@@ -19,6 +20,10 @@ def load_results(folder: Path) -> dict:
         raise ValueError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(results, dict) or results.get("format") != "rada-run":
         raise ValueError(f"{path}: not the results of a run, which have the entry format = 'rada-run'")
+    if (version := results.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: got format_version {version}; this report takes {FORMAT_VERSION}, a run trained anew"
+        )
     return results
 
 

@@ -239,7 +239,11 @@ def gain_figure(gain: dict) -> Figure:
     right.axvline(0, color=INK, linewidth=0.8)
     right.grid(axis="x")
     right.set_xlabel("test images per seed: repaired (right), newly wrong (left)")
-    right.set_title(f"{gain['repaired_images']:.0f} images repaired, {gain['broken_images']:.0f} newly wrong")
+    counts = (
+        f"{half}: {gain['repaired_images'][half]:.0f} repaired, {gain['broken_images'][half]:.0f} newly wrong"
+        for half in colours
+    )
+    right.set_title("images of " + ";  ".join(counts))
     return figure
 
 
