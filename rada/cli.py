@@ -254,7 +254,7 @@ def print_results(results: dict) -> None:
         table.add_row("RAda, H of the means", "", "", f"{summary['h_of_means']:.2f}")
         table.add_section()
         delta = summary["delta"]
-        table.add_row("RAda's mean - zero-shot", *(f"{delta[c]['mean']:+.2f}" for c in columns), style="bold")
+        table.add_row("RAda, Δ to zero-shot", *(f"{delta[c]['mean']:+.2f}" for c in columns), style="bold")
         table.add_row(f"its {delta['level']:.0%} interval", *(_interval(delta[c]) for c in columns))
     console.print(table)
     console.print("H of a row is that row's own; its mean ± std is over the seeds' H.", style="dim")
