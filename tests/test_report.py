@@ -82,12 +82,19 @@ def test_the_page_states_the_gain_and_its_interval(folder):
 
 
 def test_the_gain_figure_counts_base_and_new_apart(folder):
-    from rada.report.figures import gain_figure
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from rada.report.figures import STYLE, gain_figure
 
     gain = load_results(folder)["gain"]
-    gain.update(repaired_images={"base": 344.0, "new": 16.0}, broken_images={"base": 2.0, "new": 14.0})
-    titles = [axes.get_title(where) for axes in gain_figure(gain).axes for where in ("left", "center")]
-    assert any("base: 344 repaired, 2 newly wrong" in t and "new: 16 repaired, 14 newly wrong" in t for t in titles)
+    gain.update(repaired_images={"base": 12344.0, "new": 16.0}, broken_images={"base": 12.0, "new": 10014.0})
+    with matplotlib.rc_context(STYLE):
+        figure = gain_figure(gain)
+        FigureCanvasAgg(figure).draw()
+        right = figure.axes[1]
+        assert right.get_title("left") == "base: 12344 repaired, 12 newly wrong\nnew: 16 repaired, 10014 newly wrong"
+        assert right.get_tightbbox().x1 <= figure.bbox.x1  # the title is not cut off
 
 
 def test_a_run_of_another_format_is_refused(folder, tmp_path):

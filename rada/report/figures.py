@@ -243,7 +243,7 @@ def gain_figure(gain: dict) -> Figure:
         f"{half}: {gain['repaired_images'][half]:.0f} repaired, {gain['broken_images'][half]:.0f} newly wrong"
         for half in colours
     )
-    right.set_title("images of " + ";  ".join(counts))
+    right.set_title("\n".join(counts))
     return figure
 
 
