@@ -59,8 +59,7 @@ RESULTS = "results.json"
 FORMAT = "rada-run"
 # Over all of the emoji set's classes a run takes an hour on two cores; over this many, minutes.
 EMOJI_CLASSES = 300
-# From some twenty trials on held-out training views, one seed, never by a test image: H 38.2 at α = 2 and 37.7 at
-# α = 5 (34.7 with lr 1e-3, α = 0.1); 3 lies between and was not itself tried there.
+# Chosen by `rada.demo.search` inside the base classes, half of which played the new ones: rada/demo/search.md.
 EMOJI_TUNING = Tuning(lr=3e-3, alpha=3.0)
 VAL_SHOTS = 4
 EXAMPLES = 3
