@@ -22,11 +22,11 @@ class Hits(NamedTuple):
 
 def count_hits(labels: Tensor, zero_shot: Tensor, rada: Sequence[Tensor]) -> Hits:
     """Of images [N] with these labels, as zero-shot and each seed's head label them. No class without images."""
-    labels = labels.numpy()
-    images = np.bincount(labels)
+    truth = labels.numpy()
+    images = np.bincount(truth)
 
     def hits(predicted: Tensor) -> np.ndarray:
-        return np.bincount(labels[predicted.numpy() == labels], minlength=len(images))[images > 0]
+        return np.bincount(truth[predicted.numpy() == truth], minlength=len(images))[images > 0]
 
     return Hits(images[images > 0], hits(zero_shot), np.stack([hits(predicted) for predicted in rada]))
 

@@ -221,7 +221,7 @@ def _run(settings: Settings, output: Path, tensorboard: bool) -> dict:
                 }
             )
             hits = {half: count_hits(zero_shot[half][1], zero_shot[half][0], predictions[half]) for half in zero_shot}
-            results["summary"] = summarise(results["seeds"]) | {"delta": delta(**hits)}
+            results["summary"] = summarise(results["seeds"]) | {"delta": delta(hits["base"], hits["new"])}
             results["epochs"] = epochs
             write_json(output / RESULTS, results)
             first_head = first_head or head

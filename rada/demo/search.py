@@ -45,12 +45,12 @@ def main() -> None:
     cuts = list(folds(images, classes, args.seeds, args.shots))
     print("| lr | α | pseudo-base | pseudo-new | H of the means |\n| --- | --- | --- | --- | --- |")
     print(f"| zero-shot | | {line([measure(fold, None) for fold in cuts])}")
-    scores = {}
+    scores: dict[Tuning, float] = {}
     for tuning in tqdm(grid, desc="search", unit="setting"):
         measured = [measure(fold, train(fold, tuning)) for fold in cuts]
         tqdm.write(f"| {tuning.lr:g} | {tuning.alpha:g} | {line(measured)}")
         scores[tuning] = h_of_means(measured)
-    best = max(scores, key=scores.get)
+    best = max(scores, key=lambda tuning: scores[tuning])
     print(f"\nchosen: lr {best.lr:g}, α {best.alpha:g}")
 
 
@@ -118,6 +118,7 @@ def line(measured: Sequence[dict[str, float]]) -> str:
 
 def _labelled(images: Split, indices: Tensor, classes: Tensor) -> Labelled:
     chosen = select_classes(subset(images, indices), classes)
+    assert chosen.features is not None
     return Labelled(chosen.features, chosen.labels)
 
 
