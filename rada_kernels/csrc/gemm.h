@@ -11,10 +11,22 @@
 #include <type_traits>
 
 #include "vector.h"
+#if defined(RADA_TILES)
+#include "amx.h"
+#endif
 
 namespace RADA_ISA {
 
 typedef float word __attribute__((may_alias));
+
+// Around a thread's task: what products set up in the processor is taken back.
+#if defined(RADA_TILES)
+using TaskScope = TileUse;
+#else
+struct TaskScope {
+  ~TaskScope() {}
+};
+#endif
 
 RADA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 RADA_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -242,12 +254,104 @@ RADA_INLINE void multiply_panels(int64_t m, int64_t k, const word* a, int64_t ld
   }
 }
 
-// C = A B with B packed.
+#if defined(RADA_TILES)
+// C of one block, as the tile registers left it in memory. Its rows are not known to the compiler.
+template <int N>
+struct StoredTile {
+  static constexpr int64_t columns = N * W;
+
+  const word* at;
+  int64_t rows;
+
+  template <class F>
+  RADA_INLINE void each(F&& f) const {
+    for (int r = 0; r < (int)rows; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < N; v++) f(r, v, load(at + (r * N + v) * W));
+  }
+};
+
+// What a group of rows of A and a panel of B leave over past whole steps along k, filled up with zeros; and a group of
+// an A that comes by columns, transposed.
+struct TileScratch {
+  alignas(64) word a[GROUP_ROWS * TILE], b[NV * TILE * TILE], transposed[GROUP_ROWS * TRANSPOSED_WORDS];
+
+  Steps rows(const word* rows, int64_t ld, int64_t count, int64_t k) {
+    const int64_t whole = k / TILE * TILE;
+    for (int64_t r = 0; r < count && whole < k; r++)
+      store(a + r * TILE, load_first((const float*)rows + r * ld + whole, k - whole));
+    return {rows, ld, a};
+  }
+  Steps columns(const word* columns, int64_t ld, int64_t count, int64_t k) {
+    for (int64_t r = 0; r < count; r += W)
+      for (int64_t i = 0; i < k; i += W) {
+        vec block[W];
+        for (int j = 0; j < W; j++)
+          block[j] = i + j < k ? load_first((const float*)columns + (i + j) * ld + r, count - r) : vec{};
+        transpose(block);
+        for (int j = 0; j < W && r + j < count; j++) store(transposed + (r + j) * TRANSPOSED_WORDS + i, block[j]);
+      }
+    for (int64_t r = 0; r < count && k % TILE; r++)
+      store(a + r * TILE, load(transposed + r * TRANSPOSED_WORDS + k / TILE * TILE));
+    return {transposed, TRANSPOSED_WORDS, a};
+  }
+  Steps panel(const word* at, int64_t columns, int64_t k) {
+    const int64_t whole = k / TILE * TILE;
+    for (int64_t i = 0; i < TILE && whole < k; i++)
+      for (int64_t j = 0; j < columns; j += W)
+        store(b + i * columns + j, whole + i < k ? load(at + (whole + i) * columns + j) : vec{});
+    return {at, columns, b};
+  }
+};
+
+// C = A B with B packed, on tile registers. The epilogue of a block runs while they work on the next one.
+template <bool ROW_MAJOR, class Epilogue>
+RADA_INLINE void multiply_on_tiles(int64_t m, int64_t k, const word* a, int64_t ld, const word* b,
+                                   const Panels& panels, Epilogue&& epilogue) {
+  TileScratch scratch;
+  alignas(64) word sums[2][TILE_ROWS * NV * W];
+  for (int64_t first = 0, rows; first < m; first += rows) {
+    const int64_t whole = (m - first) / TILE_ROWS * TILE_ROWS;
+    rows = whole ? smaller_of(whole, GROUP_ROWS) : m - first;
+    const int64_t block = smaller_of(rows, TILE_ROWS), blocks = rows / block;
+    const Steps left = ROW_MAJOR ? scratch.rows(a + first * ld, ld, rows, k) : scratch.columns(a + first, ld, rows, k);
+    shape_tiles(block);
+    auto with = [&](auto n, int64_t panel, int64_t end) __attribute__((always_inline)) {
+      constexpr int N = n();
+      Steps right{};
+      const int64_t turns = (end - panel) * blocks;
+      int64_t row = 0, column = 0;
+      for (int64_t turn = 0; turn <= turns; turn++) {
+        const int64_t last_row = row, last_column = column;
+        if (turn < turns) {
+          row = (turn & (blocks - 1)) * TILE_ROWS;  // one block or two
+          if (row == 0) {
+            column = panels.first_column(panel++);
+            right = scratch.panel(b + column * k, N * W, k);
+          }
+          start_block<N>({left.at + row * left.ld, left.ld, left.last + row * TILE}, right, k);
+        }
+        if (turn) epilogue(first + last_row, last_column, StoredTile<N>{sums[turn % 2], block});
+        if (turn < turns) store_block<N>(sums[(turn + 1) % 2]);
+      }
+    };
+    const int64_t pairs = panels.width == 2 ? panels.count : panels.wide;  // panels of two vectors: the first ones
+    with(std::integral_constant<int, 2>(), 0, pairs);
+    with(std::integral_constant<int, 1>(), pairs, panels.count);
+  }
+}
+#endif
+
+// C = A B with B packed. On tile registers k is at most TRANSPOSED_WORDS where A comes by columns.
 template <class P, bool ROW_MAJOR, class Epilogue>
 RADA_INLINE void multiply(int64_t m, int64_t k, const word* a, int64_t ld, const word* b, const Panels& panels,
                           Epilogue&& epilogue) {
+#if defined(RADA_TILES)
+  multiply_on_tiles<ROW_MAJOR>(m, k, a, ld, b, panels, epilogue);
+#else
   multiply_panels<P, ROW_MAJOR>(
       m, k, a, ld, panels, [=](int64_t column, auto n) { return Panel<n()>{b + column * k}; }, epilogue);
+#endif
 }
 
 // C[m, columns first to end] = A rowsᵀ, rows [n, k] read where they lie: every element is a dot product along k, and

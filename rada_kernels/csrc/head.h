@@ -35,7 +35,13 @@ struct Arena {
 
 template <class Task>
 void run(const Pool& pool, int64_t tasks, Task&& task) {
-  pool.run(pool, tasks, [](void* context, int64_t i, int thread) { (*(Task*)context)(i, thread); }, (void*)&task);
+  pool.run(
+      pool, tasks,
+      [](void* context, int64_t i, int thread) {
+        const TaskScope scope;
+        (*(Task*)context)(i, thread);
+      },
+      (void*)&task);
 }
 
 // task(first, count, thread) over `rows` rows in blocks.

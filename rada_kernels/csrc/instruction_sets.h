@@ -1,8 +1,19 @@
 // The instruction sets that a build holds loops for, and which of them the machine at hand runs. No torch in sight.
 #pragma once
 
+#include <string>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -19,6 +30,7 @@ RADA_DECLARE_LOOPS(generic)
 RADA_DECLARE_LOOPS(avx2)
 RADA_DECLARE_LOOPS(avx512)
 RADA_DECLARE_LOOPS(avx512_bf16)
+RADA_DECLARE_LOOPS(amx_bf16)
 RADA_DECLARE_LOOPS(neon)
 RADA_DECLARE_LOOPS(neon_bf16)
 
@@ -26,34 +38,71 @@ namespace rada {
 
 struct InstructionSet {
   const char* name;
-  bool usable;
+  std::string refused;  // why this machine does not run it; empty: it does
   Loops (*float_loops)();
   Loops (*bfloat16_loops)();  // null: no bfloat16 dot products
+
+  bool usable() const { return refused.empty(); }
 };
 
-// The best one first; the last one runs wherever the build does.
-inline const std::vector<InstructionSet>& instruction_sets() {
-  static const std::vector<InstructionSet> all{
 #if defined(__x86_64__)
-      {"avx512_bf16",
-       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
-       avx512_bf16::float_loops, avx512_bf16::bfloat16_loops},
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq"),
-       avx512::float_loops, nullptr},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::float_loops, nullptr},
+// Tile registers are the operating system's to give, to the whole process.
+inline std::string why_no_tiles() {
+#if !defined(RADA_AMX)
+  return "the compiler that built the library has no AMX";
+#elif !defined(__linux__)
+  return "this system gives no AMX tile registers";
+#else
+  constexpr unsigned BFLOAT16_TILES = 1u << 22, TILES = 1u << 24;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (BFLOAT16_TILES | TILES)) return "the processor has no AMX";
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0) return "";
+  return std::string("the kernel gives no AMX tile registers: ") + std::strerror(errno);
+#endif
+}
+#endif
+
+// The best one first; the last one runs wherever the build does. Asks for AMX's registers once.
+inline const std::vector<InstructionSet>& instruction_sets() {
+#define RADA_WITHOUT(feature) (__builtin_cpu_supports(feature) ? "" : "the processor has no " feature)
+  static const std::vector<InstructionSet> all = [] {
+#if defined(__x86_64__)
+    auto first_of = [](std::initializer_list<std::string> reasons) {
+      for (const std::string& reason : reasons)
+        if (!reason.empty()) return reason;
+      return std::string();
+    };
+    const std::string no_avx2 = first_of({RADA_WITHOUT("avx2"), RADA_WITHOUT("fma")});
+    const std::string no_avx512 = first_of(
+        {RADA_WITHOUT("avx512f"), RADA_WITHOUT("avx512bw"), RADA_WITHOUT("avx512vl"), RADA_WITHOUT("avx512dq")});
+    const std::string no_avx512_bf16 = first_of({no_avx512, RADA_WITHOUT("avx512bf16")});
+    // Tiles are of 16-bit numbers: float32 runs in AVX-512.
+    const std::string no_amx = no_avx512_bf16.empty() ? why_no_tiles() : no_avx512_bf16;
+#endif
+    return std::vector<InstructionSet>{
+#if defined(__x86_64__)
+#if defined(RADA_AMX)
+        {"amx_bf16", no_amx, avx512_bf16::float_loops, amx_bf16::bfloat16_loops},
+#else
+        {"amx_bf16", no_amx, nullptr, nullptr},
+#endif
+        {"avx512_bf16", no_avx512_bf16, avx512_bf16::float_loops, avx512_bf16::bfloat16_loops},
+        {"avx512", no_avx512, avx512::float_loops, nullptr},
+        {"avx2", no_avx2, avx2::float_loops, nullptr},
 #endif
 #if defined(__aarch64__)
 #if defined(__linux__)
-      {"neon_bf16", (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0, neon_bf16::float_loops, neon_bf16::bfloat16_loops},
+        {"neon_bf16", getauxval(AT_HWCAP2) & HWCAP2_BF16 ? "" : "the processor has no bfloat16 dot products",
+         neon_bf16::float_loops, neon_bf16::bfloat16_loops},
 #endif
-      {"neon", true, neon::float_loops, nullptr},
+        {"neon", "", neon::float_loops, nullptr},
 #else
-      {"generic", true, generic::float_loops, nullptr},
+        {"generic", "", generic::float_loops, nullptr},
 #endif
-  };
+    };
+  }();
+#undef RADA_WITHOUT
   return all;
 }
 

@@ -3,7 +3,9 @@
 
 namespace RADA_ISA {
 
+#if !defined(RADA_TILES)  // these are for bfloat16 alone
 rada::Loops float_loops() { return loops_of<Float>(); }
+#endif
 #if defined(RADA_BFLOAT16)
 rada::Loops bfloat16_loops() { return loops_of<Bfloat16>(); }
 #endif

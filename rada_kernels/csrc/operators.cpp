@@ -58,19 +58,28 @@ Pool threads() { return {forked ? 1 : (int)torch::stable::get_num_threads(), run
 const InstructionSet& instruction_set() {
   static const InstructionSet& chosen = []() -> const InstructionSet& {
     const char* wanted = std::getenv("RADA_CPU_ISA");
-    std::string usable;
+    std::string usable, refused;
     for (const InstructionSet& set : rada::instruction_sets()) {
-      if (!set.usable) continue;
-      if (!wanted || !*wanted || std::string(wanted) == set.name) return set;
-      usable += std::string(usable.empty() ? "" : ", ") + set.name;
+      const bool named = !wanted || !*wanted || std::string(wanted) == set.name;
+      if (named && set.usable()) return set;
+      if (named) refused = " (" + set.refused + ")";
+      if (set.usable()) usable += std::string(usable.empty() ? "" : ", ") + set.name;
     }
-    STD_TORCH_CHECK(false, "RADA_CPU_ISA: got ", wanted, "; this machine takes one of ", usable);
+    STD_TORCH_CHECK(false, "RADA_CPU_ISA: got ", wanted, refused, "; this machine takes one of ", usable);
   }();
   return chosen;
 }
 
 std::string describe() { return instruction_set().name; }
 bool has_bfloat16() { return instruction_set().bfloat16_loops; }
+
+// Each instruction set that this machine does not run, with the reason.
+std::string describe_refused() {
+  std::string all;
+  for (const InstructionSet& set : rada::instruction_sets())
+    if (!set.usable()) all += std::string(all.empty() ? "" : "; ") + "no " + set.name + ": " + set.refused;
+  return all;
+}
 
 // ---- memory
 
@@ -214,6 +223,7 @@ void backward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t n
 
 STABLE_TORCH_LIBRARY(rada_cpu, m) {
   m.def("instruction_set() -> str");
+  m.def("refused_instruction_sets() -> str");
   m.def("has_bfloat16() -> bool");
   m.def("forward(" RADA_CALL "Tensor sums, Tensor deviation) -> ()");
   m.def("backward(" RADA_CALL
@@ -223,6 +233,7 @@ STABLE_TORCH_LIBRARY(rada_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rada_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&describe));
+  m.impl("refused_instruction_sets", TORCH_BOX(&describe_refused));
   m.impl("has_bfloat16", TORCH_BOX(&has_bfloat16));
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));

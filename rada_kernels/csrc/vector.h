@@ -17,10 +17,17 @@
 
 namespace RADA_ISA {
 
+// AMX's tile registers, or a plain C++ model of them on any machine: amx.h.
+#if defined(__AMX_BF16__) || defined(RADA_TILE_MODEL)
+#define RADA_TILES
+#endif
+
 // W lanes; MR rows of a register tile with NV vectors in each: MR · NV accumulators and NV + 1 operands fit in the
-// 32 registers of AVX-512 and NEON, or in the 16 of the others.
+// 32 registers of AVX-512 and NEON, or in the 16 of the others. Two vectors are a pair of AMX's tiles.
 #if defined(__AVX512F__)
 constexpr int W = 16, MR = 8;
+#elif defined(RADA_TILE_MODEL)
+constexpr int W = 16, MR = 4;
 #elif defined(__AVX2__)
 constexpr int W = 8, MR = 4;
 #elif defined(__aarch64__)
@@ -28,7 +35,11 @@ constexpr int W = 4, MR = 8;
 #else
 constexpr int W = 4, MR = 4;
 #endif
+#if defined(RADA_TILES)
+constexpr int NV = 2;
+#else
 constexpr int NV = 3;
+#endif
 
 typedef float vec __attribute__((vector_size(W * 4), may_alias));
 typedef float vec_at_any_address __attribute__((vector_size(W * 4), aligned(4), may_alias));
@@ -79,7 +90,10 @@ RADA_INLINE vec splat(float x) {
 #elif defined(__AVX2__)
   return (vec)_mm256_set1_ps(x);
 #else
-  return vec{x, x, x, x};
+  vec v;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) v[i] = x;
+  return v;
 #endif
 }
 
@@ -161,7 +175,7 @@ RADA_INLINE vec exp2(vec x) {
 #endif
 }
 
-#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(RADA_TILE_MODEL)
 #define RADA_BFLOAT16
 
 // W bfloat16.
@@ -173,12 +187,15 @@ typedef uint32_t uvec __attribute__((vector_size(W * 4), may_alias));
 RADA_INLINE vec add_pair_products(vec a, vec b, vec c) {
 #if defined(__AVX512BF16__)
   return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-#else
+#elif defined(__aarch64__)
   return (vec)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#else
+  const uvec x = (uvec)a, y = (uvec)b, second = uvec{} + 0xffff0000;
+  return c + (vec)(x & second) * (vec)(y & second) + (vec)(x << 16) * (vec)(y << 16);
 #endif
 }
 RADA_INLINE vec add_pair_products(float a, vec b, vec c) {
-#if defined(__AVX512BF16__)
+#if !defined(__aarch64__)
   return add_pair_products(splat(a), b, c);
 #else
   const float32x2_t pair = {a, 0};  // a plain load, where a copy to every lane would take a vector pipe
@@ -214,8 +231,11 @@ RADA_INLINE void store_first(uint16_t* p, half_vec v, int64_t n) {
 RADA_INLINE half_vec narrow(vec v) {
 #if defined(__AVX512BF16__)
   return (half_vec)_mm512_cvtneps_pbh((__m512)v);
-#else
+#elif defined(__aarch64__)
   return (half_vec)vcvt_bf16_f32((float32x4_t)v);
+#else
+  const uvec bits = (uvec)v, rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, half_vec);
 #endif
 }
 RADA_INLINE vec widen(half_vec v) { return (vec)(__builtin_convertvector(v, uvec) << 16); }
