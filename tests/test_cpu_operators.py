@@ -27,7 +27,7 @@ def instruction_sets() -> list[str]:
     """Those of this machine, best first."""
     if not cpu.INSTRUCTION_SET:
         return []
-    families = ["avx512_bf16", "avx512", "avx2", "generic"], ["neon_bf16", "neon"]
+    families = ["amx_bf16", "avx512_bf16", "avx512", "avx2", "generic"], ["neon_bf16", "neon"]
     known = next(family for family in families if cpu.INSTRUCTION_SET in family)
     return known[known.index(cpu.INSTRUCTION_SET) :]
 
@@ -144,6 +144,47 @@ def test_unknown_instruction_set_is_named():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert "avx1024" in out.stdout
     assert instruction_sets()[-1] in out.stdout
+
+
+# Linux gives no tile registers while a signal stack is too small for them.
+SMALL_SIGNAL_STACK = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(8192)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 8192)), None) == 0
+import torch
+from rada_kernels.backends import cpu
+print(cpu.INSTRUCTION_SET or cpu.MISSING)
+print(cpu.usable(torch.bfloat16, torch.device("cpu"), 64, 8)[1])
+"""
+
+
+@pytest.mark.skipif(cpu.INSTRUCTION_SET != "amx_bf16", reason="there are no tile registers to refuse")
+@pytest.mark.parametrize("wanted", ["", "amx_bf16"])
+def test_tile_registers_that_the_kernel_refuses(wanted):
+    """The next instruction set serves, and the reason is said; who asks for AMX by name gets the reason alone."""
+    environment = os.environ | {"RADA_CPU_ISA": wanted}
+    out = subprocess.run(
+        [sys.executable, "-c", SMALL_SIGNAL_STACK], capture_output=True, text=True, env=environment, check=True
+    ).stdout
+    served, said = out.splitlines()[0], out.splitlines()[-1]
+    reason = "the kernel gives no AMX tile registers: "
+    if wanted:
+        assert f"RADA_CPU_ISA: got amx_bf16 ({reason}" in served
+    else:
+        assert served == "avx512_bf16"
+    assert reason in said
+
+
+@pytest.mark.skipif(not cpu.REFUSED, reason="this machine runs every instruction set of the library")
+def test_an_instruction_set_that_the_machine_lacks_is_refused_with_the_reason():
+    for refused in cpu.REFUSED.split("; "):
+        name, reason = refused.removeprefix("not ").split(": ", 1)
+        code = "from rada_kernels.backends import cpu; print(cpu.MISSING)"
+        environment = os.environ | {"RADA_CPU_ISA": name}
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+        assert f"got {name} ({reason})" in out.stdout
 
 
 def test_missing_library_is_said():

@@ -1,6 +1,6 @@
 """The `cpu` backend: the whole head in C++, built at installation, see rada_kernels/csrc.
 
-float32 runs in float32; bfloat16 in the machine's bfloat16 dot products where it has them; float16, and bfloat16
+float32 runs in float32; bfloat16 on the machine's tile registers or in its dot products where it has them; float16, and bfloat16
 elsewhere, in float32 with one rounding at the end.
 """
 
@@ -41,6 +41,8 @@ def _load() -> tuple[str, str, bool]:
 
 # Once, at import: torch.compile traces what asks for it.
 INSTRUCTION_SET, MISSING, HAS_BFLOAT16 = _load()
+# The instruction sets of the library that this machine does not run, each with the reason.
+REFUSED = "" if MISSING else torch.ops.rada_cpu.refused_instruction_sets()
 
 
 def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: int) -> tuple[bool, str]:
@@ -48,7 +50,9 @@ def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: 
         return False, f"device {device}: it takes cpu"
     if dtype not in DTYPES:
         return False, f"dtype {dtype}: it takes one of {', '.join(map(str, DTYPES))}"
-    return (False, MISSING) if MISSING else (True, f"C++ operators, {INSTRUCTION_SET}")
+    if MISSING:
+        return False, MISSING
+    return True, f"C++ operators, {INSTRUCTION_SET}" + (f" ({REFUSED})" if REFUSED else "")
 
 
 def element_dtype(dtype: torch.dtype, embed_dim: int, num_heads: int) -> torch.dtype:

@@ -16,10 +16,10 @@ namespace RADA_ISA {
 
 typedef float word __attribute__((may_alias));
 
-constexpr int64_t TILE = 16;               // rows of a tile register, and words in each
-constexpr int64_t TILE_ROWS = 2 * TILE;    // of a block
-constexpr int64_t GROUP_ROWS = 64;         // rows that share a panel while the first-level cache holds it
-constexpr int64_t TRANSPOSED_WORDS = 128;  // of an A that comes by columns, at most
+constexpr int64_t TILE = 16;                   // rows of a tile register, and words in each
+constexpr int64_t TILE_ROWS = 2 * TILE;        // of a block
+constexpr int64_t GROUP_ROWS = 4 * TILE_ROWS;  // that share a panel while the first-level cache holds it
+constexpr int64_t TRANSPOSED_WORDS = 128;      // of an A that comes by columns, at most
 
 // What each of the eight registers holds. Laid out as LDTILECFG takes it.
 struct alignas(64) TileShapes {
@@ -158,16 +158,19 @@ struct TileUse {
 
 // ---- one block
 
-// One operand's words for the steps of TILE along k: in place, and what is left of them filled up with zeros.
+// A's rows for the steps of TILE words along k: in place, and past the whole steps filled up with zeros.
 struct Steps {
   const word* at;
-  int64_t ld;       // words from row to row
-  const word* last; // [rows, TILE]: A's, or [TILE, columns]: B's
+  int64_t ld;  // words from row to row
+  const word* last;
+  int64_t last_ld;
+
+  Steps from(int64_t row) const { return {at + row * ld, ld, last + row * last_ld, last_ld}; }
 };
 
-// Starts sums = A B for up to TILE_ROWS rows and N tiles of columns. b.ld: N · TILE.
+// Starts sums = A B for up to TILE_ROWS rows and N tiles of columns. b: [k, N · TILE], b_last: the last step's.
 template <int N>
-inline void start_block(const Steps& a, const Steps& b, int64_t k) {
+inline void start_block(const Steps& a, const word* b, const word* b_last, int64_t k) {
   const bool lower = block_rows_set > TILE;
   auto step = [&](const word* left, int64_t ld, const word* right) __attribute__((always_inline)) {
     load_tile<LEFT_B>(right, N * TILE * sizeof(word));
@@ -187,8 +190,8 @@ inline void start_block(const Steps& a, const Steps& b, int64_t k) {
   if (lower) clear_tile<SUM_10>();
   if (lower && N > 1) clear_tile<SUM_11>();
   int64_t i = 0;
-  for (; i + TILE <= k; i += TILE) step(a.at + i, a.ld, b.at + i * N * TILE);
-  if (i < k) step(a.last, TILE, b.last);
+  for (; i + TILE <= k; i += TILE) step(a.at + i, a.ld, b + i * N * TILE);
+  if (i < k) step(a.last, a.last_ld, b_last);
 }
 
 // Waits for the sums and stores them: rows of N tiles.

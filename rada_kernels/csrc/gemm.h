@@ -83,9 +83,7 @@ struct Bfloat16 {
     return widen(bits);
   }
   // Words of one column of A from rows k and k + 1.
-  static RADA_INLINE vec pair(vec v, vec next) {
-    return (vec)(__builtin_convertvector(narrow(v), uvec) | (uvec)widen(narrow(next)));
-  }
+  static RADA_INLINE vec pair(vec v, vec next) { return (vec)(low_halves(narrow(v)) | (uvec)widen(narrow(next))); }
   // The first n words of a row of B from two neighbouring rows of a matrix.
   static RADA_INLINE vec words_first(const uint16_t* row, int64_t ld, int64_t n) {
     return (vec)((uvec)get_first(row, n) >> 16 | (uvec)get_first(row + ld, n));
@@ -271,8 +269,8 @@ struct StoredTile {
   }
 };
 
-// What a group of rows of A and a panel of B leave over past whole steps along k, filled up with zeros; and a group of
-// an A that comes by columns, transposed.
+// What rows of A and a panel of B have past whole steps along k, filled up with zeros; and an A that comes by columns,
+// transposed.
 struct TileScratch {
   alignas(64) word a[GROUP_ROWS * TILE], b[NV * TILE * TILE], transposed[GROUP_ROWS * TRANSPOSED_WORDS];
 
@@ -280,34 +278,33 @@ struct TileScratch {
     const int64_t whole = k / TILE * TILE;
     for (int64_t r = 0; r < count && whole < k; r++)
       store(a + r * TILE, load_first((const float*)rows + r * ld + whole, k - whole));
-    return {rows, ld, a};
+    return {rows, ld, a, TILE};
   }
   Steps columns(const word* columns, int64_t ld, int64_t count, int64_t k) {
+    const int64_t words = round_up(k, TILE);
     for (int64_t r = 0; r < count; r += W)
       for (int64_t i = 0; i < k; i += W) {
         vec block[W];
         for (int j = 0; j < W; j++)
           block[j] = i + j < k ? load_first((const float*)columns + (i + j) * ld + r, count - r) : vec{};
         transpose(block);
-        for (int j = 0; j < W && r + j < count; j++) store(transposed + (r + j) * TRANSPOSED_WORDS + i, block[j]);
+        for (int j = 0; j < W && r + j < count; j++) store(transposed + (r + j) * words + i, block[j]);
       }
-    for (int64_t r = 0; r < count && k % TILE; r++)
-      store(a + r * TILE, load(transposed + r * TRANSPOSED_WORDS + k / TILE * TILE));
-    return {transposed, TRANSPOSED_WORDS, a};
+    return {transposed, words, transposed + k / TILE * TILE, words};
   }
-  Steps panel(const word* at, int64_t columns, int64_t k) {
+  const word* panel(const word* at, int64_t columns, int64_t k) {
     const int64_t whole = k / TILE * TILE;
     for (int64_t i = 0; i < TILE && whole < k; i++)
       for (int64_t j = 0; j < columns; j += W)
         store(b + i * columns + j, whole + i < k ? load(at + (whole + i) * columns + j) : vec{});
-    return {at, columns, b};
+    return b;
   }
 };
 
 // C = A B with B packed, on tile registers. The epilogue of a block runs while they work on the next one.
 template <bool ROW_MAJOR, class Epilogue>
-RADA_INLINE void multiply_on_tiles(int64_t m, int64_t k, const word* a, int64_t ld, const word* b,
-                                   const Panels& panels, Epilogue&& epilogue) {
+RADA_INLINE void multiply_on_tiles(int64_t m, int64_t k, const word* a, int64_t ld, const word* b, const Panels& panels,
+                                   Epilogue&& epilogue) {
   TileScratch scratch;
   alignas(64) word sums[2][TILE_ROWS * NV * W];
   for (int64_t first = 0, rows; first < m; first += rows) {
@@ -318,18 +315,19 @@ RADA_INLINE void multiply_on_tiles(int64_t m, int64_t k, const word* a, int64_t 
     shape_tiles(block);
     auto with = [&](auto n, int64_t panel, int64_t end) __attribute__((always_inline)) {
       constexpr int N = n();
-      Steps right{};
       const int64_t turns = (end - panel) * blocks;
+      const word *right = nullptr, *right_last = nullptr;
       int64_t row = 0, column = 0;
       for (int64_t turn = 0; turn <= turns; turn++) {
         const int64_t last_row = row, last_column = column;
         if (turn < turns) {
-          row = (turn & (blocks - 1)) * TILE_ROWS;  // one block or two
+          row = turn % blocks * TILE_ROWS;
           if (row == 0) {
             column = panels.first_column(panel++);
-            right = scratch.panel(b + column * k, N * W, k);
+            right = b + column * k;
+            right_last = scratch.panel(right, N * W, k);
           }
-          start_block<N>({left.at + row * left.ld, left.ld, left.last + row * TILE}, right, k);
+          start_block<N>(left.from(row), right, right_last, k);
         }
         if (turn) epilogue(first + last_row, last_column, StoredTile<N>{sums[turn % 2], block});
         if (turn < turns) store_block<N>(sums[(turn + 1) % 2]);

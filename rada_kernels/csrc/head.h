@@ -77,6 +77,7 @@ class Head {
  public:
   Head(const Call& call, const Pool& pool, bool backward, void* workspace)
       : c(call), pool(pool), shape(call.classes, call.width / call.heads, sizeof(element), call.score_bytes),
+        forward_shape(call.classes, shape.width, sizeof(element), smaller_of(call.score_bytes, HELD_SCORE_BYTES)),
         again(!backward || !call.attended), arena{(char*)workspace} {
     over_width = round_up(c.width, W);
     wave_images = smaller_of(larger_of(WAVE_ROWS / c.classes, 1), c.images);
@@ -140,9 +141,9 @@ class Head {
       fit([&] {
         attention.keys = arena.take<word>(words * ld);
         attention.values = arena.take<word>(half * width_ld);
-        attention.exponentials = arena.take<element>(rada::KINDS * shape.score_rows() * ld);
+        attention.exponentials = arena.take<element>(rada::KINDS * forward_shape.score_rows() * ld);
         attention.scores = arena.take<float>(rada::SCORE_ROWS * ld);
-        if (shape.streams) attention.kinds = arena.take<float>(rada::KINDS * c.classes * width_ld);
+        if (forward_shape.streams) attention.kinds = arena.take<float>(rada::KINDS * c.classes * width_ld);
         attention.block_scale = arena.take<float>(rada::KINDS * shape.blocks);
         attention.image_row = arena.take<float>(ld + width_ld);
         attention.mixed = arena.take<element>(rada::SCORE_ROWS * ld);
@@ -293,8 +294,8 @@ class Head {
     s.image_row = mine(s.image_row, thread), s.kinds = mine(s.kinds, thread), s.scores = mine(s.scores, thread);
     s.block_scale = mine(s.block_scale, thread), s.exponentials = mine(s.exponentials, thread);
     float* const reference[] = {reference_of(rada::TEXT_KIND, pair), reference_of(rada::RATIONAL_KIND, pair)};
-    attend<P>(attended_rows() + p.start, c.width, p.image_query, p.queries, p.key, p.value, c.score_factor, shape, s,
-              reference);
+    attend<P>(attended_rows() + p.start, c.width, p.image_query, p.queries, p.key, p.value, c.score_factor,
+              forward_shape, s, reference);
   }
 
   // Logits without their scale and each image's deviation, from the attended rows.
@@ -591,7 +592,7 @@ class Head {
 
   const Call& c;
   const Pool& pool;
-  const Shape shape;
+  const Shape shape, forward_shape;
   const bool again;  // the forward pass: it is the call, or nothing was kept of it
   Arena arena;
   int64_t over_width, wave_images, first = 0, images = 0;

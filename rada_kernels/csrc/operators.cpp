@@ -77,7 +77,7 @@ bool has_bfloat16() { return instruction_set().bfloat16_loops; }
 std::string describe_refused() {
   std::string all;
   for (const InstructionSet& set : rada::instruction_sets())
-    if (!set.usable()) all += std::string(all.empty() ? "" : "; ") + "no " + set.name + ": " + set.refused;
+    if (!set.usable()) all += std::string(all.empty() ? "" : "; ") + "not " + set.name + ": " + set.refused;
   return all;
 }
 

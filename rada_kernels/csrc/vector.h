@@ -112,16 +112,16 @@ RADA_INLINE vec shuffle(vec a, vec b, ivec from) {
 #endif
 }
 
-// All lanes combined by pairs: halves first.
-template <class F>
+// All lanes combined by pairs: halves first. HALF is a constant, and so are the shuffles.
+template <int HALF = W / 2, class F>
 RADA_INLINE float reduce(vec v, F&& combine) {
-#pragma GCC unroll 4
-  for (int half = W / 2; half; half /= 2) {
+  if constexpr (HALF == 0) {
+    return v[0];
+  } else {
     ivec other;
-    for (int i = 0; i < W; i++) other[i] = (i + half) % W;
-    v = combine(v, shuffle(v, v, other));
+    for (int i = 0; i < W; i++) other[i] = (i + HALF) % W;
+    return reduce<HALF / 2>(combine(v, shuffle(v, v, other)), combine);
   }
-  return v[0];
 }
 RADA_INLINE float sum(vec v) {
   return reduce(v, [](vec a, vec b) { return a + b; });
@@ -144,6 +144,13 @@ RADA_INLINE vec keep_first(vec v, int64_t n) { return first_or(v, n, vec{}); }
 template <bool COARSE = false>
 RADA_INLINE vec exp2(vec x) {
 #if defined(__AVX512F__)
+  if constexpr (COARSE) {  // on [0, 1): the scaling takes the integer part from x itself
+    const vec r = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    vec p = splat(7.70671964e-2f) * r + splat(2.27644816e-1f);
+    p = p * r + splat(6.95116818e-1f);
+    p = p * r + splat(1.0f);
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+  }
   const vec n = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
 #if defined(__aarch64__)
@@ -238,7 +245,15 @@ RADA_INLINE half_vec narrow(vec v) {
   return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, half_vec);
 #endif
 }
-RADA_INLINE vec widen(half_vec v) { return (vec)(__builtin_convertvector(v, uvec) << 16); }
+// Each number in the low half of its lane. gcc 12 converts 16 numbers in two halves where it is left to itself.
+RADA_INLINE uvec low_halves(half_vec v) {
+#if defined(__AVX512BF16__)
+  return (uvec)_mm512_cvtepu16_epi32((__m256i)v);
+#else
+  return __builtin_convertvector(v, uvec);
+#endif
+}
+RADA_INLINE vec widen(half_vec v) { return (vec)(low_halves(v) << 16); }
 
 #endif
 

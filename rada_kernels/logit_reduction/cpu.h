@@ -8,7 +8,13 @@ namespace RADA_ISA {
 
 using rada::Penalty;
 
-constexpr int64_t BLOCK_ROWS = 64;  // rows of a task that runs products against whole layers, at most
+// Rows of a task that runs products against whole layers, at most. Tile registers finish so many that reading the
+// weight takes longer; more rows share it.
+#if defined(RADA_TILES)
+constexpr int64_t BLOCK_ROWS = 256;
+#else
+constexpr int64_t BLOCK_ROWS = 64;
+#endif
 
 // Attended rows [m, D] -> sums[m] = Σ_d M f h and statistic[m] (largest, sum or sum of squares of M - 1 over d), over
 // columns first to end. f[r], h[r]: the unit features of row r, whole vectors. change [m, D] receives M - 1 unless null.

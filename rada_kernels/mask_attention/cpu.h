@@ -19,6 +19,14 @@ constexpr double LOG2E = 1.4426950408889634;
 // A block whose exponentials add up to more is computed again against its own maximum.
 constexpr float LARGE = 1e30f;
 
+// Forward, scores stream above this too: a product on tile registers takes less time than reading back what the
+// second-level cache did not hold.
+#if defined(RADA_TILES)
+constexpr int64_t HELD_SCORE_BYTES = 1 << 20;
+#else
+constexpr int64_t HELD_SCORE_BYTES = INT64_MAX;
+#endif
+
 // One pair's rows: [K, E] elements, their rows `ld` elements apart.
 template <class P>
 struct Rows {
@@ -104,18 +112,20 @@ struct AttentionScratch {
   typename P::element* mixed;  // [SCORE_ROWS, ld]
 };
 
-// softmax(factor · q keyᵀ) for one query row q [E] (in units of log2); row [ld], padding zero.
+// softmax(factor · q keyᵀ) for one query row q [E] (in units of log2); keys in panels; row [ld], padding zero.
 template <class P>
-void image_row_weights(float* row, const typename P::element* query, const Rows<P>& key, const Shape& s, float factor) {
-  float top = -__builtin_inff();
-  for (int64_t j = 0; j < s.classes; j++) {
-    vec dot{};
-    for (int64_t e = 0; e < s.width; e += W)
-      dot += P::get_first(query + e, s.width - e) * P::get_first(key.at + j * key.ld + e, s.width - e);
-    row[j] = sum(dot) * factor;
-    top = row[j] > top ? row[j] : top;
-  }
-  for (int64_t j = s.classes; j < s.ld(); j++) row[j] = 0;
+void image_row_weights(float* row, const typename P::element* query, const word* keys, const Shape& s, float factor) {
+  vec highest = splat(-__builtin_inff());
+  for (int64_t j = s.over_classes.padded(); j < s.ld(); j++) row[j] = 0;
+  multiply<P, true>(1, s.width / P::per_word, (const word*)query, 0, keys, s.over_classes,
+                    [&](int64_t, int64_t column, const auto& tile) __attribute__((always_inline)) {
+                      tile.each([&](int, int v, vec x) __attribute__((always_inline)) {
+                        const int64_t j = column + v * W;
+                        highest = larger(first_or(x * factor, s.classes - j, highest), highest);
+                        store(row + j, x * factor);
+                      });
+                    });
+  const float top = largest(highest);
   vec total{};
   for (int64_t j = 0; j < s.ld(); j += W) {
     const vec e = keep_first(exp2(load(row + j) - top), s.classes - j);
@@ -188,7 +198,7 @@ void attend(typename P::element* attended, int64_t attended_ld, const typename P
   float* image_part = scratch.image_row + ld;
   std::memset(image_part, 0, width_ld * sizeof(float));
   if (image_query) {
-    image_row_weights<P>(scratch.image_row, image_query, key, s, factor);
+    image_row_weights<P>(scratch.image_row, image_query, scratch.keys, s, factor);
     weighted_sum<P>(image_part, scratch.image_row, value, s);
     for (int64_t e = 0; e < s.width; e += W) store(image_part + e, load(image_part + e) * (1 / count));
   }
@@ -386,7 +396,7 @@ void attend_backward(const AttentionGradients<P>& grads, const Rows<P>& grad_row
     float* weights = scratch.image_row;
     float* grad_row = weights + s.ld();
     float* upstream = grad_row + s.ld();  // Σ_i dO[i]
-    image_row_weights<P>(weights, image_query, key, s, score_factor * LOG2E);
+    image_row_weights<P>(weights, image_query, scratch.keys, s, score_factor * LOG2E);
     for (int64_t j = 0; j < s.ld(); j++) grad_row[j] = 1;
     weighted_sum<P>(upstream, grad_row, grad_rows, s);
     float dot = 0;
