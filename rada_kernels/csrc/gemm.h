@@ -160,9 +160,12 @@ inline void pack_columns(word* to, const word* rows, int64_t ld, int64_t k, int6
       for (int64_t i = 0; i < k; i += W) {
         const int64_t count = smaller_of(W, k - i);
         vec block[W];
+#pragma GCC unroll 16
         for (int r = 0; r < W; r++) block[r] = r < valid ? load_first((const float*)from + r * ld + i, count) : vec{};
         transpose(block);
-        for (int c = 0; c < count; c++) store(to + (i + c) * stride + j, block[c]);
+#pragma GCC unroll 16
+        for (int c = 0; c < W; c++)
+          if (c < count) store(to + (i + c) * stride + j, block[c]);
       }
     }
     to += k * stride;
@@ -285,10 +288,13 @@ struct TileScratch {
     for (int64_t r = 0; r < count; r += W)
       for (int64_t i = 0; i < k; i += W) {
         vec block[W];
+#pragma GCC unroll 16
         for (int j = 0; j < W; j++)
           block[j] = i + j < k ? load_first((const float*)columns + (i + j) * ld + r, count - r) : vec{};
         transpose(block);
-        for (int j = 0; j < W && r + j < count; j++) store(transposed + (r + j) * words + i, block[j]);
+#pragma GCC unroll 16
+        for (int j = 0; j < W; j++)
+          if (r + j < count) store(transposed + (r + j) * words + i, block[j]);
       }
     return {transposed, words, transposed + k / TILE * TILE, words};
   }
