@@ -25,7 +25,8 @@ wheel: $(STAMP)
 	$(PY) -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel dist/*.tar.gz
 	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
 
-# The C++ loops without torch, against double precision: every instruction set that this machine runs.
+# The C++ loops without torch, against double precision: every instruction set that this machine runs, and AMX's on a
+# model of its registers.
 CMAKE := $(VENV)/bin/cmake
 LOOPS := build/loops
 

@@ -1,7 +1,7 @@
 """The `cpu` backend: the whole head in C++, built at installation, see rada_kernels/csrc.
 
-float32 runs in float32; bfloat16 on the machine's tile registers or in its dot products where it has them; float16, and bfloat16
-elsewhere, in float32 with one rounding at the end.
+float32 runs in float32; bfloat16 on the machine's tile registers or in its dot products where it has them; float16, and
+bfloat16 elsewhere, in float32 with one rounding at the end.
 """
 
 from __future__ import annotations

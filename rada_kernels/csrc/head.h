@@ -20,6 +20,11 @@ constexpr int64_t WEIGHT_ROWS = 256;    // rows of one step of a weight gradient
 constexpr int64_t WEIGHT_COLUMNS = 64;  // a task's share of a weight gradient
 constexpr int64_t LIGHT_ROWS = 32;      // rows of a task that only goes over them
 
+#if defined(RADA_TILES)
+static_assert(WEIGHT_ROWS / Bfloat16::per_word <= TRANSPOSED_WORDS, "weight gradients' A comes by columns");
+static_assert(rada::KINDS * rada::SCORE_ROWS / Bfloat16::per_word <= TRANSPOSED_WORDS, "key gradients' A does too");
+#endif
+
 // Hands out 64-byte aligned pieces. Without a base it only measures.
 struct Arena {
   char* base;

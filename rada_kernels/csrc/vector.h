@@ -144,7 +144,7 @@ RADA_INLINE vec keep_first(vec v, int64_t n) { return first_or(v, n, vec{}); }
 template <bool COARSE = false>
 RADA_INLINE vec exp2(vec x) {
 #if defined(__AVX512F__)
-  if constexpr (COARSE) {  // on [0, 1): the scaling takes the integer part from x itself
+  if constexpr (COARSE) {  // minimax on [0, 1), to 9e-5: the scaling takes the integer part from x itself
     const vec r = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     vec p = splat(7.70671964e-2f) * r + splat(2.27644816e-1f);
     p = p * r + splat(6.95116818e-1f);
