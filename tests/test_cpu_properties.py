@@ -123,12 +123,13 @@ def test_expanded_and_strided_upstream_gradients(dtype):
 
 def _logits(head, image, text):
     with torch.no_grad():
-        return head(image, text, 20.0).numpy()
+        return head(image, text, 20.0).float().numpy()
 
 
 @needs_fork
+@every_dtype
 @pytest.mark.parametrize(("batch", "classes", "width"), [(3, 5, 16), (70, 3, 512), (2, 80, 512)])
-def test_the_whole_head_in_a_forked_child(batch, classes, width):
+def test_the_whole_head_in_a_forked_child(dtype, batch, classes, width):
     """At the parent's thread count, whose threads the child lacks: nothing in the call may wait for them.
 
     The larger features have more elements than torch handles without its threads.
@@ -136,12 +137,12 @@ def test_the_whole_head_in_a_forked_child(batch, classes, width):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        head = RAdaHead(width, 4, backend="cpu")
+        head = RAdaHead(width, 4, backend="cpu", dtype=dtype)
         torch.nn.init.normal_(head.out_proj.weight, std=0.3)  # else the attention would not show in the logits
-        image, text = torch.randn(batch, width), torch.randn(classes, width)
+        image, text = torch.randn(batch, width, dtype=dtype), torch.randn(classes, width, dtype=dtype)
         expected = head(image, text, 20.0).detach()
         (torch.randn(512, 512) @ torch.randn(512, 512)).exp()  # the parent has started its threads
         logits = in_forked_child(_logits, head, image, text)
-        torch.testing.assert_close(torch.from_numpy(logits), expected)
+        torch.testing.assert_close(torch.from_numpy(logits), expected.float())
     finally:
         torch.set_num_threads(before)

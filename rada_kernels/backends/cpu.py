@@ -43,6 +43,9 @@ def _load() -> tuple[str, str, bool]:
 INSTRUCTION_SET, MISSING, HAS_BFLOAT16 = _load()
 # The instruction sets of the library that this machine does not run, each with the reason.
 REFUSED = "" if MISSING else torch.ops.rada_cpu.refused_instruction_sets()
+if not MISSING:
+    for _operator in ("forward", "backward"):  # they write into their arguments and return nothing
+        torch.library.register_fake(f"rada_cpu::{_operator}", lambda *arguments: None)
 
 
 def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: int) -> tuple[bool, str]:
@@ -106,14 +109,12 @@ def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kep
 
 
 def operator_arguments(image: Tensor, text: Tensor, params: Params, options: Options, kept: list[Tensor]) -> tuple:
-    """What both operators take first: everything contiguous and in the dtype that the products run in."""
-    width = image.shape[1]
-    element = element_dtype(image.dtype, width, options.num_heads)
-    image, text, *layers = (t.to(element).contiguous() for t in (image, text, *params.layers))
+    """What both operators take first. They convert on threads of their own: torch's would be missing after a fork."""
     queries = sum(1 << QUERIES.index(name) for name in options.queries)
     return (
-        image, text, layers, kept, options.num_heads, params.scale.item(), options.score_factor(width),
-        options.normalize, queries, PENALTIES.index(options.penalty), budget("RADA_TILE_BYTES", SCORE_BYTES),
+        image, text, params.layers, kept, options.num_heads, params.scale.item(),
+        options.score_factor(image.shape[1]), options.normalize, queries, PENALTIES.index(options.penalty),
+        budget("RADA_TILE_BYTES", SCORE_BYTES),
     )  # fmt: skip
 
 
@@ -124,8 +125,7 @@ def forward(
     kept = empty_kept(image, text, options, save).tensors()
     sums = image.new_empty(len(image), len(text), dtype=torch.float32)
     deviation = image.new_empty(len(image), dtype=torch.float32)
-    if len(image):
-        torch.ops.rada_cpu.forward(*operator_arguments(image, text, params, options, kept), sums, deviation)
+    torch.ops.rada_cpu.forward(*operator_arguments(image, text, params, options, kept), sums, deviation)
     return sums, deviation, kept
 
 
@@ -140,22 +140,18 @@ def backward(
     wanted: Wanted,
 ) -> list[Tensor]:
     """The gradients that are wanted, in this order: image, text, the twelve layer tensors."""
-    make = torch.empty_like if len(image) else torch.zeros_like
 
     def gradient(of: Tensor, wanted: bool) -> Tensor:
-        return make(of if wanted else of.new_empty(0), dtype=torch.float32, memory_format=torch.contiguous_format)
+        return torch.empty_like(of if wanted else of.new_empty(0), memory_format=torch.contiguous_format)
 
     features = wanted.image or wanted.text  # both or none: they come out of the same rows
     grad_image, grad_text = gradient(image, features), gradient(text, features)
     layers = [gradient(layer, wanted.layers) for layer in params.layers]
-    if len(image):
-        deviation = grad_sums.new_empty(0) if grad_deviation is None else grad_deviation
-        torch.ops.rada_cpu.backward(
-            *operator_arguments(image, text, params, options, kept), grad_sums.float().contiguous(),
-            deviation.float().contiguous(), layers, grad_image, grad_text,
-        )  # fmt: skip
-    grads = [grad_image] * wanted.image + [grad_text] * wanted.text + layers * wanted.layers
-    return [grad.to(image.dtype) for grad in grads]
+    deviation = grad_sums.new_empty(0) if grad_deviation is None else grad_deviation
+    torch.ops.rada_cpu.backward(
+        *operator_arguments(image, text, params, options, kept), grad_sums, deviation, layers, grad_image, grad_text
+    )
+    return [grad_image] * wanted.image + [grad_text] * wanted.text + layers * wanted.layers
 
 
 masked_similarity = ops.register("cpu", forward, backward, empty_kept)

@@ -18,6 +18,15 @@ struct Pool {
   void (*run)(const Pool&, int64_t tasks, void (*task)(void*, int64_t, int), void* context);
 };
 
+enum class Type { FLOAT, BFLOAT16, HALF };
+
+// A matrix as somebody else laid it out: strides in elements, at any address.
+struct Matrix {
+  void* at;
+  Type type;
+  int64_t rows, columns, row_stride, column_stride;
+};
+
 // `element` arrays hold floats or bfloat16, as the loops were chosen. A null pointer: not in use or not wanted.
 struct Call {
   int64_t images, classes, width, heads;
@@ -57,6 +66,7 @@ struct Loops {
   void (*forward)(const Call&, const Pool&, void* workspace);
   size_t (*backward_bytes)(const Call&, const Pool&);
   void (*backward)(const Call&, const Pool&, void* workspace);
+  void (*convert)(const Matrix& to, const Matrix& from);  // of equal size
 };
 
 }  // namespace rada

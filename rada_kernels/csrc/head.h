@@ -8,6 +8,7 @@
 #include "../mask_attention/cpu.h"
 #include "../rational_projection/cpu.h"
 #include "call.h"
+#include "convert.h"
 
 namespace RADA_ISA {
 
@@ -44,6 +45,7 @@ void run(const Pool& pool, int64_t tasks, Task&& task) {
       pool, tasks,
       [](void* context, int64_t i, int thread) {
         const TaskScope scope;
+        const SubnormalsAreZero mode;  // in the task: threads that the pool starts keep the mode of their creator
         (*(Task*)context)(i, thread);
       },
       (void*)&task);
@@ -624,6 +626,7 @@ rada::Loops loops_of() {
       [](const Call& call, const Pool& pool, void* workspace) { Head<P>(call, pool, false, workspace).forward(); },
       [](const Call& call, const Pool& pool) { return Head<P>(call, pool, true, nullptr).bytes(); },
       [](const Call& call, const Pool& pool, void* workspace) { Head<P>(call, pool, true, workspace).backward(); },
+      convert,
   };
 }
 

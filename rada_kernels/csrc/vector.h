@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -21,6 +21,31 @@ namespace RADA_ISA {
 #if defined(__AMX_BF16__) || defined(RADA_TILE_MODEL)
 #define RADA_TILES
 #endif
+
+// While it lives, this thread takes subnormal operands for zero and makes zero of subnormal results; then as before.
+// The exponentials of a sharp softmax are full of them, and processors compute with them in microcode.
+class SubnormalsAreZero {
+ public:
+#if defined(__x86_64__)
+  SubnormalsAreZero() : before(_mm_getcsr()) { _mm_setcsr(before | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON); }
+  ~SubnormalsAreZero() { _mm_setcsr(before); }
+
+ private:
+  const uint32_t before;
+#elif defined(__aarch64__)
+  SubnormalsAreZero() {
+    asm volatile("mrs %0, fpcr" : "=r"(before));
+    asm volatile("msr fpcr, %0" : : "r"(before | FZ));
+  }
+  ~SubnormalsAreZero() { asm volatile("msr fpcr, %0" : : "r"(before)); }
+
+ private:
+  static constexpr uint64_t FZ = 1 << 24;
+  uint64_t before;
+#else
+  SubnormalsAreZero() {}  // there is no such mode to set
+#endif
+};
 
 // W lanes; MR rows of a register tile with NV vectors in each: MR · NV accumulators and NV + 1 operands fit in the
 // 32 registers of AVX-512 and NEON, or in the 16 of the others. Two vectors are a pair of AMX's tiles.
@@ -44,6 +69,7 @@ constexpr int NV = 3;
 typedef float vec __attribute__((vector_size(W * 4), may_alias));
 typedef float vec_at_any_address __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(W * 4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(W * 4), may_alias));
 
 RADA_INLINE vec load(const void* p) { return *static_cast<const vec_at_any_address*>(p); }
 RADA_INLINE void store(void* p, vec v) { *static_cast<vec_at_any_address*>(p) = v; }
@@ -138,7 +164,8 @@ RADA_INLINE vec first_or(vec v, int64_t n, vec rest) {
 }
 RADA_INLINE vec keep_first(vec v, int64_t n) { return first_or(v, n, vec{}); }
 
-// 2^x. Below 2^-126 the result is zero or 2^-126, above 2^126 it is at least 2^126 or inf; NaN stays NaN; 2^0 is 1.
+// 2^x; NaN stays NaN, 2^0 is 1. Results end at 2^-126 and 2^126 but on AVX-512, where larger ones go on to inf and smaller
+// ones are subnormal, which SubnormalsAreZero makes zero.
 // A polynomial, minimax on [-1/2, 1/2]: of degree 5, to 2e-7 of the value, or of degree 3, to 2e-4, for what is
 // rounded to bfloat16 next.
 template <bool COARSE = false>
@@ -188,7 +215,6 @@ RADA_INLINE vec exp2(vec x) {
 // W bfloat16.
 typedef uint16_t half_vec __attribute__((vector_size(W * 2), may_alias));
 typedef uint16_t half_vec_at_any_address __attribute__((vector_size(W * 2), aligned(2), may_alias));
-typedef uint32_t uvec __attribute__((vector_size(W * 4), may_alias));
 
 // In each lane c plus the dot product of two pairs of bfloat16, the lane's of a and b; or a is one pair.
 RADA_INLINE vec add_pair_products(vec a, vec b, vec c) {

@@ -52,15 +52,19 @@ struct Shape {
 };
 
 // The exponentials 2^(factor · (query keyᵀ - reference)) of `rows` score rows; their sum. Padding columns are zero.
-// The reference is subtracted from the bare product, so that the largest exponential is exactly 1.
+// The reference is subtracted from the bare product, so that a score that equals it becomes exactly 1. Once the sum is
+// LARGE, or NaN, the rest is left out.
 template <class P>
 float exponentials(typename P::element* to, const word* query, int64_t query_ld, int64_t rows, const word* keys,
                    const Shape& s, float factor, float reference) {
   vec total{};
+  bool large = false;
   const vec scale = splat(factor), shift = splat(reference);
   const int64_t ld = s.ld();
   multiply<P, true>(rows, s.width / P::per_word, query, query_ld, keys, s.over_classes,
                     [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
+                      if (row == 0) large = !(sum(total) < LARGE);
+                      if (large) return;
                       const bool last = column + tile.columns > s.classes;
                       tile.each([&](int r, int v, vec x) __attribute__((always_inline)) {
                         vec e = exp2<P::coarse>((x - shift) * scale);
