@@ -63,7 +63,7 @@ bench: $(STAMP)
 	$(PY) bench/kernels.py $(ARGS)
 
 compile-report: $(STAMP)
-	$(PY) bench/compile_report.py $(ARGS)
+	PYTHONPATH=bench $(PY) -m codegen.compile_report $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

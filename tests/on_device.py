@@ -14,7 +14,7 @@ from rada_kernels import Params, rada_logits
 from rada_kernels.ops import pack_options
 from tests.truth import make_case, results
 
-CLASSES = pytest.mark.parametrize("classes", [9, 50, 131], ids=["direct", "joined", "streaming"])
+CLASSES = pytest.mark.parametrize("classes", [9, 50, 131], ids=["direct", "streaming", "several row tiles"])
 
 
 @CLASSES
@@ -100,6 +100,23 @@ def test_compiles_without_a_graph_break(classes, device):
     compiled = torch.compile(head, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
     for batch in (2, 3):
         image = torch.randn(batch, 32, device=device)
+        outcome = {}
+        for run in (head, compiled):
+            head.zero_grad()
+            logits, penalty = run(image, text, 20.0, return_penalty=True)
+            (logits.square().sum() + penalty).backward()
+            outcome[run] = logits, penalty, *(parameter.grad.clone() for parameter in head.parameters())
+        for mine, eager in zip(outcome[compiled], outcome[head], strict=True):
+            torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(9, 12), (40, 50)], ids=str)
+def test_compiles_for_a_changing_number_of_classes(sizes, device):
+    """With symbolic sizes: what is kept has its shapes from K and D alone."""
+    head = head_on(device)
+    compiled = torch.compile(head, fullgraph=True, dynamic=True, backend="aot_eager")
+    for classes in sizes:
+        image, text = torch.randn(2, 32, device=device), torch.randn(classes, 32, device=device)
         outcome = {}
         for run in (head, compiled):
             head.zero_grad()

@@ -12,8 +12,15 @@ import types
 import pytest
 import torch
 
-from rada_kernels import launch
 from rada_kernels.backends import triton as backend
+from rada_kernels.logit_reduction.config import reduction_config
+from rada_kernels.mask_attention import config as attention
+from rada_kernels.options import QUERIES, Options
+from rada_kernels.rational_projection.config import projection_config, rows_bwd_config, weight_bwd_config
+from rada_kernels.triton_common import device as devices
+from rada_kernels.triton_common.config import AttentionConfig, GemmConfig, config_key, pair_block
+from rada_kernels.triton_common.device import INTERPRETER, KIB, Device
+from rada_kernels.triton_common.target import Gpu, Target, Usage, fit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -72,7 +79,7 @@ def test_a_gpu_is_told_what_was_never_tried(monkeypatch):
 
 def test_a_number_becomes_a_scalar_without_a_copy_from_the_host():
     """A copy would wait for the device, and a CUDA graph could not be captured."""
-    from launches import _TorchCalls
+    from codegen.launches import _TorchCalls
 
     from rada_kernels import Params
     from rada_kernels.api import _on_device
@@ -82,6 +89,21 @@ def test_a_number_becomes_a_scalar_without_a_copy_from_the_host():
         params = _on_device(Params(*[None] * 12, logit_scale=20.0, logit_bias=-3.0), image)
     assert [call.name for call in calls] == ["full", "full"]
     assert params.logit_scale.device.type == params.logit_bias.device.type == "meta"
+
+
+@pytest.mark.parametrize("arch", ["gfx1100", "gfx1030", "gfx1201"])
+def test_float32_on_rdna_is_left_to_torch(arch, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(backend, "gpu", lambda index: Device(arch, 64 * KIB))
+    device = torch.device("cuda", 0)
+    usable, reason = backend.usable(torch.float32, device, 64, 2)
+    assert not usable
+    assert "float32 on RDNA" in reason
+    assert backend.usable(torch.bfloat16, device, 64, 2)[0]
+    monkeypatch.setattr(backend, "gpu", lambda index: Device("gfx942", 64 * KIB))
+    assert backend.usable(torch.float32, device, 64, 2)[0]
 
 
 def test_a_missing_gpu_is_an_answer(monkeypatch):
@@ -109,23 +131,29 @@ def test_float32_products_follow_torch():
     try:
         for setting, nvidia, amd in (("highest", "ieee", "ieee"), ("high", "tf32", "bf16x3")):
             torch.set_float32_matmul_precision(setting)
-            assert launch.product_precision(torch.float32, launch.Device.named("sm_90")) == nvidia
-            assert launch.product_precision(torch.float32, launch.Device.named("gfx942")) == amd
-            assert launch.product_precision(torch.bfloat16, launch.Device.named("sm_90")) == "ieee"
+            assert SM_90.device.precision(torch.float32) == nvidia
+            assert Device("gfx942", 64 * KIB).precision(torch.float32) == amd
+            assert SM_90.device.precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def test_a_tuned_configuration_is_preferred(tmp_path, monkeypatch):
-    device = launch.Device.named("sm_90")
-    own = launch.projection_config(device, torch.bfloat16, 512, 32, 1000)
-    tuned = {"BR": 128, "BC": 128, "BD": 64, "num_warps": 8, "num_stages": 2}
-    path = tmp_path / "tuned.json"
-    key = launch.config_key(device, torch.bfloat16, 512, 1)
-    path.write_text(json.dumps({"projection": {key: tuned}}))
-    monkeypatch.setenv("RADA_TUNED", str(path))
-    assert launch.projection_config(device, torch.bfloat16, 512, 32, 1000) == launch.GemmConfig(**tuned) != own
-    assert launch.projection_config(device, torch.float16, 512, 32, 1000) == own
+# The architectures that kernels are compiled for, with the shared memory of a program.
+DEVICES = {
+    name: Device(name, kib * KIB)
+    for name, kib in {
+        "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64,
+    }.items()
+}  # fmt: skip
+ALL = pytest.mark.parametrize("device", [*DEVICES.values(), INTERPRETER], ids=lambda device: device.name)
+
+
+def test_a_tuned_configuration_is_preferred(tuned_file):
+    own = projection_config(SM_90, torch.bfloat16, 512, 32, 1000)
+    tuned_file({KEY: GOOD})
+    assert projection_config(SM_90, torch.bfloat16, 512, 32, 1000) == GemmConfig(**GOOD) != own
+    assert projection_config(SM_90, torch.float16, 512, 32, 1000) == own
+    assert projection_config(Target(SM_90.device, configs={}), torch.bfloat16, 512, 32, 1000) == own, "of its own"
 
 
 @pytest.fixture
@@ -142,31 +170,34 @@ def tuned_file(tmp_path, monkeypatch):
     return write
 
 
-SM_90 = launch.Device.named("sm_90")
-KEY = launch.config_key(SM_90, torch.bfloat16, 512, 1)
-GOOD = {"BR": 128, "BC": 128, "BD": 64, "num_warps": 8, "num_stages": 2}
+SM_90 = Target(Device("sm_90", 227 * KIB))
+KEY = "rational_projection_fwd sm_90 bfloat16 512 1"
+GOOD = {"BR": 128, "BC": 128, "BD": 32, "num_warps": 4, "num_stages": 2}
 
 
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        ("{", ["Expecting property name", "it takes a file that bench/tune.py wrote"]),
+        ("{", ["Expecting property name", "it takes a file that bench/autotune.py wrote"]),
         ([], ["got []; it takes an object"]),
-        ({"projections": {}}, ["got 'projections'; it takes one of", "projection", "attention"]),
-        ({"projection": {KEY: 3}}, [f"projection: {KEY}: got 3; it takes an object"]),
-        ({"projection": {KEY: GOOD | {"BX": 16}}}, [f"projection: {KEY}: got 'BX'; it takes one of BR, BC, BD"]),
-        ({"projection": {KEY: {"BR": 64}}}, [f"projection: {KEY}: BC: got None; it takes one of (16, 32"]),
-        ({"projection": {KEY: GOOD | {"BR": 48}}}, [f"projection: {KEY}: BR: got 48; it takes one of (16, 32"]),
-        ({"projection": {KEY: GOOD | {"BR": 4096}}}, [f"projection: {KEY}: BR: got 4096; it takes one of (16, 32"]),
-        ({"projection": {KEY: GOOD | {"BR": 64.0}}}, [f"projection: {KEY}: BR: got 64.0; it takes one of (16, 32"]),
-        ({"projection": {KEY: GOOD | {"num_warps": 3}}}, ["num_warps: got 3; it takes one of (1, 2, 4"]),
-        ({"projection": {KEY: GOOD | {"num_stages": 0}}}, ["num_stages: got 0; it takes one of (1, 2, 3"]),
+        ({KEY: 3}, [f"{KEY}: got 3; it takes an object"]),
+        ({"projection": {KEY: GOOD}}, [f"projection: {KEY}: got {GOOD}; it takes one of (16, 32"]),
+        (
+            {KEY: GOOD | {"BX": 16}},
+            [f"{KEY}: got BR, BC, BD, num_warps, num_stages, BX; it takes BR, BC, BD, num_warps"],
+        ),
+        ({KEY: {"BR": 64}}, [f"{KEY}: got BR; it takes BR, BC, BD, num_warps, num_stages"]),
+        ({KEY: GOOD | {"BR": 48}}, [f"{KEY}: BR: got 48; it takes one of (16, 32"]),
+        ({KEY: GOOD | {"BR": 4096}}, [f"{KEY}: BR: got 4096; it takes one of (16, 32"]),
+        ({KEY: GOOD | {"BR": 64.0}}, [f"{KEY}: BR: got 64.0; it takes one of (16, 32"]),
+        ({KEY: GOOD | {"num_warps": 3}}, ["num_warps: got 3; it takes one of (1, 2, 4"]),
+        ({KEY: GOOD | {"num_stages": 0}}, ["num_stages: got 0; it takes one of (1, 2, 3"]),
     ],
 )
 def test_a_wrong_tuned_file_is_named(tuned_file, content, parts):
     path = tuned_file(content)
     with pytest.raises(ValueError, match=f"^RADA_TUNED: {re.escape(path)}: ") as error:
-        launch.projection_config(SM_90, torch.bfloat16, 512, 32, 1000)
+        projection_config(SM_90, torch.bfloat16, 512, 32, 1000)
     for part in parts:
         assert part in str(error.value)
 
@@ -174,129 +205,197 @@ def test_a_wrong_tuned_file_is_named(tuned_file, content, parts):
 def test_a_missing_tuned_file_is_named(monkeypatch):
     monkeypatch.setenv("RADA_TUNED", "/nowhere/tuned.json")
     with pytest.raises(ValueError, match=r"^RADA_TUNED: /nowhere/tuned.json: .*No such file"):
-        launch.projection_config(SM_90, torch.bfloat16, 512, 32, 1000)
+        projection_config(SM_90, torch.bfloat16, 512, 32, 1000)
 
 
 def test_tuned_configurations_that_do_not_go_together_are_named(tuned_file):
-    reduction = launch.config_key(SM_90, torch.bfloat16, 512, 64, 0, 1, 0)
-    path = tuned_file({"reduction": {reduction: GOOD | {"BR": 64, "BD": 128}}})
-    part = re.escape(
-        f"{path}: reduction: {reduction}: BD: got 128; beside the other configurations it takes one of (16, 32, 64)"
-    )
+    reduction = "logit_reduction_fwd sm_90 bfloat16 512 64 0 0"
+    path = tuned_file({reduction: GOOD | {"BR": 64, "BD": 128}})
+    part = re.escape(f"{path}: {reduction}: BD: got 128; it takes one of (16, 32, 64) beside the others")
     with pytest.raises(ValueError, match=part):
-        launch.reduction_config(SM_90, torch.bfloat16, 32, 100, 512, 64, False, False)
-    direct = launch.config_key(SM_90, torch.bfloat16, 32, 64)
-    tuned_file({"direct": {direct: {"BM": 16, "BN": 32, "num_warps": 2, "num_stages": 1}}})
-    with pytest.raises(ValueError, match=r"BM: got 16; .* it takes one of \(32,\)"):
-        launch.direct_config(SM_90, torch.bfloat16, 20, 64)
+        reduction_config(SM_90, torch.bfloat16, 32, 100, 512, 64, False, False)
+    tuned_file(
+        {"mask_attention_direct_fwd sm_90 bfloat16 32 64": {"BM": 16, "BN": 32, "num_warps": 2, "num_stages": 1}}
+    )
+    with pytest.raises(ValueError, match=r"BM: got 16; it takes one of \(32,\)"):
+        attention.forward_config(SM_90, torch.bfloat16, 20, 64)
 
 
-def configurations(device, dtype, head_width, classes=(1, 20, 33, 257, 1000, 65536)):
-    """(request, configuration) of every kernel, as they are launched."""
-    made = []
+def usages(table: dict):
+    """usage_of by the product of a configuration's blocks and its stages: (shared bytes, spilled bytes)."""
+    asked = []
 
-    def note(request, heuristic):
-        config = launch.tuned_or_heuristic(request, heuristic)
-        made.append((request, request.fitted(config)))
-        return config
+    def usage_of(config):
+        asked.append(config)
+        return Usage(*table[config])
 
-    width = 8 * head_width
-    with launch.choosing_by(note):
-        for count in classes:
-            launch.attention_config(device, dtype, count, head_width)
-            form = launch.attention_form(device, dtype, count, head_width)
-            for backward in (False, True):
-                for batch in (1, 64):
-                    joined = form != "streaming"
-                    launch.reduction_config(device, dtype, batch, count, width, head_width, joined, backward)
-            if form == "joined":
-                launch.joined_config(device, dtype, count, head_width)
-            if form == "direct":
-                launch.direct_config(device, dtype, count, head_width)
-            if count <= launch.direct_bwd_classes(device, dtype, head_width):
-                launch.direct_bwd_config(device, dtype, count, head_width)
-            launch.projection_config(device, dtype, width, 64, count)
-        launch.queries_bwd_config(device, dtype, head_width)
-        launch.keys_bwd_config(device, dtype, head_width)
-        launch.weight_bwd_config(device, dtype, width)
-        launch.rows_bwd_config(device, dtype, width)
-    return made
+    return usage_of, asked
 
 
-@pytest.mark.parametrize("arch", launch.SHARED_BYTES)
-def test_shipped_configurations_fit_as_they_are(arch):
-    """The heuristics' numbers are what is launched: nothing has to be made smaller on the architecture they are for."""
-    device = launch.Device.named(arch)
-    for dtype, head_width in itertools.product(backend.DTYPES, backend.HEAD_WIDTHS):
-        roomy = launch.Device(arch, 1 << 30)
-        for (request, config), (_, wish) in zip(
-            configurations(device, dtype, head_width), configurations(roomy, dtype, head_width), strict=True
-        ):
-            assert config == wish, request
-            assert request.shared_bytes(config) <= device.shared_bytes
+def attention_config(rows, classes, stages=1):
+    return AttentionConfig(rows, classes, 4, stages)
 
 
-@pytest.mark.parametrize("arch", sorted(launch.SHARED_BYTES.keys() - {"sm_100"}))  # its barriers do not fit 48 KiB
-@pytest.mark.parametrize("kib", [48, 64])
-def test_configurations_shrink_to_small_devices(arch, kib):
-    """Stages first, then blocks; what goes together still does."""
-    device = launch.Device(arch, kib * launch.KIB)
-    for dtype, head_width in itertools.product((torch.bfloat16, torch.float32), backend.HEAD_WIDTHS):
-        # Four blocks of 32 classes in float32 are 64 KiB where a head is wider than 64.
-        direct = (1, 20) if dtype == torch.bfloat16 or head_width <= 64 else ()
-        made = configurations(device, dtype, head_width, (*direct, 33, 257, 1000))
-        assert {request.kernel for request, _ in made} >= set(launch.KERNELS) - {"direct", "direct_bwd", "joined"}
-        for request, config in made:
-            assert request.shared_bytes(config) <= device.shared_bytes, request
-    config = launch.GemmConfig(256, 256, 64, 8, 4)
-    request = launch.Request("projection", device, torch.bfloat16, (512, 1))
-    fitted = request.fitted(config)
-    assert fitted.num_stages == 1, "stages first"
-    assert fitted.BR * fitted.BC < 256 * 256
-    assert request.shared_bytes(fitted) <= device.shared_bytes < request.shared_bytes(config)
+def test_a_configuration_that_fits_is_taken_as_it_is():
+    usage_of, asked = usages({attention_config(64, 64, 2): (1000, 0)})
+    assert fit(attention_config(64, 64, 2), usage_of, 1000) == attention_config(64, 64, 2)
+    assert len(asked) == 1
+    assert fit(attention_config(64, 64, 2), lambda config: None, 0) == attention_config(64, 64, 2), "nothing is known"
 
 
-@pytest.mark.parametrize("arch", [*launch.SHARED_BYTES, "interpreter"])
-def test_forms_of_the_attention_follow_one_another(arch, monkeypatch):
-    """What the direct backward kernel finds, the direct forward kernel left; and the precision may change between."""
-    device = launch.INTERPRETER if arch == "interpreter" else launch.Device.named(arch)
-    for dtype, head_width in itertools.product(backend.DTYPES, backend.HEAD_WIDTHS):
-        forms = {}
-        for precision in ("highest", "high"):
-            monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
-            sizes = device, dtype, head_width
-            assert launch.direct_bwd_classes(*sizes) <= launch.direct_classes(*sizes)
-            forms[precision] = [launch.attention_form(device, dtype, k, head_width) for k in (1, 16, 17, 64, 128)]
-        assert forms["highest"] == forms["high"]
-        assert forms["high"][-1] == "streaming"
+def test_beyond_shared_memory_stages_go_first_then_the_largest_block():
+    table = {
+        attention_config(128, 64, 2): (4000, 0),
+        attention_config(128, 64, 1): (3000, 0),
+        attention_config(64, 64, 1): (2000, 0),
+        attention_config(32, 64, 1): (1000, 0),
+    }
+    usage_of, asked = usages(table)
+    assert fit(attention_config(128, 64, 2), usage_of, 1000) == attention_config(32, 64, 1)
+    assert asked == [*table]
+
+
+def test_spills_halve_the_largest_block_and_the_fewest_are_taken_where_all_spill():
+    table = {
+        attention_config(64, 32, 2): (900, 40),
+        attention_config(32, 32, 2): (800, 8),
+        attention_config(16, 32, 2): (700, 16),
+        attention_config(16, 16, 2): (600, 24),
+    }
+    usage_of, _ = usages(table)
+    assert fit(attention_config(64, 32, 2), usage_of, 1000) == attention_config(32, 32, 2)
+    usage_of, asked = usages(table | {attention_config(16, 32, 2): (700, 0)})
+    assert fit(attention_config(64, 32, 2), usage_of, 1000) == attention_config(16, 32, 2)
+    assert len(asked) == 3
+
+
+def test_what_the_next_step_needs_is_not_halved():
+    table = {attention_config(64, 64): (900, 8), attention_config(64, 32): (800, 8), attention_config(64, 16): (700, 0)}
+    usage_of, _ = usages(table)
+    assert fit(attention_config(64, 64), usage_of, 1000, keep=("BM",)) == attention_config(64, 16)
 
 
 def test_a_device_that_is_too_small_is_named():
-    """Direct blocks hold all K classes. 48 KiB is less than any device has that the predicate takes."""
-    device = launch.Device("sm_86", 48 * launch.KIB)
-    with pytest.raises(
-        ValueError, match=r"direct_bwd sm_86-float32-32-128: got a device with 49152 bytes .* takes 86016"
-    ):
-        launch.direct_bwd_config(device, torch.float32, 32, 128)
+    usage_of, _ = usages({attention_config(32, 32, 2): (4000, 0), attention_config(32, 32): (3000, 0)})
+    with pytest.raises(ValueError, match=r"AttentionConfig\(BM=32.* takes 3000 bytes of shared memory; got 1000"):
+        fit(attention_config(32, 32, 2), usage_of, 1000, keep=("BM", "BN"))
+
+
+class FakeKernel:
+    """A kernel as Triton has it: warmup compiles, `run` of what was compiled loads it and says what it spills."""
+
+    def __init__(self, shared_bytes, spills):
+        self.shared_bytes, self.spills, self.compiled, self.launched = shared_bytes, spills, [], []
+
+    def warmup(self, *, grid, C, **arguments):
+        from triton.runtime.errors import OutOfResources
+
+        self.compiled.append(C)
+        shared, kernel = self.shared_bytes(C), self
+
+        class Compiled:
+            metadata = types.SimpleNamespace(shared=shared)
+
+            @property
+            def run(self):
+                if shared > 1000:
+                    raise OutOfResources(shared, 1000, "shared memory")
+                self.n_spills = kernel.spills(C)
+
+        return Compiled()
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.launched.append((grid, arguments))
+
+
+def test_a_gpu_compiles_once_halves_and_launches_what_fits():
+    pytest.importorskip("triton")
+    kernel = FakeKernel(lambda c: 10 * c.BM * c.num_stages, lambda c: 4 * (c.BN > 32))
+    target = Gpu(Device("sm_90", 1000), configs={})
+    x = torch.empty(3)
+
+    def blocks(c):
+        return (c.BM,), {"parts": c.BN}
+
+    for _ in range(2):
+        launched = target.launch(kernel, attention_config(64, 64, 2), blocks, x=x, K=7)
+    fitted = attention_config(32, 32, 1)
+    assert kernel.compiled == [
+        attention_config(64, 64, 2),  # beyond 1000 bytes
+        attention_config(64, 64, 1),  # spills
+        attention_config(32, 64, 1),  # spills
+        fitted,
+    ]
+    arguments = {"x": x, "K": 7, "parts": 32, "C": fitted, "num_warps": 4, "num_stages": 1}
+    assert kernel.launched == [((32,), arguments)] * 2
+    assert launched == arguments
+    target.launch(kernel, attention_config(64, 64, 2), blocks, x=x.bfloat16(), K=7)
+    assert len(kernel.compiled) == 8, "another dtype is compiled for itself"
+
+
+@ALL
+def test_every_table_serves_every_case(device):
+    """Blocks are powers of two from 16 on; contracted ones divide what they contract, the reduction's within a head."""
+    target = Target(device, configs={})
+    dtypes = [dtype for dtype in backend.DTYPES if not (device.family == "rdna" and dtype == torch.float32)]
+    for dtype, head_width, classes in itertools.product(dtypes, backend.HEAD_WIDTHS, (1, 20, 33, 257, 1000, 65536)):
+        width = 8 * head_width
+        direct, forward = attention.forward_config(target, dtype, classes, head_width)
+        made = [
+            forward,
+            attention.queries_bwd_config(target, dtype, head_width),
+            attention.keys_bwd_config(target, dtype, head_width),
+            weight_bwd_config(target, dtype, width),
+        ]
+        assert not direct or forward.BM == forward.BN >= classes
+        for batch in (1, 64):
+            contracted = [
+                projection_config(target, dtype, width, batch, classes),
+                rows_bwd_config(target, dtype, width),
+            ]
+            assert all(width % config.BD == 0 for config in contracted)
+            reductions = [
+                reduction_config(target, dtype, batch, classes, width, head_width, direct, b) for b in (False, True)
+            ]
+            assert all((width if direct else head_width) % config.BD == 0 for config in reductions)
+            made += contracted + reductions
+        for config in made:
+            for name in config.blocks():
+                assert getattr(config, name) in (16, 32, 64, 128, 256), config
+
+
+@ALL
+def test_the_row_tile_does_not_depend_on_the_precision(device, monkeypatch):
+    """It may change between a forward and its backward pass, which takes the tile from the same table."""
+    target, tiles = Target(device, configs={}), {}
+    for precision in ("highest", "high"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        cases = itertools.product(backend.DTYPES[1:], backend.HEAD_WIDTHS, (1, 16, 17, 64, 1000))
+        tiles[precision] = [attention.forward_config(target, d, k, e)[1].BM for d, e, k in cases]
+    assert tiles["highest"] == tiles["high"]
+
+
+@pytest.mark.parametrize("dtype", backend.DTYPES, ids=str)
+@pytest.mark.parametrize("head_width", backend.HEAD_WIDTHS)
+def test_the_direct_backward_finds_what_the_direct_forward_left(dtype, head_width):
+    few = attention.direct_bwd_classes(dtype, head_width)
+    assert few <= attention.direct_classes(dtype, head_width)
+    # 16 bits take delta from each kind's rows, which the direct forward kernel does not keep.
+    assert dtype == torch.float32 or few == attention.direct_classes(dtype, head_width)
 
 
 @pytest.mark.parametrize(
-    ("name", "served_as"),
+    ("name", "family"),
     [
-        ("sm_80", "sm_80"), ("sm_87", "sm_86"), ("sm_88", "sm_86"), ("sm_103", "sm_100"), ("sm_110", "sm_100"),
-        ("sm_121", "sm_120"), ("sm_130", "sm_120"), ("gfx90a", "gfx942"), ("gfx950", "gfx942"), ("gfx1030", "gfx1100"),
-        ("gfx1201", "gfx1100"), ("interpreter", "interpreter"),
+        ("sm_80", "mma"), ("sm_87", "mma"), ("sm_89", "mma"), ("sm_90", "wgmma"), ("sm_100", "wgmma"),
+        ("sm_103", "wgmma"), ("sm_110", "wgmma"), ("sm_121", "mma"), ("sm_130", "mma"), ("gfx90a", "cdna"),
+        ("gfx950", "cdna"), ("gfx1030", "rdna"), ("gfx1201", "rdna"), ("interpreter", "interpreter"),
     ],
 )  # fmt: skip
-def test_an_unknown_architecture_is_served_as_its_nearest_relative(name, served_as):
-    shared = 128 * launch.KIB
-    for dtype, head_width in itertools.product(backend.DTYPES, backend.HEAD_WIDTHS):
-        mine = configurations(launch.Device(name, shared), dtype, head_width)
-        theirs = configurations(launch.Device(served_as, shared), dtype, head_width)
-        assert [config for _, config in mine] == [config for _, config in theirs]
-        assert all(name in request.key for request, _ in mine), "what is tuned is tuned for one device"
-    if name.startswith("sm"):
-        assert launch.Device.named(name).shared_bytes == launch.SHARED_BYTES[served_as]
+def test_an_unknown_architecture_is_served_as_its_family(name, family):
+    device = Device(name, 99 * KIB)
+    assert device.family == family
+    assert config_key("x", device, torch.bfloat16, 64) == f"x {name} bfloat16 64", "tuned for one device"
 
 
 @pytest.mark.parametrize(
@@ -310,28 +409,30 @@ def test_an_unknown_architecture_is_served_as_its_nearest_relative(name, served_
 def test_what_is_asked_of_a_device(hip, properties, device, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(**properties))
-    assert launch._cuda_device.__wrapped__(0) == launch.Device(*device)
+    assert devices.gpu.__wrapped__(0) == Device(*device)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 7, 10, 47, 100, 101, 1000, 65536])
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
 def test_pairs_of_images_and_classes_fill_a_tile(rows, classes):
-    many = launch.pair_block(rows, classes, rows)
+    many = pair_block(rows, classes, rows)
     assert -(-classes // many["BK"]) * many["BK"] <= classes * 33 / 32, "few empty rows"
     for batch in (1, 2, 5, 31, 512):
-        pairs = launch.pair_block(batch, classes, rows)
+        pairs = pair_block(batch, classes, rows)
         assert pairs["BI"] * pairs["BK"] == rows
         assert pairs == many or pairs["BI"] < 2 * batch, "a last batch is served by the same code, one image by its own"
 
 
-@pytest.mark.parametrize("arch", launch.SHARED_BYTES)
-def test_blocks_fit_one_another(arch):
-    """Contracted blocks end where a head does."""
-    device = launch.Device.named(arch)
-    for dtype, width, classes in itertools.product(backend.DTYPES, backend.HEAD_WIDTHS, (1, 33, 257, 1000, 65536)):
-        joined = launch.attention_form(device, dtype, classes, width) != "streaming"
-        reduction = launch.reduction_config(device, dtype, 32, classes, 8 * width, width, joined, False)
-        if not joined:
-            assert width % reduction.BD == 0
-        assert (8 * width) % reduction.BD == 0
-        assert reduction.BD >= 16
+@pytest.mark.parametrize("queries", [QUERIES, ("image",), ("text",)], ids="+".join)
+@pytest.mark.parametrize("classes", [9, 40, 131])
+def test_the_fake_has_the_shapes_of_what_is_kept(queries, classes, interpreted):
+    """What empty_kept says from shapes alone comes back from its tensors, row tile and all."""
+    image, text, options = torch.empty(3, 64), torch.empty(classes, 64), Options(2, queries=queries)
+    kept = backend.empty_kept(image, text, options, save=True)
+    again = backend.Kept.of(kept.tensors(), kept.attended.tile)
+    assert again.attended == kept.attended
+    assert again.projected[:-1] == kept.projected[:-1]
+    score_rows = classes * (queries != ("image",)) + ("image" in queries)
+    tiles = 1 if kept.attended.combined else -(-score_rows // kept.attended.tile)
+    assert kept.attended.m.shape[-1] == tiles
+    assert backend.empty_kept(image, text, options, save=False).tensors() == []

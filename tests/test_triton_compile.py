@@ -1,4 +1,4 @@
-"""A quick part of bench/compile_report.py, without a GPU: machine code, shared memory, predictions, the report."""
+"""A quick part of `make compile-report`, without a GPU: machine code, shared memory, predictions, the report."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import torch
 
 pytest.importorskip("triton")
 
-import compile_report
-from compile_report import SIZES, misses
-from launches import TorchCall, float32_precision, record_calls, record_launches
-from machine_code import Code, Store, compile_all, compile_launch, key_of, shared_bytes_of
-from prediction import ARCHITECTURES, predicted_s, predicted_torch_s, resident_programs, stretch, work_of
+from codegen import compile_report
+from codegen.compile_report import SIZES, misses
+from codegen.launches import Recorder, TorchCall, device_named, float32_precision, record_calls, record_launches
+from codegen.machine_code import Code, Store, compile_all, compile_launch, key_of
+from codegen.prediction import ARCHITECTURES, predicted_s, predicted_torch_s, resident_programs, stretch, work_of
 from workloads import WORKLOADS
 
-from rada_kernels import launch as configurations
-from rada_kernels.launch import Device
+from rada_kernels import Options
+from rada_kernels.mask_attention.triton.backward import mask_attention_bwd
+from rada_kernels.triton_common.config import AttentionConfig
+
+
+def recorder(arch: str = "sm_90", usage_of=lambda launch: None) -> Recorder:
+    return Recorder(device_named(arch), usage_of, configs={})
 
 
 @pytest.mark.parametrize(
@@ -36,99 +41,67 @@ from rada_kernels.launch import Device
 )
 def test_forward_kernels(arch, name, dtype):
     """No spills, tensor cores for every product, shared memory within the limit, two programs."""
-    device = Device.named(arch)
     with float32_precision("high"):
-        launches = record_launches(WORKLOADS[name], "forward", dtype, device)
+        launches = record_launches(WORKLOADS[name], "forward", dtype, recorder(arch))
         for launch in launches:
             code = compile_launch(arch, launch)
             assert code.spill_bytes == 0, launch.name
             assert code.products > 0, launch.name
             assert sum(code.tensor_core.values()) >= code.products, launch.name
-            assert code.shared_bytes <= device.shared_bytes, launch.name
+            assert code.shared_bytes <= device_named(arch).shared_bytes, launch.name
             assert code.wide_accesses > 0, launch.name
             warps = launch.arguments["num_warps"]
             assert resident_programs(code, ARCHITECTURES[arch], arch, warps) >= 2, launch.name
 
 
-def varied(change: dict):
-    """A choice of configurations that differ from the heuristics' as said, where the kernel has such a field."""
-
-    def choose(request, heuristic):
-        blocks = configurations.KERNELS[request.kernel].blocks
-        fields = {name: value for name, value in change.items() if name in (*blocks, "num_stages", "num_warps")}
-        return replace(heuristic, **fields)
-
-    return choose
-
-
-KERNEL_OF = {
-    "rational_projection_fwd": "projection",
-    "mask_attention_streaming_fwd": "attention",
-    "mask_attention_direct_fwd": "direct",
-    "mask_attention_joined_fwd": "joined",
-    "logit_reduction_fwd": "reduction",
-    "logit_reduction_bwd": "reduction_bwd",
-    "mask_attention_direct_bwd": "direct_bwd",
-    "mask_attention_bwd_delta": "queries_bwd",
-    "mask_attention_bwd_queries": "queries_bwd",
-    "mask_attention_bwd_keys": "keys_bwd",
-    "rational_projection_bwd_weight": "weight_bwd",
-    "rational_projection_bwd_rows": "rows_bwd",
-}
-
-
 @pytest.mark.parametrize(
-    ("arch", "dtype", "size", "change"),
+    ("arch", "wish", "limit"),
     [
-        ("sm_90", torch.bfloat16, "E64-K200", {"num_stages": 3, "BM": 128, "BC": 128}),
-        ("sm_90", torch.bfloat16, "E64-K100", {"num_stages": 3}),
-        ("gfx1100", torch.float16, "E64-K24", {"num_stages": 2}),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("sm_80", torch.bfloat16, "E64-K100", {"num_stages": 4}),
-                ("sm_80", torch.float32, "E64-K48", {"num_stages": 2}),
-                ("sm_86", torch.float32, "E128-K24", {}),
-                ("sm_89", torch.bfloat16, "E96-K100", {"BC": 128, "BN": 64}),
-                ("sm_90", torch.float32, "E64-K100", {"num_stages": 2}),
-                ("sm_90", torch.float16, "E64-K10", {}),
-                ("sm_100", torch.bfloat16, "E64-K24", {"num_stages": 3}),
-                ("sm_100", torch.float16, "E128-K1000", {}),
-                ("sm_120", torch.bfloat16, "E48-K1000", {"num_stages": 3}),
-                ("gfx942", torch.bfloat16, "E128-K100", {}),
-                ("gfx942", torch.float32, "E64-K24", {"num_stages": 2}),
-                ("gfx1100", torch.bfloat16, "E128-K100", {}),
-            )
-        ),
+        ("sm_90", AttentionConfig(64, 64, 4, 2), None),  # spills 112 bytes
+        ("sm_80", AttentionConfig(16, 64, 4, 4), 48 << 10),  # four stages are beyond the limit
+        pytest.param("sm_100", AttentionConfig(64, 32, 4, 2), None, marks=pytest.mark.slow),
+        pytest.param("gfx1100", AttentionConfig(16, 64, 4, 1), None, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_shared_memory_stays_below_its_formula(arch, dtype, size, change):
-    """What Triton allocates, against the bound by which configurations are made to fit."""
-    device, bounds = Device.named(arch), {}
+def test_what_does_not_fit_is_halved_by_what_was_compiled(arch, wish, limit):
+    """The key gradients at E = 128 with blocks that are too large, through the launch that a GPU goes through."""
+    tried = []
 
-    def noted(request, heuristic):
-        config = varied(change)(request, heuristic)
-        bound = request.shared_bytes(request.fitted(config))
-        bounds[request.kernel] = max(bounds.get(request.kernel, 0), bound)
-        return config
+    def usage_of(launch):
+        if not launch.name.endswith("bwd_keys"):
+            return None
+        tried.append((launch.arguments["C"], compile_launch(arch, launch).usage))
+        return tried[-1][1]
 
-    with float32_precision("high"), configurations.choosing_by(noted):
-        launches = record_launches(SIZES[size], "step-features", dtype, device)
-    for launch in {key_of(arch, launch): launch for launch in launches}.values():
-        # A kernel without a formula only sums: what crosses its warps takes a few numbers a row.
-        bound = bounds[KERNEL_OF[launch.name]] if launch.name in KERNEL_OF else 8192
-        assert shared_bytes_of(arch, launch) <= bound <= device.shared_bytes, launch.name
+    target = recorder(arch, usage_of)
+    if limit:
+        target.device = replace(target.device, shared_bytes=limit)
+    launches = Recorder(target.device, configs={})
+    record_calls(SIZES["E128-K100"], "forward", torch.bfloat16, launches)
+    attention = launches.calls[1].arguments
+    projected, attended = attention["projected"], attention["out"]._replace(tile=launches.calls[2].arguments["R"].TILE)
+    options = Options(num_heads=SIZES["E128-K100"].heads)
+    mask_attention_bwd(
+        torch.empty_like(attended.rows[0]), projected, attended, options, keys_config=wish, target=target
+    )
+    assert tried[0][0] == wish
+    *misfits, (fitted, usage) = tried
+    assert misfits
+    assert all(other.spill_bytes or other.shared_bytes > target.device.shared_bytes for _, other in misfits)
+    assert usage.spill_bytes == 0
+    assert usage.shared_bytes <= target.device.shared_bytes
+    assert target.calls[-1].arguments["C"] == fitted != wish
 
 
 def test_a_pass_is_recorded_with_torchs_own_products():
     """What the backward pass leaves to torch is part of a step: dO Wo, dWo and the weights of the queries."""
     load = WORKLOADS["imagenet"]
-    calls = record_calls(load, "step", torch.bfloat16, Device.named("sm_90"))
+    calls = record_calls(load, "step", torch.bfloat16, recorder())
     products = [call.flop for call in calls if isinstance(call, TorchCall) and call.flop]
     rows, layer = load.batch * load.classes, 2 * load.width**2
     assert sorted(products) == sorted([rows * layer, rows * layer, load.batch * layer, load.classes * layer])
-    assert len(record_launches(load, "forward", torch.bfloat16, Device.named("sm_90"))) == 3
+    assert len(record_launches(load, "forward", torch.bfloat16, recorder())) == 3
 
 
 @pytest.mark.parametrize("name", ["eurosat", "caltech101", "imagenet"])
@@ -143,14 +116,14 @@ def test_what_is_kept_is_allocated_once(name, monkeypatch):
         return out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", noted)
-    record_launches(load, "step", torch.bfloat16, Device.named("sm_90"))
+    record_launches(load, "step", torch.bfloat16, recorder())
     assert shapes.count((3, load.batch, load.classes, load.width)) == 1
 
 
 @pytest.mark.parametrize("name", ["eurosat", "caltech101"])
 def test_nothing_waits_for_the_device(name):
     """No number is read back in a pass: on the meta device that raises, and a CUDA graph could not be captured."""
-    calls = record_calls(WORKLOADS[name], "step-features", torch.float32, Device.named("sm_90"))
+    calls = record_calls(WORKLOADS[name], "step-features", torch.float32, recorder())
     waiting = {"_local_scalar_dense", "nonzero", "masked_select"}
     assert not waiting & {call.name for call in calls}
 
@@ -178,7 +151,7 @@ def code(**fields) -> Code:
 
 
 def test_predicted_time_of_a_launch():
-    launches = record_launches(WORKLOADS["imagenet"], "forward", torch.bfloat16, Device.named("sm_90"))
+    launches = record_launches(WORKLOADS["imagenet"], "forward", torch.bfloat16, recorder())
     attention = next(launch for launch in launches if launch.name == "mask_attention_streaming_fwd")
     flop, exponentials = work_of(attention)
     assert flop >= 2 * 32 * 4 * 1000 * 1000 * 512, "four products of two query kinds"
@@ -221,11 +194,10 @@ def test_the_report_resumes_and_compiles_what_changed(tmp_path, monkeypatch):
             store.add(key, code(products=4 * bool(work_of(wanted[key][1])[0])))
 
     monkeypatch.setattr(compile_report, "compile_all", fake_compile_all)
-    monkeypatch.setattr(compile_report, "HERE", tmp_path / "bench")
-    (tmp_path / "runs").mkdir()
-    out = tmp_path / "report.md"
+    monkeypatch.setattr(compile_report, "RUNS", tmp_path / "runs")
+    out, tables = tmp_path / "report.md", tmp_path / "tables"
     run = dict(arch=["sm_90", "gfx942"], dtype=["bfloat16"], workload=["caltech101", "E32-K10"])
-    run |= dict(jobs=1, count=False, out=out)
+    run |= dict(jobs=1, count=False, stored=False, out=out, tables=tables)
     compile_report.main(**run)
     first = len(compiled)
     text = out.read_text()
@@ -234,19 +206,34 @@ def test_the_report_resumes_and_compiles_what_changed(tmp_path, monkeypatch):
     assert "Predictions, not measurements." in text
     assert "| caltech101 | step-features |" in text
     assert "E32-K10" not in text, "a size has no predicted time"
-    kernels = list(csv.DictReader(out.with_suffix(".csv").open()))
+    kernels = list(csv.DictReader((tables / "kernels.csv").open()))
     assert len(kernels) == first
-    forms = {f"mask_attention_{form}_fwd" for form in ("direct", "joined", "streaming")}
-    assert forms <= {row["kernel"] for row in kernels}
-    predicted = list(csv.DictReader((tmp_path / "report_predicted.csv").open()))
+    assert {f"mask_attention_{form}_fwd" for form in ("direct", "streaming")} <= {row["kernel"] for row in kernels}
+    predicted = list(csv.DictReader((tables / "predicted.csv").open()))
     assert {row["workload"] for row in predicted} == {"caltech101"}
     assert any(row["call"] == "torch mm" for row in predicted)
 
     compile_report.main(**run)
     assert len(compiled) == first, "everything is in the store"
-    with configurations.choosing_by(varied({"BN": 16, "num_warps": 2})):
-        compile_report.main(**run)
-    assert 0 < len(compiled) - first < first, "what the changed configurations launch"
+
+
+def test_the_report_compiles_the_halvings_of_what_does_not_fit(tmp_path, monkeypatch):
+    """A kernel that spills is followed by its halvings, as on a GPU, until they are all in the store."""
+
+    def fake_compile_all(wanted, store, jobs):
+        for key in wanted.keys() - store.codes.keys():
+            config = wanted[key][1].arguments["C"]
+            large = "mask_attention_bwd_keys" in wanted[key][1].name and config.BM * config.BN > 32 * 16
+            store.add(key, code(products=0, spill_bytes=8 * large))
+
+    monkeypatch.setattr(compile_report, "compile_all", fake_compile_all)
+    monkeypatch.setattr(compile_report, "RUNS", tmp_path / "runs")
+    run = dict(arch=["sm_90"], dtype=["bfloat16"], workload=["E64-K100"], jobs=1, count=False, stored=False)
+    compile_report.main(**run, out=tmp_path / "report.md", tables=tmp_path)
+    kernels = list(csv.DictReader((tmp_path / "kernels.csv").open()))
+    blocks = [row["blocks"] for row in kernels if row["kernel"] == "mask_attention_bwd_keys"]
+    assert blocks == ["BM16 BN32"], "64 x 64, 32 x 64, 32 x 32, 16 x 32"
+    assert not any(int(row["spill_bytes"]) for row in kernels)
 
 
 def test_what_the_predicted_time_is_spent_on():
@@ -261,8 +248,8 @@ def test_what_the_predicted_time_is_spent_on():
 
 
 def test_kernels_are_compiled_in_other_processes(tmp_path):
-    launches = record_launches(WORKLOADS["eurosat"], "step-features", torch.bfloat16, Device.named("sm_80"))
-    small = [launch for launch in launches if launch.name == "feature_bwd"][:1]
+    launches = record_launches(WORKLOADS["eurosat"], "step-features", torch.bfloat16, recorder("sm_80"))
+    small = [launch for launch in launches if launch.name == "rational_projection_bwd_features"][:1]
     wanted = {key_of("sm_80", launch): ("sm_80", launch) for launch in small}
     store = Store(tmp_path / "codes.jsonl")
     compile_all(wanted, store, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,14 +91,18 @@ def _jumps_nearby(case: Case) -> bool:
     return bool((before.abs() < near).any() or tie)
 
 
-def results(case: Case, backend: str, *, features: bool = True) -> dict[str, Tensor]:
-    """Logits, penalty and every gradient by name, of loss = Σ weight · logits + penalty_weight · penalty."""
+def results(case: Case, backend: str | Callable, *, features: bool = True) -> dict[str, Tensor]:
+    """Logits, penalty and every gradient by name, of loss = Σ weight · logits + penalty_weight · penalty.
+
+    backend: a name, or a function of image, text, params and options in the place of rada_logits.
+    """
+    run = backend if callable(backend) else functools.partial(rada_logits, backend=backend)
     leaves = [t.detach().clone().requires_grad_() for t in (case.image, case.text, *case.layers)]
     if not features:
         leaves[0].requires_grad_(False), leaves[1].requires_grad_(False)
     scale = case.scale.clone().requires_grad_()
     params = Params(*leaves[2:], logit_scale=scale)
-    logits, penalty = rada_logits(leaves[0], leaves[1], params, case.options, backend)
+    logits, penalty = run(leaves[0], leaves[1], params, case.options)
     loss = (case.weight.to(logits.dtype) * logits).sum() + case.penalty_weight * penalty
     wanted = {
         name: leaf
@@ -121,7 +127,7 @@ def expected(case: Case, *, features: bool = True) -> Expected:
     )
 
 
-def verdict_of(cases: list[Case], backend: str, dtype: torch.dtype, *, features: bool = True) -> Verdict:
+def verdict_of(cases: list[Case], backend: str | Callable, dtype: torch.dtype, *, features: bool = True) -> Verdict:
     cases = [case.cast(dtype) for case in cases]
     return judge(
         [expected(case, features=features) for case in cases],
@@ -131,7 +137,7 @@ def verdict_of(cases: list[Case], backend: str, dtype: torch.dtype, *, features:
 
 
 def assert_as_good_as_reference(
-    cases: Case | list[Case], backend: str, dtype: torch.dtype, *, features: bool = True
+    cases: Case | list[Case], backend: str | Callable, dtype: torch.dtype, *, features: bool = True
 ) -> None:
     """Every result of one case, or of several pooled, is right by the rule of bench/tolerance.py."""
     verdict = verdict_of(cases if isinstance(cases, list) else [cases], backend, dtype, features=features)

@@ -6,20 +6,25 @@ Results are deterministic. Under TRITON_INTERPRET=1 the same kernels run on CPU 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rada_kernels import ops
 from rada_kernels.budget import SAVE_BYTES, budget
-from rada_kernels.launch import on_device
+from rada_kernels.logit_reduction.triton.state import Reduced
+from rada_kernels.mask_attention.config import direct_classes, forward_config
+from rada_kernels.mask_attention.triton.state import Attended
 from rada_kernels.numerics import unit_rows_backward
 from rada_kernels.options import Options, Params, Wanted
+from rada_kernels.rational_projection.triton.state import Projections
+from rada_kernels.triton_common.device import Device, gpu
+from rada_kernels.triton_common.target import Target, target_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_WIDTHS = (16, 32, 48, 64, 80, 96, 128)
@@ -42,6 +47,11 @@ def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: 
     elif not torch.version.hip and torch.cuda.get_device_capability(device) < OLDEST:
         major, minor = torch.cuda.get_device_capability(device)
         return False, f"compute capability {major}.{minor}: it takes {OLDEST[0]}.{OLDEST[1]} or newer"
+    elif dtype == torch.float32 and torch.version.hip and _gpu(device).family == "rdna":
+        return (
+            False,
+            "dtype torch.float32 on RDNA: its matrix products take 16 bits, and the kernels would spill",
+        )
     if dtype not in DTYPES:
         return False, f"dtype {dtype}: it takes one of {', '.join(map(str, DTYPES))}"
     if embed_dim > MAX_WIDTH:
@@ -53,6 +63,10 @@ def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: 
     return True, f"Triton kernels, {STATUS}" if device.type == "cuda" else "Triton kernels, interpreted"
 
 
+def _gpu(device: torch.device) -> Device:
+    return gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -62,91 +76,89 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@dataclass
-class Kept:
-    """What the three steps leave for the backward pass; each [0, ...] where the byte budget had no room."""
+class Kept(NamedTuple):
+    """What the first two steps leave for the backward pass; nothing where the byte budget had no room."""
 
-    query_image: Tensor  # [B, D]
-    query_text: Tensor  # [K, D]
-    inverse_image: Tensor  # [B] float32
-    inverse_text: Tensor  # [K] float32
-    projections: Tensor  # [2 or 3, B, K, D] keys, values, rational queries if in use
-    rows: Tensor  # the attended rows: see AttendedRows
-    image_row: Tensor
-    tops: Tensor
-    totals: Tensor
-    peak: Tensor  # [B] int64, with penalty "linf": where the largest |M - 1| is, see Statistic
+    projected: Projections | None = None
+    attended: Attended | None = None
 
     def tensors(self) -> list[Tensor]:
-        return list(vars(self).values())
+        """As an operator returns them: without `largest`, which is given out, and results must not share memory."""
+        return [*self.projected[:-1], *self.attended[:-1]] if self.projected else []
+
+    @staticmethod
+    def of(tensors: list[Tensor], tile: int) -> Kept:
+        fields = len(Projections._fields) - 1
+        return Kept(Projections(*tensors[:fields], None), Attended(*tensors[fields:], tile)) if tensors else Kept()
 
 
-def _fits_budget(image: Tensor, text: Tensor, options: Options) -> bool:
-    """Whether what a call would keep for its backward pass is within RADA_SAVE_BYTES."""
-    from rada_kernels.mask_attention.triton import empty_attended_rows
-
-    row_tensors = 2 + ("rational" in options.queries) + len(empty_attended_rows(image[:0], len(text), options).rows)
-    row_bytes = row_tensors * len(text) * image.numel() * image.dtype.itemsize
-    return row_bytes <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
-
-
-def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kept:
-    """Uninitialised tensors for what a call keeps, from shapes alone: everything or nothing."""
-    from rada_kernels.logit_reduction.triton import empty_statistic
-    from rada_kernels.mask_attention.triton import empty_attended_rows
-
-    (batch, width), classes = image.shape, text.shape[0]
-    layers = 2 + ("rational" in options.queries)
-    keep = save and _fits_budget(image, text, options)
-    b, k = batch * keep, classes * keep
+def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool, target: Target | None = None) -> Kept:
+    """Uninitialised tensors for what a call keeps, from shapes alone: everything, or nothing beyond RADA_SAVE_BYTES."""
+    classes = text.shape[0]  # len would fix a symbolic K
+    if not (save and _fits_budget(image, classes, options)):
+        return Kept()
     return Kept(
-        query_image=image.new_empty(b * ("image" in options.queries), width),
-        query_text=image.new_empty(k * ("text" in options.queries), width),
-        inverse_image=image.new_empty(b, dtype=torch.float32),
-        inverse_text=image.new_empty(k, dtype=torch.float32),
-        projections=image.new_empty(layers, b, classes, width),
-        **empty_attended_rows(image[:b], classes, options)._asdict(),
-        peak=empty_statistic(image[:b], classes, options, save=True).peak,
+        Projections.empty(image, text, options, save=True),
+        Attended.empty(image, classes, options, *_form(image, classes, options, target or target_of(image))),
     )
 
 
-def _run(
-    image: Tensor, text: Tensor, params: Params, options: Options, save: bool
-) -> tuple[Tensor, Tensor, Kept | None]:
-    """The three steps: masked sums [B, K], each image's statistic of |M - 1| [B], and what a backward pass needs."""
-    from rada_kernels.logit_reduction.triton import empty_statistic, logit_reduction_fwd
-    from rada_kernels.mask_attention.triton import empty_attended_rows, mask_attention_fwd
-    from rada_kernels.rational_projection.triton import rational_projection_fwd
+def _form(image: Tensor, classes: int, options: Options, target: Target) -> tuple[bool, int]:
+    """Whether the attention's direct form serves a call, and the row tile."""
+    direct, config = forward_config(target, image.dtype, classes, _head_width(image, options))
+    return direct, config.BM
 
-    statistic = empty_statistic(image, len(text), options, save)
-    projected = rational_projection_fwd(image, text, params, options, statistic.largest, statistic.peak)
-    attended = empty_attended_rows(image, len(text), options)
-    mask_attention_fwd(projected.query_image, projected.query_text, projected.projections, options, attended)
-    inverse = projected.inverse_image, projected.inverse_text
-    sums = logit_reduction_fwd(attended, params, image, text, *inverse, options, statistic)
-    return sums, statistic.deviation(), Kept(*projected, *attended, statistic.peak) if save else None
+
+def _head_width(image: Tensor, options: Options) -> int:
+    return int(image.shape[-1]) // options.num_heads  # a symbolic width is fixed: the layers have it
+
+
+def _fits_budget(image: Tensor, classes: int, options: Options) -> bool:
+    direct = classes <= direct_classes(image.dtype, _head_width(image, options))
+    kinds = len(options.queries) - ("image" in options.queries)
+    row_tensors = 2 + ("rational" in options.queries) + (1 if direct else kinds)
+    return row_tensors * classes * image.numel() * image.dtype.itemsize <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
+
+
+def _run(
+    image: Tensor, text: Tensor, params: Params, options: Options, save: bool, target: Target
+) -> tuple[Reduced, Kept]:
+    """The three steps."""
+    from rada_kernels.logit_reduction.triton.forward import logit_reduction_fwd
+    from rada_kernels.mask_attention.triton.forward import mask_attention_fwd
+    from rada_kernels.rational_projection.triton.forward import rational_projection_fwd
+
+    projected = rational_projection_fwd(image, text, params, options, save=save, target=target)
+    attended = mask_attention_fwd(projected, options, target=target)
+    reduced = logit_reduction_fwd(attended, projected, image, text, params, options, target=target)
+    return reduced, Kept(projected, attended)
 
 
 def forward(
-    image: Tensor, text: Tensor, params: Params, options: Options, save: bool
+    image: Tensor, text: Tensor, params: Params, options: Options, save: bool, target: Target | None = None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Masked sums [B, K], each image's statistic of |M - 1| [B], and what the backward pass starts from."""
+    """Masked sums [B, K], each image's deviation |M - 1| [B], and what the backward pass starts from.
+
+    target: where to launch; None: the tensors' own device.
+    """
     if not len(image):
-        return (
-            image.new_empty(0, len(text), dtype=torch.float32),
-            image.new_empty(0, dtype=torch.float32),
-            empty_kept(image, text, options, save).tensors(),
-        )
+        sums = image.new_empty(0, len(text), dtype=torch.float32)
+        return sums, sums.new_empty(0), empty_kept(image, text, options, save).tensors()
     image, text, params = _contiguous(image, text, params)
-    with on_device(image):
-        save = save and _fits_budget(image, text, options)
-        sums, deviation, kept = _run(image, text, params, options, save)
-    return sums, deviation, (kept or empty_kept(image, text, options, save=False)).tensors()
+    save = save and _fits_budget(image, len(text), options)
+    with _on_device(image):
+        reduced, kept = _run(image, text, params, options, save, target or target_of(image))
+    return *reduced, kept.tensors() if save else []
 
 
 def _contiguous(image: Tensor, text: Tensor, params: Params) -> tuple[Tensor, Tensor, Params]:
     layers = [layer.contiguous() for layer in params.layers]
     return image.contiguous(), text.contiguous(), Params._make((*layers, params.scale.to(torch.float32), None))
+
+
+def _on_device(tensor: Tensor):
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def backward(
@@ -155,71 +167,73 @@ def backward(
     image: Tensor,
     text: Tensor,
     params: Params,
-    kept_tensors: list[Tensor],
+    kept: list[Tensor],
     options: Options,
     wanted: Wanted,
+    target: Target | None = None,
 ) -> list[Tensor]:
     """The gradients that are wanted, in this order: image, text, the twelve layer tensors."""
     if not len(image):
         return [torch.zeros_like(tensor) for tensor in _differentiated(image, text, params, wanted)]
     image, text, params = _contiguous(image, text, params)
-    with on_device(image):
-        kept = Kept(*kept_tensors)
-        if not len(kept.inverse_image):
-            kept = cast(Kept, _run(image, text, params, options, save=True)[2])
+    target = target or target_of(image)
+    with _on_device(image):
+        if kept:
+            state = Kept.of(kept, _form(image, len(text), options, target)[1])
+        else:
+            state = _run(image, text, params, options, True, target)[1]
         grad_sums = grad_sums.contiguous()
         if grad_deviation is not None:
             grad_deviation = grad_deviation.contiguous()
-        return _backward(grad_sums, grad_deviation, image, text, params, kept, options, wanted)
+        return _backward(grad_sums, grad_deviation, image, text, params, state, options, wanted, target)
 
 
 def _differentiated(image: Tensor, text: Tensor, params: Params, wanted: Wanted) -> list[Tensor]:
     return [image] * wanted.image + [text] * wanted.text + params.layers * wanted.layers
 
 
-def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wanted) -> list[Tensor]:
-    from rada_kernels.logit_reduction.triton import logit_reduction_bwd
-    from rada_kernels.mask_attention.triton import AttendedRows, mask_attention_bwd
-    from rada_kernels.rational_projection.triton import (
+def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wanted, target) -> list[Tensor]:
+    from rada_kernels.logit_reduction.triton.backward import logit_reduction_bwd
+    from rada_kernels.mask_attention.triton.backward import mask_attention_bwd
+    from rada_kernels.rational_projection.triton.backward import (
         rational_projection_bwd_features,
         rational_projection_bwd_weights,
     )
 
-    features = wanted.image or wanted.text
-    attended = AttendedRows(*(getattr(kept, name) for name in AttendedRows._fields))
-    inverse = kept.inverse_image, kept.inverse_text
-    grad_out, rows, grad_out_bias, masked = logit_reduction_bwd(
-        grad_sums, grad_deviation, attended, kept.peak, params, image, text, *inverse, options,
-        layers=wanted.layers, features=features,
-    )  # fmt: skip
-    grad_rows = (grad_out.flatten(0, 1) @ params.out_weight).view_as(grad_out)
-    grad_projections, grad_text_query, grad_image_query = mask_attention_bwd(
-        grad_rows, kept.query_image, kept.query_text, kept.projections, options, attended
-    )
+    projected, attended = kept
+    call = image, text, params, options
+    inverse = projected.inverse_image, projected.inverse_text
+    reduction = logit_reduction_bwd(grad_sums, grad_deviation, attended, projected, *call, wanted, target=target)
+    grad_rows = (reduction.out.flatten(0, 1) @ params.out_weight).view_as(reduction.out)
+    attention = mask_attention_bwd(grad_rows, projected, attended, options, target=target)
     # The queries of the feature rows: W (√s x / |x|) + c.
     root = params.logit_scale.sqrt()
     query_grads = {}
     if "image" in options.queries:
-        query_grads["image"] = image, grad_image_query, inverse[0]
+        query_grads["image"] = image, attention.query_image, inverse[0]
     if "text" in options.queries:
-        query_grads["text"] = text, grad_text_query.sum(0, dtype=torch.float32), inverse[1]
+        query_grads["text"] = text, attention.query_text.sum(0, dtype=torch.float32), inverse[1]
     grads = []
-    if features:
-        grad_units = rational_projection_bwd_features(image, text, *inverse, params, grad_projections, masked)
-        for on, kind, rows_in, grad, norm in zip(
+    if wanted.image or wanted.text:
+        grad_units = rational_projection_bwd_features(
+            attention.projections, reduction.masked, image, text, params, projected, options, target=target
+        )
+        for on, kind, rows, grad, norm in zip(
             (wanted.image, wanted.text), ("image", "text"), (image, text), grad_units, inverse, strict=True
         ):
             if not on:
                 continue
             if kind in query_grads:
                 grad += root * (query_grads[kind][1] @ getattr(params, f"query_{kind}_weight").float())
-            grads.append(unit_rows_backward(grad, rows_in * norm[:, None], norm) if options.normalize else grad)
+            grads.append(unit_rows_backward(grad, rows * norm[:, None], norm) if options.normalize else grad)
     if wanted.layers:
-        weights, biases = rational_projection_bwd_weights(image, text, *inverse, params.logit_scale, grad_projections)
+        weights, biases = rational_projection_bwd_weights(
+            attention.projections, image, text, params, projected, options, target=target
+        )
         by_layer = dict(zip(("key", "value", "query_rational"), zip(weights, biases, strict=True), strict=False))
-        for kind, (rows_in, grad, norm) in query_grads.items():
-            by_layer[f"query_{kind}"] = grad.t() @ (rows_in * (root * norm)[:, None]), grad.sum(0)
-        by_layer["out"] = grad_out.flatten(0, 1).t() @ rows.flatten(0, 1), grad_out_bias
+        for kind, (rows, grad, norm) in query_grads.items():
+            by_layer[f"query_{kind}"] = grad.t() @ (rows * (root * norm)[:, None]), grad.sum(0)
+        by_layer["out"] = reduction.out.flatten(0, 1).t() @ reduction.rows.flatten(0, 1), reduction.out_bias
         for name in ("query_image", "query_text", "query_rational", "key", "value", "out"):
             if name in by_layer:
                 grads += by_layer[name]

@@ -5,26 +5,28 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from launches import Launch
-from prediction import work_of
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+from codegen.launches import Launch
+from codegen.prediction import work_of
+from triton.runtime.interpreter import InterpreterBuilder
 
 from rada_kernels import Params
 from rada_kernels.backends import triton as backend
+from rada_kernels.triton_common.device import INTERPRETER
+from rada_kernels.triton_common.target import Target
 from tests.truth import make_case
 
 
-class Traffic:
+class Traffic(Target):
     """For each launch: distinct bytes loaded and stored, FLOP of the products."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
+        super().__init__(INTERPRETER)
         self.launches: list[tuple[Launch, int, int]] = []
-        dot, load, store, atomic, run = (
+        dot, load, store, atomic = (
             InterpreterBuilder.create_dot,
             InterpreterBuilder.create_masked_load,
             InterpreterBuilder.create_masked_store,
             InterpreterBuilder.create_atomic_rmw,
-            InterpretedFunction.run,
         )
 
         def note(kind, pointers, mask, width):
@@ -49,57 +51,61 @@ class Traffic:
             self.flop += 2 * a.data.size * b.data.shape[-1]
             return dot(builder, a, b, *rest)
 
-        def counted(function, *args, grid, warmup, **arguments):
-            self.seen, self.widths, self.flop = {"load": [], "store": []}, {}, 0
-            run(function, *args, grid=grid, warmup=warmup, **arguments)
-            distinct = 0
-            for addresses in self.seen.values():
-                if addresses:
-                    distinct += sum(map(self.widths.get, np.unique(np.concatenate(addresses)).tolist()))
-            self.launches.append((Launch(function.fn, grid, arguments), distinct, self.flop))
-
         patch.setattr(InterpreterBuilder, "create_masked_load", masked_load)
         patch.setattr(InterpreterBuilder, "create_masked_store", masked_store)
         patch.setattr(InterpreterBuilder, "create_atomic_rmw", counted_atomic)
         patch.setattr(InterpreterBuilder, "create_dot", counted_dot)
-        patch.setattr(InterpretedFunction, "run", counted)
+
+    def run(self, kernel, grid, arguments):
+        self.seen, self.widths, self.flop = {"load": [], "store": []}, {}, 0
+        super().run(kernel, grid, arguments)
+        distinct = 0
+        for addresses in self.seen.values():
+            if addresses:
+                distinct += sum(map(self.widths.get, np.unique(np.concatenate(addresses)).tolist()))
+        self.launches.append((Launch(kernel.fn, grid, arguments), distinct, self.flop))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("batch", "classes"), [(8, 10), (4, 40), (2, 130)], ids=["direct", "joined", "streaming"])
+@pytest.mark.parametrize(
+    ("batch", "classes"), [(8, 10), (4, 40), (2, 130)], ids=["direct", "streaming", "several row tiles"]
+)
 def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
     case = make_case(batch, classes, 64, 2).cast(dtype)
     params = Params(*case.layers, logit_scale=case.scale.float())
     with monkeypatch.context() as patch:
         traffic = Traffic(patch)
-        kept = backend.forward(case.image, case.text, params, case.options, True)[2]
+        kept = backend.forward(case.image, case.text, params, case.options, True, traffic)[2]
     counted = sum(distinct for _, distinct, _ in traffic.launches)
     by_formula = sum(launch.bytes for launch, _, _ in traffic.launches)
     assert len(traffic.launches) == 3
     assert counted == pytest.approx(by_formula, rel=0.03)
 
     # The least: weights, features and logits once, one write and one read of what is passed between launches.
-    kept = backend.Kept(*kept)
+    projected, attended = backend.Kept.of(kept, tile=0)
     inputs = [case.image, case.text, *params.layers]  # the query projections' weights too
-    between = [kept.projections, kept.rows, kept.query_image, kept.query_text, kept.image_row]
+    between = [projected.projections, projected.query_image, projected.query_text, attended.rows, attended.image_row]
     least = sum(t.numel() * t.element_size() for t in inputs) + 4 * batch * classes
     least += 2 * sum(t.numel() * t.element_size() for t in between)
     print(f"counted {counted}, formula {by_formula}, least {least}: {counted / least:.3f}")
     assert counted <= 1.25 * least
-    wide = [t for t in (*kept.tensors(),) if t.dtype == torch.float32 and t.numel() >= batch * classes * 64]
+    wide = [t for t in kept if t.dtype == torch.float32 and t.numel() >= batch * classes * 64]
     assert dtype == torch.float32 or not wide, "a float32 [B, K, D]"
 
 
-@pytest.mark.parametrize(("batch", "classes"), [(3, 10), (2, 70), (1, 130)], ids=["direct", "joined", "streaming"])
+@pytest.mark.parametrize(
+    ("batch", "classes"), [(3, 10), (2, 70), (1, 130)], ids=["direct", "streaming", "several row tiles"]
+)
 def test_products_of_a_step(batch, classes, monkeypatch):
     """The model's FLOP, padding included, are what the kernels multiply: every launch, forward and backward."""
     case = make_case(batch, classes, 96, 2).cast(torch.float32)
     params = Params(*case.layers, logit_scale=case.scale.float())
     with monkeypatch.context() as patch:
         traffic = Traffic(patch)
-        sums, deviation, kept = backend.forward(case.image, case.text, params, case.options, True)
+        call = case.image, case.text, params
+        sums, deviation, kept = backend.forward(*call, case.options, True, traffic)
         wanted = backend.Wanted(True, True, True)
-        backend.backward(sums, deviation, case.image, case.text, params, kept, case.options, wanted)
+        backend.backward(sums, deviation, *call, kept, case.options, wanted, traffic)
     counted = {launch.name: flop for launch, _, flop in traffic.launches}
     assert sum(map(bool, counted.values())) >= 6
     for launch, _, flop in traffic.launches:

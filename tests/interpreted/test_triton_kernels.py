@@ -7,17 +7,20 @@ import torch
 
 from rada_kernels import Params
 from rada_kernels.logit_reduction import reference as reduction_reference
-from rada_kernels.logit_reduction.triton import empty_statistic, logit_reduction_bwd, logit_reduction_fwd
+from rada_kernels.logit_reduction.triton.backward import logit_reduction_bwd
+from rada_kernels.logit_reduction.triton.forward import logit_reduction_fwd
 from rada_kernels.mask_attention import reference as attention_reference
-from rada_kernels.mask_attention.triton import empty_attended_rows, mask_attention_bwd, mask_attention_fwd
-from rada_kernels.numerics import unit_rows
-from rada_kernels.options import QUERIES
+from rada_kernels.mask_attention.triton.backward import mask_attention_bwd
+from rada_kernels.mask_attention.triton.forward import mask_attention_fwd
+from rada_kernels.numerics import inverse_norms, unit_rows
+from rada_kernels.options import QUERIES, Wanted
 from rada_kernels.rational_projection import reference as projection_reference
-from rada_kernels.rational_projection.triton import (
+from rada_kernels.rational_projection.triton.backward import (
     rational_projection_bwd_features,
     rational_projection_bwd_weights,
-    rational_projection_fwd,
 )
+from rada_kernels.rational_projection.triton.forward import rational_projection_fwd
+from rada_kernels.rational_projection.triton.state import Projections
 from tests.truth import make_case
 
 BATCH, WIDTH, HEADS = 2, 96, 2
@@ -41,26 +44,30 @@ def test_rational_projection(classes, poisoned_empty):
     layers = [layer.requires_grad_() for layer in double.layers]
     query, key, value = projection_reference.rational_projection(f, h, double.scale, Params(*layers), QUERIES)
 
-    statistic = empty_statistic(single.image, classes, single.options, save=True)
-    query_image, query_text, *inverse, projections = rational_projection_fwd(
-        single.image, single.text, params, single.options, statistic.largest, statistic.peak
-    )
-    assert not any(cleared.any() for cleared in (statistic.largest, statistic.peak)), "for the reduction to raise"
-    close(query_image, query["image"][:, 0])
-    close(query_text, query["text"][0])
+    projected = rational_projection_fwd(single.image, single.text, params, single.options, save=True)
+    assert not any(cleared.any() for cleared in (projected.largest, projected.peak)), "for the reduction to raise"
+    close(projected.query_image, query["image"][:, 0])
+    close(projected.query_text, query["text"][0])
     truth = torch.stack([key, value, query["rational"]])
-    close(projections, truth)
+    close(projected.projections, truth)
 
     upstream, masked = torch.randn(truth.shape), torch.randn(truth.shape[1:])
     through_sums = (masked.double() * f[:, None] * h).sum()
     grads = torch.autograd.grad((truth * upstream.double()).sum() + through_sums, [f, h, *layers[4:10]])
-    arguments = single.image, single.text, *inverse
-    for mine, true in zip(rational_projection_bwd_features(*arguments, params, upstream, masked), grads, strict=False):
+    call = single.image, single.text, params, projected, single.options
+    for mine, true in zip(rational_projection_bwd_features(upstream, masked, *call), grads, strict=False):
         close(mine, true)
-    weights, biases = rational_projection_bwd_weights(*arguments, params.logit_scale, upstream)
+    weights, biases = rational_projection_bwd_weights(upstream, *call)
     for index, layer in enumerate((2, 4, 0)):  # key, value, rational query among the layers from the fifth on
         close(weights[index], grads[2 + layer])
         close(biases[index], grads[3 + layer])
+
+
+def projections_of(image, text, everything, case) -> Projections:
+    """What the attention and the reduction start from, of given queries, keys and values."""
+    inverse = (inverse_norms(rows) for rows in (case.image, case.text))
+    cleared = (torch.zeros(len(image), dtype=dtype) for dtype in (torch.int64, torch.int32))
+    return Projections(image, text, *inverse, everything, *cleared)
 
 
 @SIZES
@@ -73,16 +80,14 @@ def test_mask_attention(classes, poisoned_empty):
     factor = double.options.score_factor(WIDTH)
     attended_truth = attention_reference.mask_attention(query, true["all"][0], true["all"][1], HEADS, factor)
 
-    attended = empty_attended_rows(single.image, classes, single.options)
-    mask_attention_fwd(leaves["image"], leaves["text"], leaves["all"], single.options, attended)
+    projected = projections_of(leaves["image"], leaves["text"], leaves["all"], single)
+    attended = mask_attention_fwd(projected, single.options)
     upstream = torch.randn(attended_truth.shape)
     grads = torch.autograd.grad((attended_truth * upstream.double()).sum(), list(true.values()))
-    grad_all, grad_text, grad_image = mask_attention_bwd(
-        upstream, leaves["image"], leaves["text"], leaves["all"], single.options, attended
-    )
-    for mine, truth in zip((grad_image, grad_text.sum(0), grad_all), grads, strict=True):
-        close(mine, truth)
-    if attended.joined:
+    mine = mask_attention_bwd(upstream, projected, attended, single.options)
+    for grad, truth in zip((mine.query_image, mine.query_text.sum(0), mine.projections), grads, strict=True):
+        close(grad, truth)
+    if attended.combined:
         close(attended.rows[0], attended_truth)
 
 
@@ -93,8 +98,8 @@ def test_logit_reduction(classes, penalty, poisoned_empty):
     single, params, double = inputs(classes)
     options = type(single.options)(HEADS, penalty=penalty)
     queries = torch.randn(BATCH, WIDTH), torch.randn(classes, WIDTH), torch.randn(3, BATCH, classes, WIDTH)
-    attended = empty_attended_rows(single.image, classes, options)
-    mask_attention_fwd(*queries, options, attended)
+    projected = projections_of(*queries, single)
+    attended = mask_attention_fwd(projected, options)
     image, text, everything = (tensor.double() for tensor in queries)
     rows = attention_reference.mask_attention(
         {"image": image[:, None], "text": text[None], "rational": everything[2]},
@@ -106,20 +111,15 @@ def test_logit_reduction(classes, penalty, poisoned_empty):
     sums_truth = reduction_reference.masked_sums(mask, f, h)
     deviation_truth = reduction_reference.deviation_from_one(mask, penalty)
 
-    inverse = [1 / torch.linalg.vector_norm(rows, dim=-1) for rows in (single.image, single.text)]
-    arguments = single.image, single.text, *inverse, options
-    statistic = empty_statistic(single.image, classes, options, save=True)
-    for cleared in statistic.largest, statistic.peak:
-        cleared.zero_()
-    close(logit_reduction_fwd(attended, params, *arguments, statistic), sums_truth)
-    close(statistic.deviation(), deviation_truth)
+    call = single.image, single.text, params, options
+    reduced = logit_reduction_fwd(attended, projected, *call)
+    close(reduced.sums, sums_truth)
+    close(reduced.deviation, deviation_truth)
     upstream = torch.randn(BATCH, classes), torch.randn(BATCH)
     loss = (sums_truth * upstream[0].double()).sum() + (deviation_truth * upstream[1].double()).sum()
-    grad_out, combined, grad_out_bias, masked = logit_reduction_bwd(
-        *upstream, attended, statistic.peak, params, *arguments, layers=True, features=True
-    )
+    grads = logit_reduction_bwd(*upstream, attended, projected, *call, Wanted(True, True, True))
     grad_out_truth = torch.autograd.grad(loss, out)[0]
-    close(grad_out, grad_out_truth)
-    close(grad_out_bias, grad_out_truth.sum((0, 1)))
-    close(combined, rows)
-    close(masked, upstream[0].double()[..., None] * mask)
+    close(grads.out, grad_out_truth)
+    close(grads.out_bias, grad_out_truth.sum((0, 1)))
+    close(grads.rows, rows)
+    close(grads.masked, upstream[0].double()[..., None] * mask)

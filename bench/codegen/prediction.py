@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from floors import floor_flop
-from launches import Launch, TorchCall
-from machine_code import Code
+from torch.utils._pytree import tree_leaves
 from workloads import Workload
+
+from codegen.launches import Launch, TorchCall
+from codegen.machine_code import Code
 
 
 @dataclass(frozen=True)
@@ -95,36 +97,28 @@ MODEL = [
 
 def work_of(launch: Launch) -> tuple[int, int]:
     """FLOP of the products, padding included, and exponentials of a launch, from its shapes and blocks."""
-    a = launch.arguments
-    kinds = a.get("TEXT", False) + a.get("RATIONAL", False)
-    n = launch.programs
+    a, s, c = launch.arguments, launch.arguments["S"], launch.arguments["C"]
+    n, kinds = launch.programs, s.MATRIX
     if launch.name == "rational_projection_fwd":
-        return n * 2 * a["BI"] * a["BK"] * a["BC"] * a["D"], 0
+        return n * 2 * c.BR * c.BC * s.D, 0
     if launch.name == "rational_projection_bwd_rows":
-        return n * 2 * a["BR"] * a["BC"] * a["D"] * a["LAYERS"], 0
+        return n * 2 * c.BR * c.BC * s.D * s.LAYERS, 0
     if launch.name == "rational_projection_bwd_weight":
-        return n * 2 * a["SPLIT"] * a["BI"] * a["BK"] * a["BC"] * a["BD"], 0
+        return n * 2 * a["SPLIT"] * c.BR * c.BC * c.BD, 0
     if launch.name in ("logit_reduction_fwd", "logit_reduction_bwd"):
-        width = a["H"] * a["E"]
-        columns = -(-width // a["BC"]) * a["BC"] if launch.name.endswith("fwd") else a["BC"]
-        return n * 2 * a["BI"] * a["BK"] * columns * width, 0
+        columns = -(-s.D // c.BC) * c.BC if launch.name.endswith("fwd") else c.BC
+        return n * 2 * c.BR * columns * s.D, 0
     if launch.name == "mask_attention_direct_fwd":
-        return n * 2 * a["BK"] ** 2 * a["E"] * (kinds + 1), n * kinds * a["BK"] ** 2
+        return n * 2 * c.BN**2 * s.E * (kinds + 1), n * kinds * c.BN**2
     if launch.name == "mask_attention_direct_bwd":
-        return n * 2 * a["BK"] ** 2 * a["E"] * (3 * kinds + 2), n * kinds * a["BK"] ** 2
-    if launch.name == "mask_attention_joined_fwd":
-        scores = n * max(1, kinds) * a["BM"] * -(-a["K"] // a["BN"]) * a["BN"]
-        return 4 * scores * a["E"], scores
-    if launch.name in ("mask_attention_streaming_fwd", "mask_attention_bwd_delta", "mask_attention_bwd_queries"):
-        scores = n * a["BM"] * -(-a["K"] // a["BN"]) * a["BN"]
-        kinds = 1 if a.get("APART") else kinds
-        step = launch.name.split("_")[-1]
-        products = {"fwd": 2 * kinds, "delta": kinds + 1, "queries": 2 * kinds + 1}[step]
-        return 2 * scores * a["E"] * products, kinds * scores
+        return n * 2 * c.BN**2 * s.E * (3 * kinds + 2), n * kinds * c.BN**2
+    if launch.name in ("mask_attention_streaming_fwd", "mask_attention_bwd_queries"):
+        scores = n * c.BM * -(-a["K"] // c.BN) * c.BN
+        products = 2 * kinds if launch.name.endswith("fwd") else kinds + 1 + kinds * (not a["DELTA"])
+        return 2 * scores * s.E * products, kinds * scores
     if launch.name == "mask_attention_bwd_keys":
-        scores = n * a["BN"] * -(-(a["K"] + a["IMAGE"]) // a["BM"]) * a["BM"]
-        products = kinds + a["KEYS"] * (kinds + 1) + a["VALUES"]
-        return 2 * scores * a["E"] * products, kinds * scores
+        scores = n * c.BN * -(-a["K"] // c.BM) * c.BM
+        return 2 * scores * s.E * (2 * kinds + 2), kinds * scores
     return 0, 0
 
 
@@ -164,8 +158,8 @@ def predicted_s(launch: Launch, arch: str, code: Code) -> tuple[float, str]:
     flop, exponentials = work_of(launch)
     if code.products and not flop:
         raise ValueError(f"{launch.name} has products: work_of must know how many")
-    halves = [t.dtype for t in launch.arguments.values() if isinstance(t, torch.Tensor) and t.dtype.itemsize == 2]
-    rate = product_rate(architecture, (halves or [torch.float32])[0], launch.arguments.get("PRECISION", "ieee"))
+    halves = [t.dtype for t in tree_leaves(launch.arguments) if isinstance(t, torch.Tensor) and t.dtype.itemsize == 2]
+    rate = product_rate(architecture, (halves or [torch.float32])[0], launch.arguments["S"].PRECISION)
     units = {
         "products": flop / (KERNEL_SHARE * rate),
         "exponentials": exponentials / architecture.special_s,

@@ -1,41 +1,119 @@
-"""What the Triton kernels share: their dialect, and the loads and stores of a block.
+"""The dialect of the Triton kernels, and the loads, stores and products that they share.
 
-The dialect, in every kernel of this package:
-
-- `x` is a tensor's pointer and bears the tensor's name; `b_x` is a block of it in registers; `o_` are offsets along
-  an axis, `m_` masks. Sizes are capitals: B images, K classes, D width, H heads, E head width.
-- Block sizes are BM (rows of scores), BN (columns of scores, which are classes), BR (rows of width D), BI and BK (the
-  images and the classes whose pairs are those rows: BR = BI·BK), BC (columns that are written), BD (columns that are
-  contracted).
-- A head's rows [R, E] are a tuple of one or more pieces, each a power of two wide: 96 = 64 + 32. No column is padding.
+- `x` is a tensor's pointer and bears the tensor's name, `p_x` a pointer into it; `b_x` is a block in registers; `o_`
+  are offsets, `m_` masks. Sizes are capitals: B images, K classes, D width, H heads, E head width, T row tiles.
+- Blocks: BM rows of scores; BN columns of scores, which are classes; BR rows of width D; BI images and BK classes
+  whose pairs are those rows (BR = BI·BK); BC columns written; BD columns contracted at a time.
+- Attention has the field's names: m row maximum, l row sum, acc accumulated values, P weights, delta; dO, dP, dS
+  gradients. `unit` counts (image, head).
+- A kernel takes what is compiled into it as two constants: S, a `Shapes`, and C, the launch configuration.
+- A head's rows [R, E] are a tuple of pieces, each a power of two wide: 96 = 64 + 32. No column is padding.
 - Rows of the last axis are contiguous. Row offsets are int64 before they are multiplied.
 - Products accumulate in float32 with `input_precision=PRECISION`; a result is rounded once, when it is stored.
-- Scores are in base 2: log2(e) is folded into the factor, and exp2 takes the place of exp.
+- Scores are in base 2: log2(e) is folded into their factor, and exp2 takes the place of exp.
 - Launches pass every argument by keyword.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
+from rada_kernels.options import Options
+from rada_kernels.triton_common.device import Device
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is compiled into the kernels of a call beside its launch configuration."""
+
+    H: int
+    E: int
+    IMAGE: bool
+    TEXT: bool
+    RATIONAL: bool
+    PRECISION: str  # input_precision of the products
+
+    @staticmethod
+    def of(options: Options, width: int, dtype: torch.dtype, device: Device) -> Shapes:
+        kinds = (name in options.queries for name in ("image", "text", "rational"))
+        return Shapes(options.num_heads, width // options.num_heads, *kinds, device.precision(dtype))
+
+    @property
+    def D(self) -> int:
+        return self.H * self.E
+
+    @property
+    def MATRIX(self) -> int:
+        """Query kinds with a K x K matrix of scores: text, rational."""
+        return self.TEXT + self.RATIONAL
+
+    @property
+    def KINDS(self) -> int:
+        return self.IMAGE + self.MATRIX
+
+    @property
+    def LAYERS(self) -> int:
+        """Keys, values and, if in use, rational queries."""
+        return 2 + self.RATIONAL
+
+
+class Pairs(NamedTuple):
+    """A tile of image-class pairs as rows of [B·K, D]."""
+
+    o_i: Any  # [BI] images
+    m_i: Any
+    o_k: Any  # [BK] classes
+    m_k: Any
+    o_r: Any  # [BR] rows: all pairs
+    m_r: Any
+
 
 @triton.jit
-def load_rows(x, o_r, m_r, o_c, stride, C: tl.constexpr, BC: tl.constexpr):
-    """Rows o_r of x at columns o_c: [rows, BC], zero where m_r is false. C is a multiple of BC or less than BC."""
-    p_x = x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
-    if C % BC == 0:
+def pair_rows(tile, B, K, BI: tl.constexpr, BK: tl.constexpr):
+    tiles = tl.cdiv(K, BK)
+    o_i = tile // tiles * BI + tl.arange(0, BI)
+    o_k = tile % tiles * BK + tl.arange(0, BK)
+    m_i = o_i < B
+    m_k = o_k < K
+    o_r = (o_i.to(tl.int64)[:, None] * K + o_k[None, :]).reshape(BI * BK)
+    m_r = (m_i[:, None] & m_k[None, :]).reshape(BI * BK)
+    return Pairs(o_i, m_i, o_k, m_k, o_r, m_r)
+
+
+@triton.jit
+def outer_rows(b_image, b_text):
+    """b_image[i] * b_text[k] of all pairs: [BI, BD], [BK, BD] -> [BR, BD]."""
+    b_pairs = b_image[:, None, :] * b_text[None, :, :]
+    return b_pairs.reshape(b_image.shape[0] * b_text.shape[0], b_image.shape[1])
+
+
+@triton.jit
+def outer(b_image, b_text):
+    """b_image[i] * b_text[k] of all pairs: [BI], [BK] -> [BR]."""
+    return (b_image[:, None] * b_text[None, :]).reshape(b_image.shape[0] * b_text.shape[0])
+
+
+@triton.jit
+def load_rows(x, o_r, m_r, o_c, D: tl.constexpr, BC: tl.constexpr):
+    """Rows o_r of x [R, D] at columns o_c: [rows, BC], zero where m_r is false. D is a multiple of BC or less."""
+    p_x = x + o_r.to(tl.int64)[:, None] * D + o_c[None, :]
+    if D % BC == 0:
         return tl.load(p_x, mask=m_r[:, None], other=0.0)
-    return tl.load(p_x, mask=m_r[:, None] & (o_c[None, :] < C), other=0.0)
+    return tl.load(p_x, mask=m_r[:, None] & (o_c[None, :] < D), other=0.0)
 
 
 @triton.jit
-def store_rows(x, b_x, o_r, m_r, o_c, stride, C: tl.constexpr, BC: tl.constexpr):
-    """Round a block [rows, BC] and store it in rows o_r of x at columns o_c."""
-    p_x = x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :]
+def store_rows(x, b_x, o_r, m_r, o_c, D: tl.constexpr, BC: tl.constexpr):
+    """Round a block [rows, BC] and store it in rows o_r of x [R, D] at columns o_c."""
+    p_x = x + o_r.to(tl.int64)[:, None] * D + o_c[None, :]
     m_x = m_r[:, None]
-    if C % BC != 0:
-        m_x = m_x & (o_c[None, :] < C)
+    if D % BC != 0:
+        m_x = m_x & (o_c[None, :] < D)
     tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_x)
 
 
@@ -50,36 +128,10 @@ def load_transposed(weight, o_out, o_in, D: tl.constexpr, BC: tl.constexpr, BD: 
 
 @triton.jit
 def load_columns(bias, o_c, D: tl.constexpr, BC: tl.constexpr):
-    """A block [BC] of a vector of width D, in float32."""
+    """A block [BC] of a vector [D], in float32."""
     if D % BC == 0:
         return tl.load(bias + o_c).to(tl.float32)
     return tl.load(bias + o_c, mask=o_c < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def pair_rows(tile, B, K, BI: tl.constexpr, BK: tl.constexpr):
-    """A tile's images [BI] and classes [BK] with masks, and their pairs as rows of [B·K]: offsets [BR] and mask."""
-    tiles = tl.cdiv(K, BK)
-    o_i = tile // tiles * BI + tl.arange(0, BI)
-    o_k = tile % tiles * BK + tl.arange(0, BK)
-    m_i = o_i < B
-    m_k = o_k < K
-    o_r = (o_i.to(tl.int64)[:, None] * K + o_k[None, :]).reshape(BI * BK)
-    m_r = (m_i[:, None] & m_k[None, :]).reshape(BI * BK)
-    return o_i, m_i, o_k, m_k, o_r, m_r
-
-
-@triton.jit
-def products_of_pairs(b_image, b_text):
-    """b_image[i] * b_text[k] of all pairs: [BI, BD], [BK, BD] -> [BR, BD]."""
-    b_pairs = b_image[:, None, :] * b_text[None, :, :]
-    return b_pairs.reshape(b_image.shape[0] * b_text.shape[0], b_image.shape[1])
-
-
-@triton.jit
-def factors_of_pairs(b_image, b_text):
-    """b_image[i] * b_text[k] of all pairs: [BI], [BK] -> [BR]."""
-    return (b_image[:, None] * b_text[None, :]).reshape(b_image.shape[0] * b_text.shape[0])
 
 
 @triton.constexpr_function
@@ -134,7 +186,7 @@ def scale_head(b_head, b_factor):
 
 
 @triton.jit
-def product_transposed(b_left, b_right, PRECISION: tl.constexpr):
+def dot_transposed(b_left, b_right, PRECISION: tl.constexpr):
     """left rightᵀ of two heads' rows, summed over the pieces: [M, N]."""
     b_sum = tl.dot(b_left[0], tl.trans(b_right[0]), input_precision=PRECISION)
     for i in tl.static_range(1, len(b_left)):
@@ -143,7 +195,7 @@ def product_transposed(b_left, b_right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def add_product(b_sum, b_weights, b_head, PRECISION: tl.constexpr):
+def add_dot(b_sum, b_weights, b_head, PRECISION: tl.constexpr):
     """sum + weights head, piece by piece: weights [M, N], head [N, E]."""
     b_new = ()
     for i in tl.static_range(len(b_head)):
@@ -152,7 +204,7 @@ def add_product(b_sum, b_weights, b_head, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def along_rows(b_left, b_right):
+def dot_rows(b_left, b_right):
     """Σ_e left · right in float32, [R]; right may be one row for all, [1, E]."""
     b_sum = tl.sum(b_left[0].to(tl.float32) * b_right[0].to(tl.float32), 1)
     for i in tl.static_range(1, len(b_left)):

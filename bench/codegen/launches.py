@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +19,30 @@ from workloads import LOGIT_SCALE, Workload
 
 from rada_kernels import Options, Params
 from rada_kernels.backends import triton as backend
-from rada_kernels.launch import Device, planning_for
 from rada_kernels.options import Wanted
+from rada_kernels.triton_common.device import KIB, Device
+from rada_kernels.triton_common.target import Grid, Target, Usage
+
+# Shared memory that a program may use.
+SHARED_BYTES = {
+    "sm_80": 163 * KIB,
+    "sm_86": 99 * KIB,
+    "sm_89": 99 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "sm_120": 99 * KIB,
+    "gfx942": 64 * KIB,
+    "gfx1100": 64 * KIB,
+}
+
+
+def device_named(arch: str) -> Device:
+    return Device(arch, SHARED_BYTES[arch])
 
 
 def tensor_bytes(values) -> int:
     """Bytes of the distinct tensors among some values."""
-    tensors = {id(value): value for value in values if isinstance(value, torch.Tensor)}
+    tensors = {id(leaf): leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -91,35 +108,47 @@ def float32_precision(setting: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def record_calls(load: Workload, mode: str, dtype: torch.dtype, device: Device) -> list[Launch | TorchCall]:
-    """What a workload's forward pass or step would do on a device, in its order. No loss, no optimiser."""
-    calls: list[Launch | TorchCall] = []
+class Recorder(Target):
+    """A device that is not here: launches are noted. usage_of: what a launch's compiled kernel takes, if known."""
 
-    def record(kernel, *args, grid, warmup, **arguments):
-        calls.append(Launch(kernel, grid, arguments))
+    def __init__(
+        self,
+        device: Device,
+        usage_of: Callable[[Launch], Usage | None] = lambda launch: None,
+        configs: Mapping[str, Mapping[str, int]] | None = None,
+    ):
+        super().__init__(device, configs)
+        self.usage_of = usage_of
+        self.calls: list[Launch | TorchCall] = []
+
+    def usage(self, kernel, grid: Grid, arguments: dict) -> Usage | None:
+        return self.usage_of(Launch(kernel, grid, arguments))
+
+    def run(self, kernel, grid: Grid, arguments: dict) -> None:
+        self.calls.append(Launch(kernel, grid, arguments))
+
+
+def record_calls(load: Workload, mode: str, dtype: torch.dtype, recorder: Recorder) -> list[Launch | TorchCall]:
+    """What a workload's forward pass or step would do on a device, in its order. No loss, no optimiser."""
 
     def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
+    recorder.calls = calls = []
     width = load.width
     layers = [meta(width, width) if i % 2 == 0 else meta(width) for i in range(12)]
     params = Params(*layers, logit_scale=torch.tensor(LOGIT_SCALE, device="meta"))
     image, text = meta(load.batch, width), meta(load.classes, width)
     options = Options(num_heads=load.heads)
-    run = JITFunction.run
-    JITFunction.run = record
-    try:
-        with planning_for(device), _TorchCalls(calls):
-            sums, deviation, kept = backend.forward(image, text, params, options, mode != "forward")
-            if mode != "forward":
-                features = mode == "step-features"
-                wanted = Wanted(features, features, True)
-                backend.backward(sums, deviation, image, text, params, kept, options, wanted)
-    finally:
-        JITFunction.run = run
+    with _TorchCalls(calls):
+        sums, deviation, kept = backend.forward(image, text, params, options, mode != "forward", recorder)
+        if mode != "forward":
+            features = mode == "step-features"
+            wanted = Wanted(features, features, True)
+            backend.backward(sums, deviation, image, text, params, kept, options, wanted, recorder)
     return calls
 
 
-def record_launches(load: Workload, mode: str, dtype: torch.dtype, device: Device) -> list[Launch]:
+def record_launches(load: Workload, mode: str, dtype: torch.dtype, recorder: Recorder) -> list[Launch]:
     """The Triton launches alone."""
-    return [call for call in record_calls(load, mode, dtype, device) if isinstance(call, Launch)]
+    return [call for call in record_calls(load, mode, dtype, recorder) if isinstance(call, Launch)]

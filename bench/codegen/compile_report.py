@@ -1,11 +1,13 @@
-"""What the Triton kernels become on each architecture, compiled without a GPU: python bench/compile_report.py
+"""What the Triton kernels become on each architecture, compiled without a GPU: make compile-report
 
 The launches are those of the library: the operator runs on tensors of the meta device with every launch recorded, for
 the workloads of workloads.py and for every head width with few and many classes. Each distinct kernel is compiled
-once and its machine code read (machine_code.py); times are predicted by a model (prediction.py).
+once and its machine code read (machine_code.py); a configuration that does not fit is halved as on a GPU, and the
+launches are recorded again, until nothing is left to compile. Times are predicted by a model (prediction.py).
 
 What is compiled is kept in runs/machine_code.jsonl: a run that was stopped goes on, and after a change only what
-changed is compiled again. From nothing, about 5,000 kernels: an hour on two cores.
+changed is compiled again. From nothing, about 5,000 kernels: an hour on two cores. Tables of every kernel and of every
+predicted call go to runs/compile_report/.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from typing import Annotated
 
 import torch
 import typer
-from launches import Launch, float32_precision, record_calls
-from machine_code import Code, Store, blocks_of, compile_all, key_of
-from prediction import (
+from workloads import WORKLOADS, Workload
+
+from codegen.launches import SHARED_BYTES, Launch, Recorder, device_named, float32_precision, record_calls
+from codegen.machine_code import Code, Store, blocks_of, compile_all, key_of
+from codegen.prediction import (
     ARCHITECTURES,
     LAUNCH_S,
     MODEL,
@@ -31,23 +35,21 @@ from prediction import (
     resident_programs,
     work_of,
 )
-from workloads import WORKLOADS, Workload
-
-from rada_kernels.launch import Device
 
 HERE = Path(__file__).parent
+RUNS = HERE.parent.parent / "runs"
 FEW_CLASSES = 256  # up to here two programs are to reside on a multiprocessor
 # (dtype, torch.get_float32_matmul_precision(), architectures or None for all)
 KINDS = {
     "bfloat16": (torch.bfloat16, "high", None),
     "float16": (torch.float16, "high", None),
-    "float32": (torch.float32, "high", None),
+    "float32": (torch.float32, "high", [arch for arch in ARCHITECTURES if arch != "gfx1100"]),  # `usable` says why
     "float32-highest": (torch.float32, "highest", ["sm_90"]),
 }
-# Every head width at a CLIP's width D: (E, D). 10 and 24 classes take the direct form in both its blocks, 48 and 100
-# the joined form in both where a device has it, 200 and 1000 the streaming form with few and many classes.
+# Every head width at a CLIP's width D: (E, D). 10 and 24 classes take the direct form in both its blocks, where it
+# serves them, 100 and 1000 the streaming form with few and many classes.
 HEADS = ((16, 512), (32, 512), (48, 768), (64, 512), (80, 640), (96, 768), (128, 512))
-CLASSES = (10, 24, 48, 100, 200, 1000)
+CLASSES = (10, 24, 100, 1000)
 SIZES = {
     load.name: load
     for head_width, width in HEADS
@@ -64,18 +66,23 @@ def modes_of(load: Workload) -> tuple[str, ...]:
     return load.modes if load.name in WORKLOADS else ("step-features",)
 
 
-def gather(archs: list[str], kinds: list[str], loads: list[Workload]) -> list[dict]:
-    """A row for every call of every pass: what and where, not yet what became of it."""
+def gather(archs: list[str], kinds: list[str], loads: list[Workload], codes: dict[str, Code]) -> list[dict]:
+    """A row for every call of every pass. codes: what is compiled already, by which blocks are fitted."""
     rows = []
     for arch in archs:
+
+        def usage_of(launch: Launch, arch: str = arch):
+            code = codes.get(key_of(arch, launch))
+            return code and code.usage
+
         for kind in kinds:
             dtype, precision, only = KINDS[kind]
             if only and arch not in only:
                 continue
+            recorder = Recorder(device_named(arch), usage_of, configs={})
             for load in loads:
                 for mode in modes_of(load):
                     with float32_precision(precision):
-                        calls = record_calls(load, mode, dtype, Device.named(arch))
                         rows += [
                             {
                                 "arch": arch,
@@ -85,7 +92,7 @@ def gather(archs: list[str], kinds: list[str], loads: list[Workload]) -> list[di
                                 "call": call,
                                 "key": key_of(arch, call) if isinstance(call, Launch) else None,
                             }
-                            for call in calls
+                            for call in record_calls(load, mode, dtype, recorder)
                         ]
     return rows
 
@@ -94,19 +101,18 @@ def kernel_row(row: dict, code: Code) -> dict:
     """What the table says of a kernel."""
     launch, architecture = row["call"], ARCHITECTURES[row["arch"]]
     arguments = launch.arguments
-    warps, heads = arguments["num_warps"], f"{arguments.get('H', '')}×{arguments.get('E', '')}"
+    shapes, warps = arguments["S"], arguments["num_warps"]
     return {
         "arch": row["arch"],
         "dtype": row["kind"],
         "kernel": launch.name,
-        "width": arguments.get("D", heads),
+        "width": f"{shapes.H}×{shapes.E}",
         "blocks": blocks_of(launch),
-        "flags": " ".join(name for name, value in arguments.items() if value is True),
         "warps": warps,
         "stages": arguments["num_stages"],
         **asdict(code),
         "tensor_core": ", ".join(f"{count} {name}" for name, count in code.tensor_core.items()),
-        "shared_limit": Device.named(row["arch"]).shared_bytes,
+        "shared_limit": SHARED_BYTES[row["arch"]],
         "resident": resident_programs(code, architecture, row["arch"], warps),
     }
 
@@ -182,11 +188,10 @@ def render(rows: list[dict], codes: dict[str, Code], left: int) -> tuple[str, li
     lines = [
         "# What the Triton kernels become",
         "",
-        "Written by `python bench/compile_report.py`. Compiled for, verified by interpreter, **not yet run on",
-        "hardware**: registers, spills, shared memory and instructions are read from the machine code; times and",
-        "scores are **predictions** by the model stated below. Every kernel is in",
-        "[compile_report.csv](compile_report.csv), every predicted call in",
-        "[compile_report_predicted.csv](compile_report_predicted.csv).",
+        "Written by `make compile-report`. Compiled for, verified by interpreter, **not yet run on hardware**:",
+        "registers, spills, shared memory and instructions are read from the machine code; times and scores are",
+        "**predictions** by the model stated below. The same command writes a row for every kernel and for every",
+        "predicted call to `runs/compile_report/`.",
         "",
         "## Reading",
         "",
@@ -234,9 +239,11 @@ def render(rows: list[dict], codes: dict[str, Code], left: int) -> tuple[str, li
 
 
 def predicted_scores(predictions: list[dict]) -> list[str]:
-    """A table per dtype: workloads and modes down, architectures across."""
+    """A table per dtype: workloads and modes down, architectures across. float16 takes bfloat16's times."""
     total: dict[tuple, float] = {}
     for row in predictions:
+        if row["dtype"] == "float16":
+            continue
         key = row["dtype"], row["workload"], row["mode"], row["arch"]
         total[key] = total.get(key, 0.0) + row["predicted_us"]
     lines = []
@@ -321,30 +328,31 @@ def main(
     stored: Annotated[
         bool, typer.Option("--stored", help="Compile nothing: write the report of what a stopped run has compiled.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Where the report goes, with two .csv beside it.")] = HERE
-    / "compile_report.md",
+    out: Annotated[Path, typer.Option(help="Where the report goes.")] = HERE / "compile_report.md",
+    tables: Annotated[Path, typer.Option(help="The folder of the .csv tables.")] = RUNS / "compile_report",
 ) -> None:
     """Compile every kernel that the workloads and sizes launch, for every architecture, and write the report."""
     loads = WORKLOADS | SIZES
-    rows = gather(arch or [*ARCHITECTURES], dtype or [*KINDS], [loads[name] for name in workload or loads])
-    wanted = {row["key"]: (row["arch"], row["call"]) for row in rows if row["key"]}
-    path = HERE.parent / "runs/machine_code.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    store = Store(path)
-    print(f"{len(wanted)} kernels, {len(wanted.keys() - store.codes.keys())} to compile", flush=True)
-    if count:
-        return
-    if stored:
-        missing = {pass_of(row) for row in rows if row["key"] and row["key"] not in store.codes}
-        rows = [row for row in rows if pass_of(row) not in missing]
-    else:
+    chosen = arch or [*ARCHITECTURES], dtype or [*KINDS], [loads[name] for name in workload or loads]
+    RUNS.mkdir(exist_ok=True)
+    store = Store(RUNS / "machine_code.jsonl")
+    while True:
+        rows = gather(*chosen, store.codes)
+        wanted = {row["key"]: (row["arch"], row["call"]) for row in rows if row["key"]}
+        left = len(wanted.keys() - store.codes.keys())
+        print(f"{len(wanted)} kernels, {left} to compile", flush=True)
+        if count:
+            return
+        if stored or not left:
+            break
         compile_all(wanted, store, jobs)
-    left = len(wanted) - len({row["key"] for row in rows if row["key"]})
-    text, kernels, predictions = render(rows, store.codes, left)
+    missing = {pass_of(row) for row in rows if row["key"] and row["key"] not in store.codes}
+    text, kernels, predictions = render([row for row in rows if pass_of(row) not in missing], store.codes, left)
     out.write_text(text)
-    write_csv(out.with_suffix(".csv"), kernels)
+    tables.mkdir(parents=True, exist_ok=True)
+    write_csv(tables / "kernels.csv", kernels)
     if predictions:
-        write_csv(out.with_name(f"{out.stem}_predicted.csv"), predictions)
+        write_csv(tables / "predicted.csv", predictions)
 
 
 if __name__ == "__main__":

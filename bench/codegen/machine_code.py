@@ -12,44 +12,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 import triton
-from launches import Launch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.compiler.compiler import ir, make_backend
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from codegen.launches import Launch
+from rada_kernels.triton_common.target import Usage
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-
-
-def source_of(launch: Launch) -> tuple[ASTSource, dict[str, int]]:
-    """What Triton would compile for a launch, specialised as its launcher does, and the launch options."""
-    signature, constants, attributes = {}, {}, {}
-    options = {name: launch.arguments[name] for name in ("num_warps", "num_stages")}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or is_one:
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes), options
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -58,18 +31,21 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
+def source_of(arch: str, launch: Launch) -> tuple[ASTSource, dict]:
+    """What Triton would compile for a launch, and its options: specialised by Triton's own binder."""
+    kernel, compiler = launch.kernel, make_backend(target_of(arch))
+    arguments = launch.arguments | {"debug": False, "instrumentation_mode": ""}
+    bind = create_function_from_signature(kernel.signature, kernel.params, compiler)
+    bound, specialization, options = bind(**arguments)
+    options, *parts = kernel._pack_args(compiler, arguments, bound, specialization, options)
+    return ASTSource(kernel, *parts), options.__dict__
+
+
 def key_of(arch: str, launch: Launch) -> str:
     """The name of a compiled kernel: a hash of its source, with all that it calls, and of what it is compiled for."""
-    source, options = source_of(launch)
-    parts = (
-        triton.__version__,
-        launch.kernel.cache_key,
-        arch,
-        source.signature,
-        source.constants,
-        source.attrs,
-        options,
-    )
+    source, _ = source_of(arch, launch)
+    options = launch.arguments["num_warps"], launch.arguments["num_stages"]
+    parts = triton.__version__, launch.kernel.cache_key, arch, source.signature, source.constants, source.attrs, options
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -85,6 +61,10 @@ class Code:
     wide_accesses: int  # 16-byte loads and stores of global memory, asynchronous copies included
     special: int  # base-2 exponentials and other special-function instructions
     instructions: int
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.shared_bytes, self.spill_bytes)
 
 
 def _count(pattern: str, text: str) -> int:
@@ -140,28 +120,9 @@ def read_amd(compiled) -> Code:
 
 
 def compile_launch(arch: str, launch: Launch) -> Code:
-    source, options = source_of(launch)
+    source, options = source_of(arch, launch)
     compiled = triton.compile(source, target=target_of(arch), options=options)
     return read_amd(compiled) if arch.startswith("gfx") else read_nvidia(compiled)
-
-
-def shared_bytes_of(arch: str, launch: Launch) -> int:
-    """The shared memory that Triton allocates for a launch, without the machine code: a tenth of the time."""
-    source, options = source_of(launch)
-    target = target_of(arch)
-    compiler = make_backend(target)
-    parsed = compiler.parse_options(options)
-    context = ir.context()
-    ir.load_dialects(context)
-    compiler.load_dialects(context)
-    stages = {}
-    compiler.add_stages(stages, parsed, source.language)
-    helpers = compiler.get_codegen_implementation(parsed), compiler.get_module_map()
-    module = source.make_ir(target, parsed, *helpers, context)
-    metadata = {"target": target, **vars(parsed)}
-    for stage in ("ttir", "ttgir", "llir"):
-        module = stages[stage](module, metadata)
-    return metadata["shared"]
 
 
 class Store:
@@ -216,6 +177,10 @@ def compile_all(wanted: dict[str, tuple[str, Launch]], store: Store, jobs: int) 
 
 
 def blocks_of(launch: Launch) -> str:
-    """A launch's block sizes and flags, as the report writes them."""
-    sizes = {name: value for name, value in launch.arguments.items() if name.startswith("B") and len(name) == 2}
+    """A launch's block sizes, as the report writes them."""
+    config, rows = launch.arguments["C"], launch.arguments.get("R")
+    sizes = {name: getattr(config, name) for name in config.blocks()}
+    sizes |= {name: value for name, value in launch.arguments.items() if name in ("BI", "BK")}
+    if rows is not None:
+        sizes |= {"BI": rows.BI, "BK": rows.BK}
     return " ".join(f"{name}{value}" for name, value in sizes.items())

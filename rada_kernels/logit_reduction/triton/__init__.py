@@ -1,0 +1,1 @@
+"""The logit reduction in Triton: state (what it returns), forward, backward."""

@@ -1,0 +1,128 @@
+"""Backward: the output layer again, and the gradients of its result, its bias, and R through the masked sums.
+
+dsums [B, K], ddeviation [B], Attended, Projections, output layer  →  ReductionGrads (state.py)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rada_kernels.logit_reduction.triton.forward import (
+    default_config,
+    launch_arguments,
+    output_block,
+    place_of,
+    row_blocks,
+    shares_of_kinds,
+)
+from rada_kernels.logit_reduction.triton.state import ReductionGrads
+from rada_kernels.mask_attention.triton.state import Attended
+from rada_kernels.options import Options, Params, Wanted
+from rada_kernels.rational_projection.triton.state import Projections
+from rada_kernels.triton_common.config import GemmConfig
+from rada_kernels.triton_common.dialect import load_rows, outer, outer_rows, pair_rows, store_rows
+from rada_kernels.triton_common.target import Target, target_of
+
+
+@triton.jit(do_not_specialize=["B", "K", "T"])
+def _logit_reduction_bwd_kernel(
+    attended,  # Attended
+    weight,  # [D, D]
+    bias,  # [D]
+    image,  # [B, D]
+    text,  # [K, D]
+    inverse_image,  # [B]
+    inverse_text,  # [K]
+    peak,  # [B] int64, "linf": bits and place of the largest |M - 1|
+    grad_sums,  # [B, K]
+    grad_deviation,  # [B]
+    grad_out,  # [B, K, D] of the output layer's result
+    grad_biases,  # [tiles of rows, D] a tile's part of the output bias's, LAYERS
+    rows,  # [B, K, D] the output layer's input, LAYERS and not COMBINED
+    masked,  # [B, K, D] of R through the sums: grad_sums M, FEATURES
+    B,
+    K,
+    T,
+    S: tl.constexpr,
+    C: tl.constexpr,  # GemmConfig
+    R: tl.constexpr,  # RowBlocks
+    PENALTY: tl.constexpr,  # "none" without grad_deviation
+    LAYERS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    D: tl.constexpr = S.D
+    columns: tl.constexpr = (D + C.BC - 1) // C.BC
+    tile = tl.program_id(0) // columns
+    column = tl.program_id(0) % columns
+    pairs = pair_rows(tile, B, K, R.BI, R.BK)
+    o_c = column * C.BC + tl.arange(0, C.BC)
+    b_shares = shares_of_kinds(attended, pairs, B, K, T, S, R)
+    b_change = output_block(
+        attended, weight, bias, b_shares, pairs, o_c, B, K, rows, pairs.m_r & (column == 0), S, C, R, LAYERS
+    )
+    b_upstream = tl.load(grad_sums + pairs.o_r, mask=pairs.m_r, other=0.0)[:, None]  # [BR, 1]
+    b_image = tl.load(inverse_image + pairs.o_i, mask=pairs.m_i, other=0.0)
+    b_text = tl.load(inverse_text + pairs.o_k, mask=pairs.m_k, other=0.0)
+    b_f = load_rows(image, pairs.o_i, pairs.m_i, o_c, D, C.BC).to(tl.float32) * b_image[:, None]  # [BI, BC]
+    b_h = load_rows(text, pairs.o_k, pairs.m_k, o_c, D, C.BC).to(tl.float32) * b_text[:, None]  # [BK, BC]
+    b_grad = b_upstream * outer_rows(b_f, b_h)
+    if PENALTY != "none":
+        b_ones = tl.full([R.BK], 1.0, tl.float32)
+        b_deviation = outer(tl.load(grad_deviation + pairs.o_i, mask=pairs.m_i, other=0.0), b_ones)[:, None]
+        b_sign = tl.where(b_change > 0.0, 1.0, tl.where(b_change < 0.0, -1.0, 0.0))
+        if PENALTY == "linf":
+            b_place = place_of(tl.load(peak + pairs.o_i, mask=pairs.m_i, other=0))  # k·D + d of each image
+            b_place = (b_place[:, None] - pairs.o_k.to(tl.int64)[None, :] * D).reshape(C.BR)  # d, if of this class
+            b_grad += tl.where(b_place[:, None] == o_c[None, :], b_deviation * b_sign, 0.0)
+        elif PENALTY == "l1":
+            b_grad += b_deviation * b_sign / (K * 1.0 * D)
+        else:
+            b_grad += b_deviation * b_change * 2.0 / (K * 1.0 * D)
+    b_grad = tl.where(b_change > -1.0, b_grad, 0.0)  # relu passes none at M = 0
+    store_rows(grad_out, b_grad, pairs.o_r, pairs.m_r, o_c, D, C.BC)
+    if LAYERS:
+        p_bias = grad_biases + tile.to(tl.int64) * D + o_c
+        tl.store(p_bias, tl.sum(tl.where(pairs.m_r[:, None], b_grad, 0.0), 0), mask=o_c < D)
+    if FEATURES:
+        store_rows(masked, b_upstream * (1.0 + b_change), pairs.o_r, pairs.m_r, o_c, D, C.BC)
+
+
+def logit_reduction_bwd(
+    grad_sums: Tensor,  # [B, K]
+    grad_deviation: Tensor | None,  # [B]
+    attended: Attended,
+    projected: Projections,
+    image: Tensor,  # [B, D]
+    text: Tensor,  # [K, D]
+    params: Params,
+    options: Options,
+    wanted: Wanted,
+    *,
+    config: GemmConfig | None = None,
+    target: Target | None = None,
+) -> ReductionGrads:
+    """The gradients that the output layer's own products start from."""
+    (batch, width), classes = image.shape, len(text)
+    target = target or target_of(image)
+    grad_out = image.new_empty(batch, classes, width)
+    masked = image.new_empty(batch * (wanted.image or wanted.text), classes, width)
+    rows = attended.rows[0] if attended.combined else image.new_empty(batch * wanted.layers, classes, width)
+
+    def blocks(c: GemmConfig):
+        columns = triton.cdiv(width, c.BC)
+        grid, own = row_blocks(c, attended, image, text, options, columns)
+        grad_biases = image.new_empty(grid[0] // columns * wanted.layers, width, dtype=torch.float32)
+        return grid, own | {"grad_biases": grad_biases}
+
+    config = config or default_config(attended, image, text, options, target, backward=True)
+    launched = target.launch(
+        _logit_reduction_bwd_kernel, config, blocks, peak=projected.peak, grad_sums=grad_sums,
+        grad_deviation=grad_sums if grad_deviation is None else grad_deviation,
+        grad_out=grad_out, rows=rows, masked=masked, LAYERS=wanted.layers, FEATURES=wanted.image or wanted.text,
+        PENALTY="none" if grad_deviation is None else options.penalty,
+        **launch_arguments(attended, projected, image, text, params, options, target),
+    )  # fmt: skip
+    return ReductionGrads(grad_out, rows, launched["grad_biases"].sum(0), masked)

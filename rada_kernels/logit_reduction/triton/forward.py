@@ -1,0 +1,259 @@
+"""Forward: attended rows → output layer → mask M → masked sums and each image's deviation |M - 1|.
+
+    Attended, Projections, output layer  →  Reduced (state.py)
+
+The mask lives in registers only. A tile's rows are all pairs of BI images and BK classes, whatever row tiles the
+attention made of them: combined rows [B·K, D] as they are; else one tensor per matrix query kind, weighted by head and
+row tile, plus the image query's row.
+
+An image's largest |M - 1| is an integer maximum over its programs' largest, in memory: the bits of numbers that are
+not negative are ordered as the numbers are, and a maximum does not depend on the order in which it is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rada_kernels.logit_reduction.config import reduction_config, tile_block
+from rada_kernels.logit_reduction.triton.state import Reduced
+from rada_kernels.mask_attention.triton.state import Attended
+from rada_kernels.options import Options, Params
+from rada_kernels.rational_projection.triton.state import Projections
+from rada_kernels.triton_common.config import GemmConfig, next_power, pair_block
+from rada_kernels.triton_common.dialect import (
+    Shapes,
+    load_columns,
+    load_rows,
+    load_transposed,
+    outer,
+    outer_rows,
+    pair_rows,
+    store_rows,
+)
+from rada_kernels.triton_common.target import Target, target_of
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """How a program reads attended rows."""
+
+    COMBINED: bool  # the rows are the sum over all query kinds
+    TILE: int  # rows of a row tile of the attention
+    BT: int  # row tiles
+    BH: int  # heads
+    BI: int  # images
+    BK: int  # classes
+
+
+@triton.jit
+def _row_shares(m, l, pairs, T, factor, S: tl.constexpr, R: tl.constexpr):
+    """factor times the weight of each row's attended row in O_n / K, by head: [BH, BR].
+
+    It is the part that the row's tile of the attention has of the sum over all pairs of classes.
+    """
+    o_h = tl.arange(0, R.BH)
+    m_unit = pairs.m_i[:, None] & (o_h < S.H)[None, :]
+    o_unit = (pairs.o_i.to(tl.int64)[:, None] * S.H + o_h[None, :]) * T  # [BI, BH]
+    b_top = tl.full([R.BI, R.BH, R.BT], float("-inf"), tl.float32)
+    for start in range(0, T, R.BT):
+        o_t = start + tl.arange(0, R.BT)
+        m_t = m_unit[:, :, None] & (o_t < T)[None, None, :]
+        b_top = tl.maximum(b_top, tl.load(m + o_unit[:, :, None] + o_t, mask=m_t, other=float("-inf")))
+    b_m = tl.max(b_top, 2)
+    b_sum = tl.zeros([R.BI, R.BH, R.BT], tl.float32)
+    for start in range(0, T, R.BT):
+        o_t = start + tl.arange(0, R.BT)
+        m_t = m_unit[:, :, None] & (o_t < T)[None, None, :]
+        b_e = tl.exp2(tl.load(m + o_unit[:, :, None] + o_t, mask=m_t, other=float("-inf")) - b_m[:, :, None])
+        b_sum += tl.where(m_t, b_e * tl.load(l + o_unit[:, :, None] + o_t, mask=m_t, other=0.0), 0.0)
+    b_scale = factor / tl.sum(b_sum, 2)
+    o_row = o_unit[:, None, :] + (pairs.o_k // R.TILE)[None, :, None]  # [BI, BK, BH]
+    m_row = m_unit[:, None, :] & pairs.m_k[None, :, None]
+    b_e = tl.exp2(tl.load(m + o_row, mask=m_row, other=float("-inf")) - b_m[:, None, :])
+    b_shares = b_e * tl.load(l + o_row, mask=m_row, other=0.0) * b_scale[:, None, :]
+    # Heads first: a sum over the second axis would impose its layout on the rows that the shares multiply.
+    return tl.trans(tl.where(m_row, b_shares, 0.0).reshape(R.BI * R.BK, R.BH))
+
+
+@triton.jit
+def _of_head(b_shares, h, BH: tl.constexpr):
+    """Row h of shares [BH, BR]: [BR]."""
+    return tl.sum(tl.where((tl.arange(0, BH) == h)[:, None], b_shares, 0.0), 0)
+
+
+@triton.jit
+def shares_of_kinds(attended, pairs, B, K, T, S: tl.constexpr, R: tl.constexpr):
+    """_row_shares of the matrix query kinds in use: what takes their stored rows to those of O."""
+    b_shares = ()
+    if not R.COMBINED:
+        MATRIX: tl.constexpr = S.MATRIX
+        factor = K * (1.0 / S.KINDS)
+        for n in tl.static_range(MATRIX):
+            o_kind = n * B * S.H * T
+            b_shares += (_row_shares(attended.m + o_kind, attended.l + o_kind, pairs, T, factor, S, R),)
+    return b_shares
+
+
+@triton.jit
+def output_block(
+    attended, weight, bias, b_shares, pairs, o_c, B, K, kept, m_keep,
+    S: tl.constexpr, C: tl.constexpr, R: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """max(O Woᵀ + co, -1) = M - 1 for a tile's rows and columns o_c: [BR, BC]. KEEP: store O in `kept` where m_keep."""
+    D: tl.constexpr = S.D
+    plane = B.to(tl.int64) * K * D
+    b_out = tl.zeros([C.BR, C.BC], tl.float32)
+    for start in range(0, D, C.BD):
+        o_d = start + tl.arange(0, C.BD)
+        if R.COMBINED:
+            b_rows = load_rows(attended.rows, pairs.o_r, pairs.m_r, o_d, D, C.BD)  # [BR, BD]
+        else:
+            b_rows = tl.zeros([C.BR, C.BD], tl.float32)
+            for n in tl.static_range(len(b_shares)):
+                b_share = _of_head(b_shares[n], start // S.E, R.BH)[:, None]
+                b_rows += b_share * load_rows(attended.rows + n * plane, pairs.o_r, pairs.m_r, o_d, D, C.BD).to(
+                    tl.float32
+                )
+            if S.IMAGE:
+                b_image = load_rows(attended.image_row, pairs.o_i, pairs.m_i, o_d, D, C.BD).to(tl.float32) * (
+                    1.0 / S.KINDS
+                )
+                b_rows += outer_rows(b_image, tl.full([R.BK, C.BD], 1.0, tl.float32))
+            b_rows = b_rows.to(weight.dtype.element_ty)
+            if KEEP:
+                store_rows(kept, b_rows, pairs.o_r, m_keep, o_d, D, C.BD)
+        b_weight = load_transposed(weight, o_c, o_d, D, C.BC, C.BD)
+        b_out = tl.dot(b_rows, b_weight, b_out, input_precision=S.PRECISION)
+    b_out += load_columns(bias, o_c, D, C.BC)[None, :]
+    return tl.where(b_out < -1.0, -1.0, b_out)  # NaN stays NaN
+
+
+@triton.jit
+def _peak_key(b_bits, b_place):
+    """A number's bits before its place, k·D + d < 2³²: the greatest key is the first place of the largest number."""
+    return (b_bits.to(tl.int64) << 32) | (0xFFFFFFFF - b_place.to(tl.int64))
+
+
+@triton.jit
+def place_of(b_peak):
+    return 0xFFFFFFFF - (b_peak & 0xFFFFFFFF)
+
+
+@triton.jit(do_not_specialize=["B", "K", "T"])
+def _logit_reduction_fwd_kernel(
+    attended,  # Attended
+    weight,  # [D, D]
+    bias,  # [D]
+    image,  # [B, D]
+    text,  # [K, D]
+    inverse_image,  # [B]
+    inverse_text,  # [K]
+    sums,  # [B, K]
+    largest,  # [B] int32 bits of the largest |M - 1|, "linf"
+    peak,  # [B] int64 those bits and the place, PEAK
+    means,  # [B, K] a row's mean, "l1", "mse"
+    B,
+    K,
+    T,
+    S: tl.constexpr,
+    C: tl.constexpr,  # GemmConfig
+    R: tl.constexpr,  # RowBlocks
+    PENALTY: tl.constexpr,
+    PEAK: tl.constexpr,
+):
+    D: tl.constexpr = S.D
+    pairs = pair_rows(tl.program_id(0), B, K, R.BI, R.BK)
+    b_shares = shares_of_kinds(attended, pairs, B, K, T, S, R)
+    b_sum = tl.zeros([C.BR], tl.float32)
+    b_deviation = tl.zeros([C.BR], tl.float32)
+    b_place = tl.zeros([C.BR], tl.int32)
+    for start in range(0, D, C.BC):
+        o_c = start + tl.arange(0, C.BC)
+        b_change = output_block(attended, weight, bias, b_shares, pairs, o_c, B, K, sums, pairs.m_r, S, C, R, False)
+        b_f = load_rows(image, pairs.o_i, pairs.m_i, o_c, D, C.BC).to(tl.float32)  # [BI, BC]
+        b_h = load_rows(text, pairs.o_k, pairs.m_k, o_c, D, C.BC).to(tl.float32)  # [BK, BC]
+        b_sum += tl.sum((1.0 + b_change) * outer_rows(b_f, b_h), 1)
+        if D % C.BC != 0:
+            b_change = tl.where((o_c < D)[None, :], b_change, 0.0)
+        if PENALTY == "linf" and PEAK:
+            b_largest, b_column = tl.max(tl.abs(b_change), 1, return_indices=True)
+            m_new = b_largest > b_deviation
+            b_deviation = tl.where(m_new, b_largest, b_deviation)
+            b_place = tl.where(m_new, start + b_column, b_place)
+        elif PENALTY == "linf":
+            b_deviation = tl.maximum(b_deviation, tl.max(tl.abs(b_change), 1))
+        elif PENALTY == "l1":
+            b_deviation += tl.sum(tl.abs(b_change), 1)
+        else:
+            b_deviation += tl.sum(b_change * b_change, 1)
+    b_image = tl.load(inverse_image + pairs.o_i, mask=pairs.m_i, other=0.0)
+    b_text = tl.load(inverse_text + pairs.o_k, mask=pairs.m_k, other=0.0)
+    b_sum *= outer(b_image, b_text)
+    tl.store(sums + pairs.o_r, b_sum, mask=pairs.m_r)
+    # A comparison loses NaN; a mask element that is NaN has made the sum NaN too.
+    b_deviation = tl.where(b_sum == b_sum, b_deviation, float("nan"))
+    if PENALTY == "linf":
+        b_bits = tl.where(pairs.m_r, b_deviation.to(tl.int32, bitcast=True), 0).reshape(R.BI, R.BK)
+        tl.atomic_max(largest + pairs.o_i, tl.max(b_bits, 1), mask=pairs.m_i, sem="relaxed")
+        if PEAK:
+            b_peak = _peak_key(b_bits, pairs.o_k[None, :] * D + b_place.reshape(R.BI, R.BK))
+            b_peak = tl.max(tl.where(pairs.m_k[None, :], b_peak, 0), 1)
+            tl.atomic_max(peak + pairs.o_i, b_peak, mask=pairs.m_i, sem="relaxed")
+    else:
+        tl.store(means + pairs.o_r, b_deviation * (1.0 / D), mask=pairs.m_r)
+
+
+def logit_reduction_fwd(
+    attended: Attended,
+    projected: Projections,  # its peak and largest are raised
+    image: Tensor,  # [B, D]
+    text: Tensor,  # [K, D]
+    params: Params,
+    options: Options,
+    *,
+    config: GemmConfig | None = None,
+    target: Target | None = None,
+) -> Reduced:
+    """Masked sums in float32, and each image's deviation of the mask from one, of the penalty's kind."""
+    linf = options.penalty == "linf"
+    target = target or target_of(image)
+    sums = image.new_empty(len(image), len(text), dtype=torch.float32)
+    means = image.new_empty(0 if linf else len(image), len(text), dtype=torch.float32)
+    config = config or default_config(attended, image, text, options, target, backward=False)
+    target.launch(
+        _logit_reduction_fwd_kernel, config, lambda c: row_blocks(c, attended, image, text, options),
+        sums=sums, largest=projected.largest, peak=projected.peak, means=means,
+        PENALTY=options.penalty, PEAK=len(projected.peak) > 0,
+        **launch_arguments(attended, projected, image, text, params, options, target),
+    )  # fmt: skip
+    return Reduced(sums, projected.largest.view(torch.float32) if linf else means.mean(1))
+
+
+def default_config(attended, image, text, options, target, *, backward: bool) -> GemmConfig:
+    (batch, width), classes = image.shape, len(text)
+    sizes = batch, classes, width, width // options.num_heads
+    return reduction_config(target, image.dtype, *sizes, attended.combined, backward)
+
+
+def row_blocks(c: GemmConfig, attended: Attended, image: Tensor, text: Tensor, options: Options, columns: int = 1):
+    """The grid, `columns` programs for a tile of rows, and what else follows from a configuration."""
+    pairs = pair_block(len(image), len(text), c.BR)
+    tiles = triton.cdiv(len(image), pairs["BI"]) * triton.cdiv(len(text), pairs["BK"])
+    heads = next_power(options.num_heads)
+    statistics = tile_block(attended.m.shape[-1], pairs["BI"] * heads)
+    return (tiles * columns,), {"R": RowBlocks(attended.combined, attended.tile, statistics, heads, **pairs)}
+
+
+def launch_arguments(attended, projected, image, text, params, options, target) -> dict:
+    """What the forward and the backward kernel are both launched with."""
+    return {
+        "attended": attended._replace(tile=None), "weight": params.out_weight, "bias": params.out_bias,
+        "image": image, "text": text, "inverse_image": projected.inverse_image, "inverse_text": projected.inverse_text,
+        "B": len(image), "K": len(text), "T": attended.m.shape[-1],
+        "S": Shapes.of(options, image.shape[-1], image.dtype, target.device),
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""The mask attention in Triton: state (what it leaves to the next steps), forward, backward."""

@@ -1,0 +1,359 @@
+"""Backward of the sum Σ_n A_n: the mean's 1 / KINDS is part of `grad_factor`.
+
+    dO [B, K, D], Projections, Attended  →  AttentionGrads
+
+With P = A_n: dS = P (dP - delta) / (√E τ), dP = dO Vᵀ the same for every query kind, and one delta per (image, head,
+query kind). The direct kernel has all pairs of classes in registers. The streaming form takes three or four launches:
+what all rows share and the image query's row (joint); delta, from the stored rows in 16 bits, in float32 from the P and
+dP that the gradients are made of, because rounded rows would show where dP - delta cancels; the queries' gradients by
+score rows; the keys' and values' by classes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rada_kernels.mask_attention.config import (
+    JOINT_BWD,
+    direct_bwd_classes,
+    keys_bwd_config,
+    queries_bwd_config,
+)
+from rada_kernels.mask_attention.config import (
+    direct_config as direct_config_of,
+)
+from rada_kernels.mask_attention.triton.backward_direct import mask_attention_direct_bwd_kernel
+from rada_kernels.mask_attention.triton.forward import launch_arguments, of_kinds, unit_offsets
+from rada_kernels.mask_attention.triton.state import Attended, AttentionGrads
+from rada_kernels.options import Options
+from rada_kernels.rational_projection.triton.state import Projections
+from rada_kernels.triton_common.config import AttentionConfig
+from rada_kernels.triton_common.dialect import (
+    add_dot,
+    add_heads,
+    dot_rows,
+    dot_transposed,
+    load_head,
+    scale_head,
+    store_head,
+    sum_rows,
+    zero_head,
+)
+from rada_kernels.triton_common.target import Target, target_of
+
+
+@triton.jit
+def _joint_normaliser(m, l, o_tiles, T, BT: tl.constexpr):
+    """The largest score of all pairs of classes, and the sum of exp2(score - it), from those of the row tiles."""
+    b_top = tl.full([BT], float("-inf"), tl.float32)
+    for start in range(0, T, BT):
+        o_t = start + tl.arange(0, BT)
+        b_top = tl.maximum(b_top, tl.load(m + o_tiles + o_t, mask=o_t < T, other=float("-inf")))
+    b_m = tl.max(b_top, 0)
+    b_sum = tl.zeros([BT], tl.float32)
+    for start in range(0, T, BT):
+        o_t = start + tl.arange(0, BT)
+        b_share = tl.exp2(tl.load(m + o_tiles + o_t, mask=o_t < T, other=float("-inf")) - b_m)
+        b_sum += b_share * tl.load(l + o_tiles + o_t, mask=o_t < T, other=0.0)
+    return b_m, tl.sum(b_sum, 0)
+
+
+@triton.jit
+def _image_row(keys, values, b_q, b_dO, o_k, K, factor, S: tl.constexpr):
+    """A block of classes: keys [BN, E], the image query's scores and their dP [BN]."""
+    m_k = o_k < K
+    o_d = o_k.to(tl.int64) * S.D
+    b_k = load_head(keys + o_d, m_k, S.E)
+    b_s = tl.where(m_k, dot_rows(b_k, b_q) * factor, float("-inf"))
+    return b_k, b_s, dot_rows(load_head(values + o_d, m_k, S.E), b_dO)
+
+
+class Joint(NamedTuple):
+    """What all rows of an (image, head) share: P = scale exp2(score - m); and the image query's row."""
+
+    m: Tensor  # [matrix kinds, B, H] largest score of all pairs of classes
+    scale: Tensor  # [matrix kinds, B, H] K / their sum of exp2(score - m)
+    delta: Tensor  # [matrix kinds, B, H]
+    image_dO: Tensor  # [B, D] Σ_i dO[i]
+    image_P: Tensor  # [B, H, K]
+    image_dS: Tensor  # [B, H, K]
+
+
+@triton.jit(do_not_specialize=["B", "K", "T"])
+def _mask_attention_bwd_joint_kernel(
+    dO,  # [B, K, D]
+    projected,  # Projections
+    attended,  # Attended
+    joint,  # Joint: delta if ROWS
+    grad_query_image,  # [B, D]
+    B,
+    K,
+    T,
+    factor,  # log2(e) / (√E τ)
+    grad_factor,  # 1 / (√E τ KINDS)
+    S: tl.constexpr,
+    C: tl.constexpr,  # AttentionConfig
+    ROWS: tl.constexpr,  # delta = Σ_i dO[i] · O_n[i] / K from the stored rows
+    TILE: tl.constexpr,  # of the forward pass
+    BT: tl.constexpr,
+):
+    """What all rows of an (image, head) share, and everything about the image's row: K numbers, not K²."""
+    MATRIX: tl.constexpr = S.MATRIX
+    unit = tl.program_id(0)  # (image, head)
+    units = B * S.H
+    _, o_image, o_rows, plane = unit_offsets(unit, B, K, S)
+    b_joint = ()
+    b_deltas = ()
+    for n in tl.static_range(MATRIX):
+        b_m, b_l = _joint_normaliser(attended.m, attended.l, (n * units + unit) * T, T, BT)
+        tl.store(joint.m + n * units + unit, b_m)
+        tl.store(joint.scale + n * units + unit, K / b_l)
+        b_joint += ((b_m, b_l),)
+        b_deltas += (tl.zeros([C.BN], tl.float32),)
+    b_sum_dO = zero_head(1, S.E)
+    for start in range(0, K, C.BN):
+        o_k = start + tl.arange(0, C.BN)
+        m_k = o_k < K
+        o_d = o_rows + o_k.to(tl.int64) * S.D
+        b_dO = load_head(dO + o_d, m_k, S.E)  # [BN, E]
+        b_sum_dO = add_heads(b_sum_dO, sum_rows(b_dO))
+        if ROWS:
+            b_new = ()
+            for n in tl.static_range(MATRIX):
+                o_tile = (n * units + unit) * T + o_k // TILE
+                b_share = tl.exp2(tl.load(attended.m + o_tile, mask=m_k, other=float("-inf")) - b_joint[n][0])
+                b_share *= tl.load(attended.l + o_tile, mask=m_k, other=0.0) / b_joint[n][1]
+                b_rows = load_head(attended.rows + n * plane + o_d, m_k, S.E)
+                b_new += (b_deltas[n] + b_share * dot_rows(b_rows, b_dO),)
+            b_deltas = b_new
+    if ROWS:
+        for n in tl.static_range(MATRIX):
+            tl.store(joint.delta + n * units + unit, tl.sum(b_deltas[n], 0))
+    if S.IMAGE:
+        o_one = tl.arange(0, 1)
+        store_head(joint.image_dO + o_image + o_one, b_sum_dO, o_one == 0, S.E)
+        b_q = load_head(projected.query_image + o_image + o_one, o_one == 0, S.E)  # [1, E]
+        keys = projected.projections + o_rows
+        # A softmax of its own again: rounded otherwise, the forward pass's would not cancel where dP - delta does.
+        row_m = float("-inf")
+        row_l = 0.0
+        row_delta = 0.0
+        for start in range(0, K, C.BN):
+            o_k = start + tl.arange(0, C.BN)
+            b_k, b_s, b_dP = _image_row(keys, keys + plane, b_q, b_sum_dO, o_k, K, factor, S)
+            new_m = tl.maximum(row_m, tl.max(b_s, 0))
+            b_p = tl.exp2(b_s - new_m)
+            decay = tl.exp2(row_m - new_m)
+            row_l = row_l * decay + tl.sum(b_p, 0)
+            row_delta = row_delta * decay + tl.sum(b_p * b_dP, 0)
+            row_m = new_m
+        row_delta /= row_l
+        b_dq = zero_head(1, S.E)
+        for start in range(0, K, C.BN):
+            o_k = start + tl.arange(0, C.BN)
+            b_k, b_s, b_dP = _image_row(keys, keys + plane, b_q, b_sum_dO, o_k, K, factor, S)
+            b_p = tl.exp2(b_s - row_m) / row_l
+            b_dS = b_p * (b_dP - row_delta)
+            tl.store(joint.image_P + unit.to(tl.int64) * K + o_k, b_p, mask=o_k < K)
+            tl.store(joint.image_dS + unit.to(tl.int64) * K + o_k, b_dS, mask=o_k < K)
+            b_dq = add_heads(b_dq, sum_rows(scale_head(b_k, b_dS[:, None])))
+        store_head(grad_query_image + o_image + o_one, scale_head(b_dq, grad_factor), o_one == 0, S.E)
+
+
+@triton.jit
+def _weights(b_q, b_k, m, scale, start, o_n, K, factor, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """P of a block of classes from `start` on: [BM, BN]; zero past the last class."""
+    b_s = dot_transposed(b_q, b_k, PRECISION)
+    if start + BN > K:  # the last block alone
+        b_s = tl.where((o_n < K)[None, :], b_s, float("-inf"))
+    return tl.exp2(b_s * factor - m) * scale
+
+
+@triton.jit
+def _row_tile(K, BM: tl.constexpr):
+    """A program's (image, head), row tile and class rows [BM]."""
+    T = tl.cdiv(K, BM)
+    tile = tl.program_id(0) % T  # neighbours read the same keys and values
+    return tl.program_id(0) // T, tile, T, tile * BM + tl.arange(0, BM)
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _mask_attention_bwd_queries_kernel(
+    dO,  # [B, K, D]
+    projected,  # Projections
+    joint,  # Joint
+    grads,  # AttentionGrads: text and rational queries are written, unless DELTA
+    parts,  # [matrix kinds, B, H, T] each row tile's part of delta, DELTA
+    B,
+    K,
+    factor,  # log2(e) / (√E τ)
+    grad_factor,  # 1 / (√E τ KINDS)
+    S: tl.constexpr,
+    C: tl.constexpr,  # AttentionConfig
+    DELTA: tl.constexpr,
+):
+    """DELTA: delta from the very P and dP that the gradients are made of: exact where one pair has all the weight."""
+    unit, tile, T, o_r = _row_tile(K, C.BM)
+    o_head, _, o_rows, plane = unit_offsets(unit, B, K, S)
+    o_d = o_r.to(tl.int64) * S.D
+    keys = projected.projections + o_rows
+    queries = of_kinds(projected.query_text + o_head, keys + 2 * plane, S)
+    grad_queries = of_kinds(grads.query_text + o_rows, grads.projections + 2 * plane + o_rows, S)
+    b_dO = load_head(dO + o_rows + o_d, o_r < K, S.E)  # [BM, E]
+    b_kinds = ()
+    b_sums = ()
+    for n in tl.static_range(len(queries)):
+        o_kind = n * B * S.H + unit
+        b_scale = tl.load(joint.scale + o_kind)
+        b_q = load_head(queries[n] + o_d, o_r < K, S.E)
+        if DELTA:  # (K / l) / K is 1 where l is
+            b_kinds += ((b_q, tl.load(joint.m + o_kind), b_scale / K, 0.0),)
+            b_sums += (tl.zeros([C.BM], tl.float32),)
+        else:
+            b_kinds += ((b_q, tl.load(joint.m + o_kind), b_scale, tl.load(joint.delta + o_kind)),)
+            b_sums += (zero_head(C.BM, S.E),)
+    for start in range(0, K, C.BN):
+        o_n = start + tl.arange(0, C.BN)
+        o_nd = o_n.to(tl.int64) * S.D
+        b_k = load_head(keys + o_nd, o_n < K, S.E)  # [BN, E]
+        b_v = load_head(keys + plane + o_nd, o_n < K, S.E)
+        b_dP = dot_transposed(b_dO, b_v, S.PRECISION)  # [BM, BN]
+        b_new = ()
+        for n in tl.static_range(len(queries)):
+            b_q, b_m, b_scale, b_delta = b_kinds[n]
+            b_p = _weights(b_q, b_k, b_m, b_scale, start, o_n, K, factor, C.BN, S.PRECISION)
+            if DELTA:
+                b_new += (b_sums[n] + tl.sum(b_p * b_dP, 1),)
+            else:
+                b_dS = (b_p * (b_dP - b_delta)).to(b_k[0].dtype)
+                b_new += (add_dot(b_sums[n], b_dS, b_k, S.PRECISION),)
+        b_sums = b_new
+    for n in tl.static_range(len(queries)):
+        if DELTA:
+            tl.store(parts + (n * B * S.H + unit) * T + tile, tl.sum(tl.where(o_r < K, b_sums[n], 0.0), 0))
+        else:
+            store_head(grad_queries[n] + o_d, scale_head(b_sums[n], grad_factor), o_r < K, S.E)
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _mask_attention_bwd_keys_kernel(
+    dO,  # [B, K, D]
+    projected,  # Projections
+    joint,  # Joint
+    grads,  # AttentionGrads: keys and values are written
+    B,
+    K,
+    factor,  # log2(e) / (√E τ)
+    grad_factor,  # 1 / (√E τ KINDS)
+    S: tl.constexpr,
+    C: tl.constexpr,  # AttentionConfig
+):
+    """Scores are transposed, [BN, BM]: what is rounded for the next product lies as that takes its left operand."""
+    MATRIX: tl.constexpr = S.MATRIX
+    unit, _, _, o_n = _row_tile(K, C.BN)
+    o_head, o_image, o_rows, plane = unit_offsets(unit, B, K, S)
+    m_n = o_n < K
+    o_d = o_n.to(tl.int64) * S.D
+    keys = projected.projections + o_rows
+    queries = of_kinds(projected.query_text + o_head, keys + 2 * plane, S)
+    b_k = load_head(keys + o_d, m_n, S.E)  # [BN, E]
+    b_v = load_head(keys + plane + o_d, m_n, S.E)
+    b_dk = zero_head(C.BN, S.E)
+    b_dv = zero_head(C.BN, S.E)
+    if S.IMAGE:
+        o_one = tl.arange(0, 1)
+        b_row = tl.load(joint.image_P + unit.to(tl.int64) * K + o_n, mask=m_n, other=0.0) * (1.0 / S.KINDS)
+        b_row_dS = tl.load(joint.image_dS + unit.to(tl.int64) * K + o_n, mask=m_n, other=0.0)
+        b_dk = scale_head(load_head(projected.query_image + o_image + o_one, o_one == 0, S.E), b_row_dS[:, None])
+        b_dv = scale_head(load_head(joint.image_dO + o_image + o_one, o_one == 0, S.E), b_row[:, None])
+    for start in range(0, K if S.MATRIX else 0, C.BM):
+        o_r = start + tl.arange(0, C.BM)
+        o_rd = o_r.to(tl.int64) * S.D
+        b_dO = load_head(dO + o_rows + o_rd, o_r < K, S.E)  # [BM, E]
+        b_dP = dot_transposed(b_v, b_dO, S.PRECISION)  # [BN, BM]
+        b_sum = tl.zeros([C.BN, C.BM], tl.float32)  # of P
+        for n in tl.static_range(MATRIX):
+            o_kind = n * B * S.H + unit
+            b_q = load_head(queries[n] + o_rd, o_r < K, S.E)
+            b_m, b_scale = tl.load(joint.m + o_kind), tl.load(joint.scale + o_kind)
+            b_p = _weights(b_k, b_q, b_m, b_scale, start, o_r, K, factor, C.BM, S.PRECISION)
+            b_sum += b_p
+            b_dS = (b_p * (b_dP - tl.load(joint.delta + o_kind))).to(b_k[0].dtype)
+            b_dk = add_dot(b_dk, b_dS, b_q, S.PRECISION)
+        b_sum = (b_sum * (1.0 / S.KINDS)).to(b_dO[0].dtype)
+        b_dv = add_dot(b_dv, b_sum, b_dO, S.PRECISION)
+    grad_keys = grads.projections + o_rows + o_d
+    store_head(grad_keys, scale_head(b_dk, grad_factor), m_n, S.E)
+    store_head(grad_keys + plane, b_dv, m_n, S.E)
+
+
+def mask_attention_bwd(
+    dO: Tensor,  # [B, K, D]
+    projected: Projections,
+    attended: Attended,
+    options: Options,
+    *,
+    direct_config: AttentionConfig | None = None,
+    queries_config: AttentionConfig | None = None,
+    keys_config: AttentionConfig | None = None,
+    target: Target | None = None,
+) -> AttentionGrads:
+    """Gradients of the projections, the text query by image, and the image query."""
+    projections = projected.projections
+    _, batch, classes, width = projections.shape
+    heads, target = options.num_heads, target or target_of(projections)
+    sizes = projections.dtype, width // heads
+    images, units = batch * ("image" in options.queries), batch * heads
+    grads = AttentionGrads(
+        projections=torch.empty_like(projections),
+        query_text=projections.new_empty(batch * ("text" in options.queries), classes, width),
+        query_image=projections.new_empty(images, width, dtype=torch.float32),
+    )
+    arguments = launch_arguments(projections[0], options, target) | {"dO": dO, "projected": projected}
+    arguments["grad_factor"] = options.score_factor(width) / len(options.queries)
+    if classes <= direct_bwd_classes(*sizes):
+        config = direct_config or direct_config_of(target, "mask_attention_direct_bwd", classes, *sizes)
+        target.launch(
+            mask_attention_direct_bwd_kernel, config, lambda c: ((units,), {}), keep=("BM", "BN"),
+            attended=attended._replace(tile=None), grads=grads, **arguments,
+        )  # fmt: skip
+        return grads
+
+    joint = Joint(
+        *(attended.m.new_empty(attended.m.shape[:-1]) for _ in range(3)),
+        image_dO=torch.empty_like(grads.query_image),
+        image_P=grads.query_image.new_empty(images, heads, classes),
+        image_dS=grads.query_image.new_empty(images, heads, classes),
+    )
+    tiles, exact = attended.m.shape[-1], projections.dtype == torch.float32
+    target.launch(
+        _mask_attention_bwd_joint_kernel, JOINT_BWD[width // heads > 64], lambda c: ((units,), {}), keep=("BM",),
+        attended=attended._replace(tile=None), joint=joint, grad_query_image=grads.query_image, T=tiles,
+        ROWS=not exact, TILE=attended.tile, BT=32 if tiles <= 32 else 128, **arguments,
+    )  # fmt: skip
+    if len(joint.m):
+        config = queries_config or queries_bwd_config(target, *sizes)
+
+        def blocks(c: AttentionConfig, count: int = 0):
+            row_tiles = triton.cdiv(classes, c.BM)
+            return (units * row_tiles,), {"parts": joint.m.new_empty(count, batch, heads, row_tiles)}
+
+        for delta in (True, False) if exact else (False,):
+            launched = target.launch(
+                _mask_attention_bwd_queries_kernel, config,
+                functools.partial(blocks, count=len(joint.m) * delta),
+                joint=joint, grads=grads, DELTA=delta, **arguments,
+            )  # fmt: skip
+            if delta:
+                joint = joint._replace(delta=launched["parts"].sum(-1))
+    target.launch(
+        _mask_attention_bwd_keys_kernel, keys_config or keys_bwd_config(target, *sizes),
+        lambda c: ((units * triton.cdiv(classes, c.BN),), {}), joint=joint, grads=grads, **arguments,
+    )  # fmt: skip
+    return grads

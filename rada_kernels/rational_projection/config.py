@@ -1,0 +1,55 @@
+"""Launch configurations of the rational projection. What registers they take: bench/notes-triton.md."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from rada_kernels.triton_common.config import GemmConfig, contracted_block, look_up
+from rada_kernels.triton_common.target import Target
+
+# {family: {bits: (BR, BC, BD, num_warps, num_stages)}}
+FORWARD = {
+    "wgmma": {16: (64, 128, 64, 4, 2), 32: (64, 64, 32, 8, 2)},
+    "mma": {16: (64, 128, 32, 4, 2), 32: (64, 64, 32, 8, 2)},
+    "cdna": {16: (64, 128, 32, 4, 2), 32: (64, 64, 16, 4, 1)},
+    "rdna": {16: (32, 64, 32, 4, 2)},
+}
+WEIGHT_BWD = {
+    "wgmma": {16: (64, 64, 128, 8, 3), 32: (32, 64, 64, 4, 2)},
+    "mma": {16: (32, 64, 64, 4, 2), 32: (32, 64, 64, 4, 2)},
+    "cdna": {16: (32, 64, 64, 4, 2), 32: (16, 64, 64, 4, 1)},
+}
+ROWS_BWD = {
+    "wgmma": {16: (128, 128, 32, 8, 4), 32: (64, 64, 32, 4, 2)},
+    "mma": {16: (64, 128, 32, 4, 3), 32: (64, 64, 32, 4, 2)},
+}
+FEATURES = GemmConfig(16, 128, 16, 4, 2)  # it sums: nothing is contracted
+MANY_ROWS = 16384  # 128 tiles of 128 rows in each of 2 or 3 layers: programs for every multiprocessor
+
+
+def projection_config(target: Target, dtype: torch.dtype, width: int, batch: int, classes: int) -> GemmConfig:
+    many = batch * classes >= MANY_ROWS
+    config = GemmConfig(*look_up(FORWARD, target.device, dtype))
+    if many and dtype.itemsize == 2 and target.device.family == "wgmma":
+        config = GemmConfig(128, 128, 64, 8, 3)  # twice the rows halve the reads of the weights per product
+    config = replace(config, BD=contracted_block(width, config.BD))
+    return target.config("rational_projection_fwd", dtype, (width, int(many)), config)
+
+
+def weight_bwd_config(target: Target, dtype: torch.dtype, width: int) -> GemmConfig:
+    config = GemmConfig(*look_up(WEIGHT_BWD, target.device, dtype))
+    return target.config("rational_projection_bwd_weight", dtype, (width,), config)
+
+
+def row_split(row_tiles: int, programs: int) -> int:
+    """Row tiles that one program of the weight gradient sums: some 400 programs, or 8 tiles each where they are few."""
+    splits = max(1, min(400 // programs, row_tiles // 8))
+    return -(-row_tiles // splits)
+
+
+def rows_bwd_config(target: Target, dtype: torch.dtype, width: int) -> GemmConfig:
+    config = GemmConfig(*look_up(ROWS_BWD, target.device, dtype))
+    config = replace(config, BD=contracted_block(width, config.BD))
+    return target.config("rational_projection_bwd_rows", dtype, (width,), config)

@@ -1,0 +1,190 @@
+"""Forward: keys, values and queries from tiles of the rational matrix X that are made in registers.
+
+    image [B, D], text [K, D], six layers  →  Projections (state.py)
+
+A tile's rows are all pairs of BI images and BK classes: BI + BK rows of features make BI·BK rows of X. One launch makes
+all projections: its first programs those of the feature rows, the others those of X.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rada_kernels.numerics import ZERO_NORM
+from rada_kernels.options import Options, Params
+from rada_kernels.rational_projection.config import projection_config
+from rada_kernels.rational_projection.triton.state import Projections
+from rada_kernels.triton_common.config import GemmConfig, next_power, pair_block
+from rada_kernels.triton_common.dialect import (
+    Shapes,
+    load_columns,
+    load_rows,
+    load_transposed,
+    outer,
+    outer_rows,
+    pair_rows,
+    store_rows,
+)
+from rada_kernels.triton_common.target import Target, target_of
+
+
+class Linear(NamedTuple):
+    weight: Tensor  # [D, D]
+    bias: Tensor  # [D]
+
+
+@triton.jit
+def _inverse_norms(rows, o_r, m_r, D: tl.constexpr, ZERO: tl.constexpr, NORMALIZE: tl.constexpr, BW: tl.constexpr):
+    """1 / norm of feature rows: 0 for a zero row, 1 without NORMALIZE."""
+    b_square = tl.zeros([o_r.shape[0]], tl.float32)
+    if NORMALIZE:
+        for start in tl.static_range(0, D, BW):
+            b_rows = load_rows(rows, o_r, m_r, start + tl.arange(0, BW), D, BW).to(tl.float32)
+            b_square += tl.sum(b_rows * b_rows, 1)
+        b_norm = tl.sqrt(b_square)
+        b_inverse = tl.where(b_norm < ZERO, 0.0, 1.0 / tl.where(b_norm < ZERO, 1.0, b_norm))
+    else:
+        b_inverse = b_square + 1.0
+    return b_inverse
+
+
+@triton.jit
+def _project_features(
+    rows, weight, bias, scale, query, inverse, tile, column, N, project,
+    S: tl.constexpr, C: tl.constexpr, ZERO: tl.constexpr, NORMALIZE: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """W (√s x / |x|) + c for a tile of feature rows x, if project; the first columns' program stores 1 / |x| too."""
+    o_r = tile * C.BR + tl.arange(0, C.BR)
+    o_c = column * C.BC + tl.arange(0, C.BC)
+    m_r = o_r < N
+    b_inverse = _inverse_norms(rows, o_r, m_r, S.D, ZERO, NORMALIZE, BW)
+    if column == 0:
+        tl.store(inverse + o_r, b_inverse, mask=m_r)
+    if project:
+        b_query = tl.zeros([C.BR, C.BC], tl.float32)
+        for start in range(0, S.D, C.BD):
+            o_d = start + tl.arange(0, C.BD)
+            b_rows = load_rows(rows, o_r, m_r, o_d, S.D, C.BD)  # [BR, BD]
+            b_weight = load_transposed(weight, o_c, o_d, S.D, C.BC, C.BD)  # [BD, BC]
+            b_query = tl.dot(b_rows, b_weight, b_query, input_precision=S.PRECISION)
+        b_factor = tl.sqrt(tl.load(scale)) * b_inverse  # a factor per row may as well multiply the result
+        b_query = b_query * b_factor[:, None] + load_columns(bias, o_c, S.D, C.BC)[None, :]
+        store_rows(query, b_query, o_r, m_r, o_c, S.D, C.BC)
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def _rational_projection_fwd_kernel(
+    image,  # [B, D]
+    text,  # [K, D]
+    scale,  # []
+    query_image,  # a Linear each
+    query_text,
+    query_rational,
+    key,
+    value,
+    out,  # Projections
+    B,
+    K,
+    S: tl.constexpr,
+    C: tl.constexpr,  # GemmConfig
+    LARGEST: tl.constexpr,  # which are to be cleared
+    PEAK: tl.constexpr,
+    ZERO: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BI: tl.constexpr,
+    BK: tl.constexpr,
+    BW: tl.constexpr,  # columns of features that are squared at a time
+):
+    D: tl.constexpr = S.D
+    columns: tl.constexpr = (D + C.BC - 1) // C.BC
+    pid = tl.program_id(0)
+    column = pid % columns
+    tile = pid // columns
+    image_tiles = tl.cdiv(B, C.BR)
+    feature_tiles = image_tiles + tl.cdiv(K, C.BR)
+    if tile < feature_tiles:
+        is_image = tile < image_tiles
+        if LARGEST and is_image and column == 0:
+            o_i = tile * C.BR + tl.arange(0, C.BR)
+            tl.store(out.largest + o_i, 0, mask=o_i < B)
+            if PEAK:
+                tl.store(out.peak + o_i, 0, mask=o_i < B)
+        _project_features(
+            image if is_image else text,
+            query_image.weight if is_image else query_text.weight,
+            query_image.bias if is_image else query_text.bias,
+            scale,
+            out.query_image if is_image else out.query_text,
+            out.inverse_image if is_image else out.inverse_text,
+            tile if is_image else tile - image_tiles,
+            column,
+            B if is_image else K,
+            S.IMAGE if is_image else S.TEXT,
+            S, C, ZERO, NORMALIZE, BW,
+        )  # fmt: skip
+    else:
+        layer = (tile - feature_tiles) % S.LAYERS
+        weight = key.weight
+        bias = key.bias
+        if layer == 1:
+            weight = value.weight
+            bias = value.bias
+        if layer == 2:
+            weight = query_rational.weight
+            bias = query_rational.bias
+        pairs = pair_rows((tile - feature_tiles) // S.LAYERS, B, K, BI, BK)
+        o_c = column * C.BC + tl.arange(0, C.BC)
+        b_image = _inverse_norms(image, pairs.o_i, pairs.m_i, D, ZERO, NORMALIZE, BW) * tl.load(scale)
+        b_text = _inverse_norms(text, pairs.o_k, pairs.m_k, D, ZERO, NORMALIZE, BW)
+        b_out = tl.zeros([C.BR, C.BC], tl.float32)
+        for start in range(0, D, C.BD):
+            o_d = start + tl.arange(0, C.BD)
+            b_f = load_rows(image, pairs.o_i, pairs.m_i, o_d, D, C.BD)  # [BI, BD]
+            b_h = load_rows(text, pairs.o_k, pairs.m_k, o_d, D, C.BD)  # [BK, BD]
+            if image.dtype.element_ty == tl.float16:  # the product of two raw features may overflow
+                b_f = b_f.to(tl.float32) * b_image[:, None]
+                b_h = b_h.to(tl.float32) * b_text[:, None]
+            b_x = outer_rows(b_f, b_h).to(image.dtype.element_ty)  # a tile of X: [BR, BD]
+            b_weight = load_transposed(weight, o_c, o_d, D, C.BC, C.BD)
+            b_out = tl.dot(b_x, b_weight, b_out, input_precision=S.PRECISION)
+        if image.dtype.element_ty != tl.float16:
+            b_out *= outer(b_image, b_text)[:, None]
+        b_out += load_columns(bias, o_c, D, C.BC)[None, :]
+        store_rows(out.projections + layer.to(tl.int64) * B * K * D, b_out, pairs.o_r, pairs.m_r, o_c, D, C.BC)
+
+
+def rational_projection_fwd(
+    image: Tensor,  # [B, D]
+    text: Tensor,  # [K, D]
+    params: Params,
+    options: Options,
+    *,
+    save: bool,  # whether a backward pass follows
+    config: GemmConfig | None = None,
+    target: Target | None = None,
+) -> Projections:
+    """W (√s x / |x|) + c of the feature rows and W x + c of the rows x of X, rounded once to their dtype."""
+    (batch, width), classes = image.shape, len(text)
+    target = target or target_of(image)
+    shapes = Shapes.of(options, width, image.dtype, target.device)
+    out = Projections.empty(image, text, options, save)
+
+    def blocks(c: GemmConfig):
+        pairs = pair_block(batch, classes, c.BR)
+        tiles = shapes.LAYERS * triton.cdiv(batch, pairs["BI"]) * triton.cdiv(classes, pairs["BK"])
+        tiles += triton.cdiv(batch, c.BR) + triton.cdiv(classes, c.BR)
+        return (tiles * triton.cdiv(width, c.BC),), pairs
+
+    layers = ("query_image", "query_text", "query_rational", "key", "value")
+    config = config or projection_config(target, image.dtype, width, batch, classes)
+    target.launch(
+        _rational_projection_fwd_kernel, config, blocks, image=image, text=text, scale=params.logit_scale,
+        **{name: Linear(getattr(params, f"{name}_weight"), getattr(params, f"{name}_bias")) for name in layers},
+        out=out, B=batch, K=classes, S=shapes, LARGEST=len(out.largest) > 0, PEAK=len(out.peak) > 0,
+        ZERO=ZERO_NORM, NORMALIZE=options.normalize, BW=min(128, next_power(width)),
+    )  # fmt: skip
+    return out

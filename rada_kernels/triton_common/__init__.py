@@ -1,0 +1,1 @@
+"""What the Triton kernels of all steps share: their dialect, the devices, launch configurations and launches."""

@@ -1,0 +1,136 @@
+"""Launch configurations: one frozen dataclass per kind of kernel, tables of them, and the tuned file.
+
+Each step's config.py has the tables of its kernels. A table gives a family of devices, 16 or 32 bits and a head width
+up to 64 or above a configuration to start from. `Target.launch` halves it until it fits the device. What stands in
+the file that RADA_TUNED names is preferred; `bench/autotune.py` writes that file.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+
+from rada_kernels.triton_common.device import Device
+
+BLOCKS = (16, 32, 64, 128, 256)  # 16 is the least that tl.dot takes
+LAUNCH_OPTIONS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": tuple(range(1, 9))}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes, by the names of the kernels' dialect, and Triton's launch options."""
+
+    def halved(self, keep: tuple[str, ...] = ()) -> Config | None:
+        """With half of the largest block, the first of equals; None where all are at the least. keep: fixed ones."""
+        blocks = {name: size for name, size in asdict(self).items() if name in self.blocks() and name not in keep}
+        largest = max(blocks, key=blocks.get, default=None)
+        if largest is None or blocks[largest] <= BLOCKS[0]:
+            return None
+        return replace(self, **{largest: blocks[largest] // 2})
+
+    @classmethod
+    def blocks(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name not in LAUNCH_OPTIONS]
+
+
+@dataclass(frozen=True)
+class GemmConfig(Config):
+    """A product over rows of width D: BR rows, BC columns written, BD columns contracted at a time."""
+
+    BR: int
+    BC: int
+    BD: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttentionConfig(Config):
+    """BM rows of scores by BN classes."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+def look_up(table: Mapping[str, Mapping[int, tuple]], device: Device, dtype: torch.dtype) -> tuple:
+    """The entry of {family: {bits: entry}}; "mma" serves families that have none, such as the interpreter."""
+    return table.get(device.family, table["mma"])[8 * dtype.itemsize]
+
+
+def next_power(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def contracted_block(width: int, largest: int) -> int:
+    """The largest power of two up to `largest` that divides a width: no column of a block is empty."""
+    return min(width & -width, largest)
+
+
+def pair_block(batch: int, classes: int, rows: int) -> dict[str, int]:
+    """BI images and BK classes whose pairs are a tile's rows: BI + BK rows of features are read for a tile.
+
+    Few empty rows first, then near a square. B matters below BI only, so that one compiled kernel serves a last batch.
+    """
+    side = 1 << (rows.bit_length() // 2)
+    block = max(k for k in (1, 2, 4, 8, 16) if k <= side and -classes % k <= classes // 32)
+    images = min(rows // block, next_power(batch))
+    return {"BI": images, "BK": rows // images}
+
+
+def config_key(kernel: str, device: Device, dtype: torch.dtype, *sizes: int) -> str:
+    """The name of a configuration in the tuned file, such as "mask_attention_bwd_keys sm_90 bfloat16 64"."""
+    return " ".join([kernel, device.name, str(dtype).removeprefix("torch."), *map(str, sizes)])
+
+
+def tuned_file() -> Mapping[str, Mapping[str, int]]:
+    """What RADA_TUNED names: {config_key: {field: number}}; nothing where it is not set.
+
+    Raises ValueError naming the file, the entry, what it got and what it takes.
+    """
+    path = os.environ.get("RADA_TUNED")
+    return _read_tuned(path) if path else {}
+
+
+@functools.lru_cache
+def _read_tuned(path: str) -> dict[str, dict[str, int]]:
+    try:
+        with open(path) as file:
+            content = json.load(file)
+    except (OSError, ValueError) as error:
+        raise _wrong(f"{path}: {error}", "a file that bench/autotune.py wrote") from error
+    if not isinstance(content, dict):
+        raise _wrong(f"{path}: got {content!r}", "an object")
+    for key, entry in content.items():
+        if not isinstance(entry, dict):
+            raise _wrong(f"{path}: {key}: got {entry!r}", "an object")
+        for name, value in entry.items():
+            takes = LAUNCH_OPTIONS.get(name, BLOCKS)
+            if type(value) is not int or value not in takes:
+                raise _wrong(f"{path}: {key}: {name}: got {value!r}", f"one of {takes}")
+    return content
+
+
+def _wrong(got: str, takes: str) -> ValueError:
+    return ValueError(f"RADA_TUNED: {got}; it takes {takes}")
+
+
+def tuned(key: str, entries: Mapping[str, Mapping[str, int]], default: Config, takes: Mapping[str, tuple]) -> Config:
+    """The tuned configuration of a key, or the default. takes: what fields must be to go with other kernels."""
+    if key not in entries:
+        return default
+    where, entry = f"{os.environ.get('RADA_TUNED')}: {key}", entries[key]
+    names = [field.name for field in fields(default)]
+    if {*entry} != {*names}:
+        raise _wrong(f"{where}: got {', '.join(entry)}", ", ".join(names))
+    config = type(default)(**entry)
+    for name, values in takes.items():
+        if getattr(config, name) not in values:
+            raise _wrong(f"{where}: {name}: got {getattr(config, name)}", f"one of {values} beside the others")
+    return config

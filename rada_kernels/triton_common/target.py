@@ -1,0 +1,138 @@
+"""Where launches go: a device, its configurations, and the rule by which a configuration is made to fit it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rada_kernels.triton_common.config import Config, config_key, tuned, tuned_file
+from rada_kernels.triton_common.device import INTERPRETER, Device, gpu
+
+Grid = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes of its device."""
+
+    shared_bytes: int
+    spill_bytes: int  # a thread's, in local memory
+
+
+def fit(
+    config: Config, usage_of: Callable[[Config], Usage | None], shared_bytes: int, keep: tuple[str, ...] = ()
+) -> Config:
+    """The first of a configuration and its halvings that is within shared memory and spills no register.
+
+    Beyond shared memory, pipeline stages go before blocks. Where every halving spills, the one that spills least.
+    usage_of: what the compiled kernel takes; None: unknown, and taken to fit. keep: blocks that are not halved.
+    Raises ValueError where not even the smallest is within shared memory.
+    """
+    spilling: dict[Config, int] = {}
+    while True:
+        usage = usage_of(config)
+        fits = usage is None or usage.shared_bytes <= shared_bytes
+        if fits and not (usage and usage.spill_bytes):
+            return config
+        if fits:
+            spilling[config] = usage.spill_bytes
+        if not fits and config.num_stages > 1:
+            smaller = replace(config, num_stages=config.num_stages - 1)
+        else:
+            smaller = config.halved(keep)
+        if smaller is None:
+            if spilling:
+                return min(spilling, key=spilling.get)
+            raise ValueError(f"{config}: it takes {usage.shared_bytes} bytes of shared memory; got {shared_bytes}")
+        config = smaller
+
+
+class Target:
+    """A device to launch on. Subclasses say how a kernel is run there, and what it takes once it is compiled.
+
+    configs: {config_key: fields} that are preferred to the tables'; None: those of RADA_TUNED.
+    """
+
+    def __init__(self, device: Device, configs: Mapping[str, Mapping[str, int]] | None = None):
+        self.device = device
+        self.configs = configs
+        self.fitted: dict[tuple, Config] = {}  # by kernel, first configuration, shapes, dtypes and options
+
+    def config(self, kernel: str, dtype: torch.dtype, sizes: tuple[int, ...], default: Config, **takes) -> Config:
+        """A kernel's configuration; sizes: what tells its configurations apart."""
+        entries = tuned_file() if self.configs is None else self.configs
+        return tuned(config_key(kernel, self.device, dtype, *sizes), entries, default, takes)
+
+    def launch(
+        self,
+        kernel,
+        config: Config,
+        blocks: Callable[[Config], tuple[Grid, dict]],
+        *,
+        keep: tuple[str, ...] = (),
+        **arguments,
+    ) -> dict:
+        """Launch a kernel by a configuration, or by the halving of it that `fit` finds when it is first compiled.
+
+        blocks: the grid, and the arguments that follow from a configuration. Returns all arguments of the launch.
+        """
+
+        def complete(config: Config) -> tuple[Grid, dict]:
+            grid, own = blocks(config)
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            return grid, arguments | own | {"C": config} | options
+
+        key = (kernel, config, *map(_signature, arguments.values()))
+        if key not in self.fitted:
+            limit = self.device.shared_bytes
+            self.fitted[key] = fit(config, lambda candidate: self.usage(kernel, *complete(candidate)), limit, keep)
+        grid, everything = complete(self.fitted[key])
+        self.run(kernel, grid, everything)
+        return everything
+
+    def usage(self, kernel, grid: Grid, arguments: dict) -> Usage | None:
+        return None
+
+    def run(self, kernel, grid: Grid, arguments: dict) -> None:
+        kernel[grid](**arguments)
+
+
+class Gpu(Target):
+    """A CUDA or ROCm device: kernels are compiled and loaded before they are launched for the first time."""
+
+    def usage(self, kernel, grid: Grid, arguments: dict) -> Usage | None:
+        from triton.runtime.errors import OutOfResources
+
+        compiled = kernel.warmup(grid=grid, **arguments)
+        try:
+            _ = compiled.run  # loads it, which says what it spills
+        except OutOfResources as error:
+            return Usage(max(error.required, self.device.shared_bytes + 1), 0)
+        return Usage(compiled.metadata.shared, 4 * compiled.n_spills)
+
+
+def _signature(argument):
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.shape
+    if isinstance(argument, tuple):
+        return tuple(map(_signature, argument))
+    return argument
+
+
+@functools.lru_cache
+def _gpu_target(index: int) -> Gpu:
+    return Gpu(gpu(index))
+
+
+@functools.lru_cache
+def _interpreter() -> Target:
+    return Target(INTERPRETER)
+
+
+def target_of(tensor: Tensor) -> Target:
+    """The target that a tensor is on: its GPU, or Triton's interpreter."""
+    return _gpu_target(tensor.device.index) if tensor.is_cuda else _interpreter()

@@ -1,0 +1,102 @@
+"""bench/autotune.py without a GPU: launches are recorded, not run, and the clock is a formula over their blocks."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import autotune
+from codegen.launches import Recorder, device_named, record_launches
+from measure import Clock
+from workloads import WORKLOADS
+
+from rada_kernels.rational_projection.config import projection_config
+from rada_kernels.triton_common.target import Usage
+
+LOAD = WORKLOADS["imagenet-r"]
+WISHES = {
+    "rational_projection_fwd": {"BC": 64, "num_warps": 8},
+    "mask_attention_streaming_fwd": {"BM": 32, "BN": 128},
+    "mask_attention_bwd_keys": {"num_stages": 1},
+}
+
+
+def fields_of(launch) -> dict:
+    return vars(launch.arguments["C"])
+
+
+class FakeClock(Clock):
+    """Seconds by the recorded launches: the nearer to the wishes, the fewer. It changes no clock of the machine."""
+
+    def time(self, run) -> float:
+        far = 0.0
+        for recorded in run():
+            for name, wish in WISHES.get(recorded.name, {}).items():
+                far += abs(math.log2(fields_of(recorded)[name] / wish))
+        return 1.0 + far
+
+
+class TuningRecorder(autotune.Tuning, Recorder):
+    """It records launches. Blocks of more than 4096 scores spill."""
+
+    def __init__(self):
+        super().__init__(device_named("sm_90"), self.spills)
+        self.refused = 0
+
+    def spills(self, launch):
+        fields = fields_of(launch)
+        spills = fields.get("BM", 0) * fields.get("BN", 0) > 4096
+        self.refused += self.trying and spills
+        return Usage(0, 8 * spills)
+
+
+def run_on(target):
+    return lambda: record_launches(LOAD, "step-features", torch.bfloat16, target)
+
+
+def test_what_tuning_finds_is_what_the_library_then_launches(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(autotune, "SAMPLES", 1)
+    out = tmp_path / "tuned.json"
+    kept = {"rational_projection_bwd_rows sm_80 float16 512": dict(BR=16, BC=16, BD=16, num_warps=1, num_stages=1)}
+    out.write_text(json.dumps(kept))
+    before = record_launches(LOAD, "step-features", torch.bfloat16, Recorder(device_named("sm_90")))
+    target = TuningRecorder()
+    autotune.tune("imagenet-r", "bfloat16", run_on(target), target, FakeClock(), 2, out)
+    assert "6000.000 ms by the tables, 1000.000 ms tuned" in capsys.readouterr().out
+    tuned = json.loads(out.read_text())
+    assert kept.items() <= tuned.items()
+    assert {key.split()[0] for key in tuned.keys() - kept.keys()} == {*WISHES}, (
+        "what no trial improved keeps its table's"
+    )
+    assert target.refused, "what spills is no trial"
+
+    monkeypatch.setenv("RADA_TUNED", str(out))
+    library = Recorder(device_named("sm_90"))
+    after = record_launches(LOAD, "step-features", torch.bfloat16, library)
+    before, after = ({recorded.name: fields_of(recorded) for recorded in launches} for launches in (before, after))
+    for kernel, wishes in WISHES.items():
+        for name, wish in wishes.items():
+            assert before[kernel][name] != wish == after[kernel][name], (kernel, name)
+    assert projection_config(library, torch.float16, 512, 32, 200).num_warps == 4, "another dtype"
+
+
+def test_trials_go_with_each_other():
+    target, tried = TuningRecorder(), []
+
+    def seconds():
+        launches = run_on(target)()
+        tried.append({recorded.name: fields_of(recorded) for recorded in launches})
+        assert all(set(recorded.grid) for recorded in launches)
+        return 1.0
+
+    assert autotune.search(seconds, target, 1) == (1.0, 1.0)
+    assert not target.configs
+    assert len(tried) > 100
+    for configs in tried:
+        for name in ("logit_reduction_fwd", "logit_reduction_bwd"):
+            assert 64 % configs[name]["BD"] == 0
