@@ -360,7 +360,7 @@ def test_every_table_serves_every_case(device):
             assert all((width if direct else head_width) % config.BD == 0 for config in reductions)
             made += contracted + reductions
         for config in made:
-            for name in config.blocks():
+            for name in config.blocks:
                 assert getattr(config, name) in (16, 32, 64, 128, 256), config
 
 

@@ -179,7 +179,7 @@ def compile_all(wanted: dict[str, tuple[str, Launch]], store: Store, jobs: int) 
 def blocks_of(launch: Launch) -> str:
     """A launch's block sizes, as the report writes them."""
     config, rows = launch.arguments["C"], launch.arguments.get("R")
-    sizes = {name: getattr(config, name) for name in config.blocks()}
+    sizes = dict(config.blocks)
     sizes |= {name: value for name, value in launch.arguments.items() if name in ("BI", "BK")}
     if rows is not None:
         sizes |= {"BI": rows.BI, "BK": rows.BK}

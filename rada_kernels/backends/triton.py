@@ -84,12 +84,12 @@ class Kept(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """As an operator returns them: without `largest`, which is given out, and results must not share memory."""
-        return [*self.projected[:-1], *self.attended[:-1]] if self.projected else []
+        return [*self.projected[:-1], *self.attended[:-1]] if self.projected and self.attended else []
 
     @staticmethod
-    def of(tensors: list[Tensor], tile: int) -> Kept:
+    def of(tensors: list[Tensor], tile: int | None) -> Kept:
         fields = len(Projections._fields) - 1
-        return Kept(Projections(*tensors[:fields], None), Attended(*tensors[fields:], tile)) if tensors else Kept()
+        return Kept(Projections._make((*tensors[:fields], None)), Attended._make((*tensors[fields:], tile)))
 
 
 def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool, target: Target | None = None) -> Kept:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from rada_kernels.triton_common.config import BLOCKS, GemmConfig, contracted_block, look_up
@@ -41,7 +39,7 @@ def reduction_config(
     many = batch * classes > FEW_ROWS
     whole = width if combined else head_width
     config = GemmConfig(*look_up(BACKWARD if backward else FORWARD, target.device, dtype)[many])
-    config = replace(config, BD=contracted_block(whole, config.BD))
+    config = config.changed(BD=contracted_block(whole, config.BD))
     kernel = "logit_reduction_bwd" if backward else "logit_reduction_fwd"
     sizes = width, head_width, int(combined), int(many)
     return target.config(kernel, dtype, sizes, config, BD=tuple(b for b in BLOCKS if whole % b == 0))

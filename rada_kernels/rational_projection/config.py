@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from rada_kernels.triton_common.config import GemmConfig, contracted_block, look_up
@@ -34,7 +32,7 @@ def projection_config(target: Target, dtype: torch.dtype, width: int, batch: int
     config = GemmConfig(*look_up(FORWARD, target.device, dtype))
     if many and dtype.itemsize == 2 and target.device.family == "wgmma":
         config = GemmConfig(128, 128, 64, 8, 3)  # twice the rows halve the reads of the weights per product
-    config = replace(config, BD=contracted_block(width, config.BD))
+    config = config.changed(BD=contracted_block(width, config.BD))
     return target.config("rational_projection_fwd", dtype, (width, int(many)), config)
 
 
@@ -51,5 +49,5 @@ def row_split(row_tiles: int, programs: int) -> int:
 
 def rows_bwd_config(target: Target, dtype: torch.dtype, width: int) -> GemmConfig:
     config = GemmConfig(*look_up(ROWS_BWD, target.device, dtype))
-    config = replace(config, BD=contracted_block(width, config.BD))
+    config = config.changed(BD=contracted_block(width, config.BD))
     return target.config("rational_projection_bwd_rows", dtype, (width,), config)

@@ -11,31 +11,43 @@ import functools
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from rada_kernels.triton_common.device import Device
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 BLOCKS = (16, 32, 64, 128, 256)  # 16 is the least that tl.dot takes
 LAUNCH_OPTIONS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": tuple(range(1, 9))}
 
 
-@dataclass(frozen=True)
 class Config:
-    """Block sizes, by the names of the kernels' dialect, and Triton's launch options."""
+    """Block sizes, by the names of the kernels' dialect, and Triton's launch options. A dataclass for each kind."""
 
-    def halved(self, keep: tuple[str, ...] = ()) -> Config | None:
+    num_warps: int
+    num_stages: int
+
+    def changed(self, **fields: int) -> Self:
+        return type(self)(**vars(self) | fields)
+
+    def halved(self, keep: tuple[str, ...] = ()) -> Self | None:
         """With half of the largest block, the first of equals; None where all are at the least. keep: fixed ones."""
-        blocks = {name: size for name, size in asdict(self).items() if name in self.blocks() and name not in keep}
-        largest = max(blocks, key=blocks.get, default=None)
-        if largest is None or blocks[largest] <= BLOCKS[0]:
+        blocks = {name: size for name, size in self.blocks.items() if name not in keep}
+        largest = max(blocks, key=blocks.__getitem__, default="")
+        if not largest or blocks[largest] <= BLOCKS[0]:
             return None
-        return replace(self, **{largest: blocks[largest] // 2})
+        return self.changed(**{largest: blocks[largest] // 2})
 
-    @classmethod
-    def blocks(cls) -> list[str]:
-        return [field.name for field in fields(cls) if field.name not in LAUNCH_OPTIONS]
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {name: size for name, size in vars(self).items() if name not in LAUNCH_OPTIONS}
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -121,15 +133,14 @@ def _wrong(got: str, takes: str) -> ValueError:
     return ValueError(f"RADA_TUNED: {got}; it takes {takes}")
 
 
-def tuned(key: str, entries: Mapping[str, Mapping[str, int]], default: Config, takes: Mapping[str, tuple]) -> Config:
+def tuned(key: str, entries: Mapping[str, Mapping[str, int]], default: ConfigT, takes: Mapping[str, tuple]) -> ConfigT:
     """The tuned configuration of a key, or the default. takes: what fields must be to go with other kernels."""
     if key not in entries:
         return default
     where, entry = f"{os.environ.get('RADA_TUNED')}: {key}", entries[key]
-    names = [field.name for field in fields(default)]
-    if {*entry} != {*names}:
-        raise _wrong(f"{where}: got {', '.join(entry)}", ", ".join(names))
-    config = type(default)(**entry)
+    if entry.keys() != vars(default).keys():
+        raise _wrong(f"{where}: got {', '.join(entry)}", ", ".join(vars(default)))
+    config = default.changed(**entry)
     for name, values in takes.items():
         if getattr(config, name) not in values:
             raise _wrong(f"{where}: {name}: got {getattr(config, name)}", f"one of {values} beside the others")

@@ -51,4 +51,4 @@ def gpu(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:  # its properties have no shared_memory_per_block_optin: what a program has, it may use
         return Device(properties.gcnArchName.split(":")[0], properties.shared_memory_per_block)
-    return Device(f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin)
+    return Device(f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]

@@ -40,8 +40,9 @@ class Shapes:
 
     @staticmethod
     def of(options: Options, width: int, dtype: torch.dtype, device: Device) -> Shapes:
-        kinds = (name in options.queries for name in ("image", "text", "rational"))
-        return Shapes(options.num_heads, width // options.num_heads, *kinds, device.precision(dtype))
+        image, text, rational = (name in options.queries for name in ("image", "text", "rational"))
+        precision = device.precision(dtype)
+        return Shapes(options.num_heads, width // options.num_heads, image, text, rational, precision)
 
     @property
     def D(self) -> int:

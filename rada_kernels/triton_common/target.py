@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rada_kernels.triton_common.config import Config, config_key, tuned, tuned_file
+from rada_kernels.triton_common.config import ConfigT, config_key, tuned, tuned_file
 from rada_kernels.triton_common.device import INTERPRETER, Device, gpu
 
 Grid = tuple[int, ...]
@@ -24,29 +25,29 @@ class Usage:
 
 
 def fit(
-    config: Config, usage_of: Callable[[Config], Usage | None], shared_bytes: int, keep: tuple[str, ...] = ()
-) -> Config:
+    config: ConfigT, usage_of: Callable[[ConfigT], Usage | None], shared_bytes: int, keep: tuple[str, ...] = ()
+) -> ConfigT:
     """The first of a configuration and its halvings that is within shared memory and spills no register.
 
     Beyond shared memory, pipeline stages go before blocks. Where every halving spills, the one that spills least.
     usage_of: what the compiled kernel takes; None: unknown, and taken to fit. keep: blocks that are not halved.
     Raises ValueError where not even the smallest is within shared memory.
     """
-    spilling: dict[Config, int] = {}
+    spilling: dict[ConfigT, int] = {}
     while True:
         usage = usage_of(config)
-        fits = usage is None or usage.shared_bytes <= shared_bytes
-        if fits and not (usage and usage.spill_bytes):
+        if usage is None:
+            return config
+        fits = usage.shared_bytes <= shared_bytes
+        if fits and not usage.spill_bytes:
             return config
         if fits:
             spilling[config] = usage.spill_bytes
-        if not fits and config.num_stages > 1:
-            smaller = replace(config, num_stages=config.num_stages - 1)
-        else:
-            smaller = config.halved(keep)
+        less_ahead = not fits and config.num_stages > 1
+        smaller = config.changed(num_stages=config.num_stages - 1) if less_ahead else config.halved(keep)
         if smaller is None:
             if spilling:
-                return min(spilling, key=spilling.get)
+                return min(spilling, key=spilling.__getitem__)
             raise ValueError(f"{config}: it takes {usage.shared_bytes} bytes of shared memory; got {shared_bytes}")
         config = smaller
 
@@ -60,9 +61,9 @@ class Target:
     def __init__(self, device: Device, configs: Mapping[str, Mapping[str, int]] | None = None):
         self.device = device
         self.configs = configs
-        self.fitted: dict[tuple, Config] = {}  # by kernel, first configuration, shapes, dtypes and options
+        self.fitted: dict[tuple, Any] = {}  # by kernel, first configuration, shapes, dtypes and options
 
-    def config(self, kernel: str, dtype: torch.dtype, sizes: tuple[int, ...], default: Config, **takes) -> Config:
+    def config(self, kernel: str, dtype: torch.dtype, sizes: tuple[int, ...], default: ConfigT, **takes) -> ConfigT:
         """A kernel's configuration; sizes: what tells its configurations apart."""
         entries = tuned_file() if self.configs is None else self.configs
         return tuned(config_key(kernel, self.device, dtype, *sizes), entries, default, takes)
@@ -70,18 +71,18 @@ class Target:
     def launch(
         self,
         kernel,
-        config: Config,
-        blocks: Callable[[Config], tuple[Grid, dict]],
+        config: ConfigT,
+        blocks: Callable[[ConfigT], tuple[Grid, dict]],
         *,
         keep: tuple[str, ...] = (),
-        **arguments,
+        **arguments: Any,
     ) -> dict:
         """Launch a kernel by a configuration, or by the halving of it that `fit` finds when it is first compiled.
 
         blocks: the grid, and the arguments that follow from a configuration. Returns all arguments of the launch.
         """
 
-        def complete(config: Config) -> tuple[Grid, dict]:
+        def complete(config: ConfigT) -> tuple[Grid, dict]:
             grid, own = blocks(config)
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
             return grid, arguments | own | {"C": config} | options

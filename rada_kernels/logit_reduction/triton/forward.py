@@ -252,7 +252,7 @@ def row_blocks(c: GemmConfig, attended: Attended, image: Tensor, text: Tensor, o
 def launch_arguments(attended, projected, image, text, params, options, target) -> dict:
     """What the forward and the backward kernel are both launched with."""
     return {
-        "attended": attended._replace(tile=None), "weight": params.out_weight, "bias": params.out_bias,
+        "attended": attended.pointers, "weight": params.out_weight, "bias": params.out_bias,
         "image": image, "text": text, "inverse_image": projected.inverse_image, "inverse_text": projected.inverse_text,
         "B": len(image), "K": len(text), "T": attended.m.shape[-1],
         "S": Shapes.of(options, image.shape[-1], image.dtype, target.device),

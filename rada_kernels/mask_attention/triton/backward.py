@@ -321,12 +321,15 @@ def mask_attention_bwd(
         config = direct_config or direct_config_of(target, "mask_attention_direct_bwd", classes, *sizes)
         target.launch(
             mask_attention_direct_bwd_kernel, config, lambda c: ((units,), {}), keep=("BM", "BN"),
-            attended=attended._replace(tile=None), grads=grads, **arguments,
+            attended=attended.pointers, grads=grads, **arguments,
         )  # fmt: skip
         return grads
 
+    m, scale, delta = (attended.m.new_empty(attended.m.shape[:-1]) for _ in range(3))
     joint = Joint(
-        *(attended.m.new_empty(attended.m.shape[:-1]) for _ in range(3)),
+        m,
+        scale,
+        delta,
         image_dO=torch.empty_like(grads.query_image),
         image_P=grads.query_image.new_empty(images, heads, classes),
         image_dS=grads.query_image.new_empty(images, heads, classes),
@@ -334,7 +337,7 @@ def mask_attention_bwd(
     tiles, exact = attended.m.shape[-1], projections.dtype == torch.float32
     target.launch(
         _mask_attention_bwd_joint_kernel, JOINT_BWD[width // heads > 64], lambda c: ((units,), {}), keep=("BM",),
-        attended=attended._replace(tile=None), joint=joint, grad_query_image=grads.query_image, T=tiles,
+        attended=attended.pointers, joint=joint, grad_query_image=grads.query_image, T=tiles,
         ROWS=not exact, TILE=attended.tile, BT=32 if tiles <= 32 else 128, **arguments,
     )  # fmt: skip
     if len(joint.m):
@@ -344,13 +347,13 @@ def mask_attention_bwd(
             row_tiles = triton.cdiv(classes, c.BM)
             return (units * row_tiles,), {"parts": joint.m.new_empty(count, batch, heads, row_tiles)}
 
-        for delta in (True, False) if exact else (False,):
+        for of_delta in (True, False) if exact else (False,):
             launched = target.launch(
                 _mask_attention_bwd_queries_kernel, config,
-                functools.partial(blocks, count=len(joint.m) * delta),
-                joint=joint, grads=grads, DELTA=delta, **arguments,
+                functools.partial(blocks, count=len(joint.m) * of_delta),
+                joint=joint, grads=grads, DELTA=of_delta, **arguments,
             )  # fmt: skip
-            if delta:
+            if of_delta:
                 joint = joint._replace(delta=launched["parts"].sum(-1))
     target.launch(
         _mask_attention_bwd_keys_kernel, keys_config or keys_bwd_config(target, *sizes),

@@ -197,7 +197,7 @@ def mask_attention_fwd(
         kernel, grid, keep = _mask_attention_streaming_fwd_kernel, (units * out.m.shape[-1],), ("BM",)
     target.launch(
         kernel, config, lambda c: (grid, {}), keep=keep,
-        projected=projected, out=out._replace(tile=None), **launch_arguments(keys, options, target),
+        projected=projected, out=out.pointers, **launch_arguments(keys, options, target),
     )  # fmt: skip
     return out
 

@@ -28,6 +28,11 @@ class Attended(NamedTuple):
         """Whether `rows` is the sum over all query kinds already."""
         return not len(self.image_row)
 
+    @property
+    def pointers(self) -> Attended:
+        """As the argument of a kernel, to which the tile is a constant."""
+        return Attended._make((*self[:-1], None))
+
     @staticmethod
     def empty(image: Tensor, classes: int, options: Options, direct: bool, tile: int) -> Attended:
         """Uninitialised tensors, from shapes alone, of the direct or the streaming form."""

@@ -8,7 +8,7 @@ all projections: its first programs those of the feature rows, the others those 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -179,11 +179,12 @@ def rational_projection_fwd(
         tiles += triton.cdiv(batch, c.BR) + triton.cdiv(classes, c.BR)
         return (tiles * triton.cdiv(width, c.BC),), pairs
 
-    layers = ("query_image", "query_text", "query_rational", "key", "value")
+    names = ("query_image", "query_text", "query_rational", "key", "value")
+    layers: dict[str, Any] = {n: Linear(getattr(params, f"{n}_weight"), getattr(params, f"{n}_bias")) for n in names}
     config = config or projection_config(target, image.dtype, width, batch, classes)
     target.launch(
         _rational_projection_fwd_kernel, config, blocks, image=image, text=text, scale=params.logit_scale,
-        **{name: Linear(getattr(params, f"{name}_weight"), getattr(params, f"{name}_bias")) for name in layers},
+        **layers,
         out=out, B=batch, K=classes, S=shapes, LARGEST=len(out.largest) > 0, PEAK=len(out.peak) > 0,
         ZERO=ZERO_NORM, NORMALIZE=options.normalize, BW=min(128, next_power(width)),
     )  # fmt: skip

@@ -19,7 +19,7 @@ class Projections(NamedTuple):
     inverse_text: Tensor  # [K] float32
     projections: Tensor  # [2 or 3, B, K, D] keys, values, rational queries if in use
     peak: Tensor  # [B] int64, "linf" before a backward pass, else [0]: cleared for the logit reduction to raise
-    largest: Tensor  # [B] int32, "linf", else [0]: cleared for the logit reduction to raise
+    largest: Tensor  # [B] int32, "linf", else [0]: the same
 
     @staticmethod
     def empty(image: Tensor, text: Tensor, options: Options, save: bool) -> Projections:
