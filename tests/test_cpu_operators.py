@@ -148,6 +148,17 @@ def test_unknown_instruction_set_is_named():
     assert instruction_sets()[-1] in out.stdout
 
 
+def test_a_library_of_another_version_is_passed_over():
+    """An editable install whose sources have moved on: the torch backend serves, and the reason is said."""
+    code = (
+        "import torch; torch.ops.load_library = lambda path: None;\n"
+        "from rada_kernels.backends import cpu; print(cpu.MISSING)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "another version" in out.stdout
+    assert "install again" in out.stdout
+
+
 # Linux gives no tile registers while a signal stack is too small for them.
 SMALL_SIGNAL_STACK = """
 import ctypes

@@ -26,26 +26,27 @@ LIBRARY = Path(os.environ.get("RADA_CPU_LIBRARY") or Path(__file__).parent.paren
 SCORE_BYTES = 32 * MIB
 
 
-def _load() -> tuple[str, str, bool]:
-    """The instruction set in use, why there is none, and whether it has bfloat16 dot products."""
+def _load() -> tuple[str, str, bool, str]:
+    """The instruction set in use, why there is none, whether it has bfloat16 dot products, and the sets refused."""
     if not LIBRARY.exists():
         reason = LIBRARY.with_suffix(".missing")  # setup.py leaves it
         why = reason.read_text().strip() if reason.exists() else "install again with a C++ compiler"
-        return "", f"{LIBRARY.name} was not built: {why}", False
+        return "", f"{LIBRARY.name} was not built: {why}", False, ""
     try:
         torch.ops.load_library(LIBRARY)
-        return torch.ops.rada_cpu.instruction_set(), "", torch.ops.rada_cpu.has_bfloat16()
+        library = torch.ops.rada_cpu
+        found = library.instruction_set(), "", library.has_bfloat16(), library.refused_instruction_sets()
+        for operator in ("forward", "backward"):  # they write into their arguments and return nothing
+            torch.library.register_fake(f"rada_cpu::{operator}", lambda *arguments: None)
+        return found
     except (OSError, RuntimeError) as error:
-        return "", f"{LIBRARY.name} does not load: {error}", False
+        return "", f"{LIBRARY.name} does not load: {error}", False, ""
+    except AttributeError as error:
+        return "", f"{LIBRARY.name} was built from another version of its sources ({error}): install again", False, ""
 
 
-# Once, at import: torch.compile traces what asks for it.
-INSTRUCTION_SET, MISSING, HAS_BFLOAT16 = _load()
-# The instruction sets of the library that this machine does not run, each with the reason.
-REFUSED = "" if MISSING else torch.ops.rada_cpu.refused_instruction_sets()
-if not MISSING:
-    for _operator in ("forward", "backward"):  # they write into their arguments and return nothing
-        torch.library.register_fake(f"rada_cpu::{_operator}", lambda *arguments: None)
+# Once, at import: torch.compile traces what asks for it. REFUSED: what the machine does not run, each with the reason.
+INSTRUCTION_SET, MISSING, HAS_BFLOAT16, REFUSED = _load()
 
 
 def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: int) -> tuple[bool, str]:
