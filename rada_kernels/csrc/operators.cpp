@@ -323,7 +323,7 @@ Call make_call(Arrays& arrays, bool forward, const Tensor& image, const Tensor& 
   call.change = rows_kept("kept change", 6, B * K, D, element);
   call.references = (float*)rows_kept("kept references", 7, rada::KINDS, B * heads, Type::FLOAT);
   auto consistent = [&](const void* array, bool in_use) {
-    return (array != nullptr) == (call.attended != nullptr && in_use);
+    return !B || (array != nullptr) == (call.attended != nullptr && in_use);  // of no images only K rows are there
   };
   STD_TORCH_CHECK(consistent(call.query_image, queries & 1) && consistent(call.query_text, queries & 2) &&
                       consistent(call.projection[0], queries & 4) && consistent(call.projection[1], true) &&
