@@ -14,7 +14,7 @@ from rada_kernels.logit_reduction.reference import deviation_from_one, masked_su
 from rada_kernels.mask_attention.reference import mask_attention
 from rada_kernels.rational_projection.reference import rational_projection
 from tests.test_backends import every_backend
-from tests.truth import LAYER_NAMES, assert_as_good_as_reference, expected, make_case, results, verdict_of
+from tests.truth import LAYER_NAMES, assert_as_good_as_reference, expected, make_case, results, steady_case, verdict_of
 
 EPS = torch.finfo(torch.float32).eps
 GRADIENTS = [f"grad {name}" for name in ("image", "text", *LAYER_NAMES, "scale")]
@@ -193,3 +193,18 @@ def test_a_loosened_rule_would_be_noticed():
     want = expected(case.cast(torch.float32))
     rounded = {name: tensor.float() for name, tensor in results(case, "torch").items()}
     assert not judge([want], [rounded], torch.float32).right
+
+
+@pytest.mark.parametrize(("batch", "classes", "width"), [(1, 1, 3), (4, 9, 12), (9, 70, 210)])
+def test_steady_cases_leave_the_kink_room_on_both_sides(batch, classes, width):
+    """Of size 1e-3 where float32 is off by 1e-6, and still with elements on either side."""
+    case = steady_case(batch, classes, width, 3, scale=width / 4)
+
+    def mask(bias):
+        params = Params(*case.layers[:-1], bias, logit_scale=case.scale)
+        return reference.mask(case.image, case.text, params, case.options)
+
+    below, above = (mask(case.layers[-1] + shift) > 0 for shift in (-2e-4, 2e-4))
+    assert torch.equal(below, above)
+    if classes > 1:
+        assert 0.05 < above.double().mean() < 0.95
