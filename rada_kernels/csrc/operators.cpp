@@ -119,19 +119,28 @@ void with_threads(Work&& work) {
 const InstructionSet& instruction_set() {
   static const InstructionSet& chosen = []() -> const InstructionSet& {
     const char* wanted = std::getenv("RADA_CPU_ISA");
-    std::string usable;
+    std::string usable, refused;
     for (const InstructionSet& set : rada::instruction_sets()) {
-      if (!set.usable) continue;
-      if (!wanted || !*wanted || std::string(wanted) == set.name) return set;
-      usable += std::string(usable.empty() ? "" : ", ") + set.name;
+      const bool named = !wanted || !*wanted || std::string(wanted) == set.name;
+      if (named && set.usable()) return set;
+      if (named) refused = " (" + set.refused + ")";
+      if (set.usable()) usable += std::string(usable.empty() ? "" : ", ") + set.name;
     }
-    STD_TORCH_CHECK(false, "RADA_CPU_ISA: got ", wanted, "; this machine takes one of ", usable);
+    STD_TORCH_CHECK(false, "RADA_CPU_ISA: got ", wanted, refused, "; this machine takes one of ", usable);
   }();
   return chosen;
 }
 
 std::string describe() { return instruction_set().name; }
 bool has_bfloat16() { return instruction_set().bfloat16_loops; }
+
+// Each instruction set that this machine does not run, with the reason.
+std::string describe_refused() {
+  std::string all;
+  for (const InstructionSet& set : rada::instruction_sets())
+    if (!set.usable()) all += std::string(all.empty() ? "" : "; ") + "not " + set.name + ": " + set.refused;
+  return all;
+}
 
 // ---- memory
 
@@ -303,7 +312,6 @@ Call make_call(Arrays& arrays, bool forward, const Tensor& image, const Tensor& 
     call.bias[l] = used ? features("layers", layers[2 * l + 1], 1, D) : nullptr;
     STD_TORCH_CHECK(!used || (call.weight[l] && call.bias[l]), "layers: a layer in use is empty");
   }
-  if (!B) return call;  // which is zero of everything
   auto rows_kept = [&](const char* name, int i, int64_t rows, int64_t columns, Type type) {
     const Matrix at = matrix(name, kept[i], rows, columns, type);
     return forward ? arrays.output(at, type) : arrays.input(at, type);
@@ -315,7 +323,7 @@ Call make_call(Arrays& arrays, bool forward, const Tensor& image, const Tensor& 
   call.change = rows_kept("kept change", 6, B * K, D, element);
   call.references = (float*)rows_kept("kept references", 7, rada::KINDS, B * heads, Type::FLOAT);
   auto consistent = [&](const void* array, bool in_use) {
-    return (array != nullptr) == (call.attended != nullptr && in_use);
+    return !B || (array != nullptr) == (call.attended != nullptr && in_use);  // of no images only K rows are there
   };
   STD_TORCH_CHECK(consistent(call.query_image, queries & 1) && consistent(call.query_text, queries & 2) &&
                       consistent(call.projection[0], queries & 4) && consistent(call.projection[1], true) &&
@@ -408,6 +416,7 @@ void backward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t n
 
 STABLE_TORCH_LIBRARY(rada_cpu, m) {
   m.def("instruction_set() -> str");
+  m.def("refused_instruction_sets() -> str");
   m.def("has_bfloat16() -> bool");
   m.def("forward(" RADA_CALL("Tensor(a!)[]") "Tensor(b!) sums, Tensor(c!) deviation) -> ()");
   m.def("backward(" RADA_CALL("Tensor[]")
@@ -417,6 +426,7 @@ STABLE_TORCH_LIBRARY(rada_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rada_cpu, CompositeExplicitAutograd, m) {  // no tensor tells these a device
   m.impl("instruction_set", TORCH_BOX(&describe));
+  m.impl("refused_instruction_sets", TORCH_BOX(&describe_refused));
   m.impl("has_bfloat16", TORCH_BOX(&has_bfloat16));
 }
 

@@ -17,6 +17,11 @@
 
 namespace RADA_ISA {
 
+// AMX's tile registers, or a plain C++ model of them on any machine: amx.h.
+#if defined(__AMX_BF16__) || defined(RADA_TILE_MODEL)
+#define RADA_TILES
+#endif
+
 // While it lives, this thread takes subnormal operands for zero and makes zero of subnormal results; then as before.
 // The exponentials of a sharp softmax are full of them, and processors compute with them in microcode.
 class SubnormalsAreZero {
@@ -43,9 +48,11 @@ class SubnormalsAreZero {
 };
 
 // W lanes; MR rows of a register tile with NV vectors in each: MR · NV accumulators and NV + 1 operands fit in the
-// 32 registers of AVX-512 and NEON, or in the 16 of the others.
+// 32 registers of AVX-512 and NEON, or in the 16 of the others. Two vectors are a pair of AMX's tiles.
 #if defined(__AVX512F__)
 constexpr int W = 16, MR = 8;
+#elif defined(RADA_TILE_MODEL)
+constexpr int W = 16, MR = 4;
 #elif defined(__AVX2__)
 constexpr int W = 8, MR = 4;
 #elif defined(__aarch64__)
@@ -53,7 +60,11 @@ constexpr int W = 4, MR = 8;
 #else
 constexpr int W = 4, MR = 4;
 #endif
+#if defined(RADA_TILES)
+constexpr int NV = 2;
+#else
 constexpr int NV = 3;
+#endif
 
 typedef float vec __attribute__((vector_size(W * 4), may_alias));
 typedef float vec_at_any_address __attribute__((vector_size(W * 4), aligned(4), may_alias));
@@ -105,7 +116,10 @@ RADA_INLINE vec splat(float x) {
 #elif defined(__AVX2__)
   return (vec)_mm256_set1_ps(x);
 #else
-  return vec{x, x, x, x};
+  vec v;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) v[i] = x;
+  return v;
 #endif
 }
 
@@ -124,16 +138,16 @@ RADA_INLINE vec shuffle(vec a, vec b, ivec from) {
 #endif
 }
 
-// All lanes combined by pairs: halves first.
-template <class F>
+// All lanes combined by pairs: halves first. HALF is a constant, and so are the shuffles.
+template <int HALF = W / 2, class F>
 RADA_INLINE float reduce(vec v, F&& combine) {
-#pragma GCC unroll 4
-  for (int half = W / 2; half; half /= 2) {
+  if constexpr (HALF == 0) {
+    return v[0];
+  } else {
     ivec other;
-    for (int i = 0; i < W; i++) other[i] = (i + half) % W;
-    v = combine(v, shuffle(v, v, other));
+    for (int i = 0; i < W; i++) other[i] = (i + HALF) % W;
+    return reduce<HALF / 2>(combine(v, shuffle(v, v, other)), combine);
   }
-  return v[0];
 }
 RADA_INLINE float sum(vec v) {
   return reduce(v, [](vec a, vec b) { return a + b; });
@@ -150,13 +164,20 @@ RADA_INLINE vec first_or(vec v, int64_t n, vec rest) {
 }
 RADA_INLINE vec keep_first(vec v, int64_t n) { return first_or(v, n, vec{}); }
 
-// 2^x; NaN stays NaN, 2^0 is 1. Results lie within 2^-126 and 2^126; on AVX-512 larger ones go on to inf, and smaller ones
-// are subnormal, which SubnormalsAreZero makes zero.
+// 2^x; NaN stays NaN, 2^0 is 1. Results end at 2^-126 and 2^126 but on AVX-512, where larger ones go on to inf and smaller
+// ones are subnormal, which SubnormalsAreZero makes zero.
 // A polynomial, minimax on [-1/2, 1/2]: of degree 5, to 2e-7 of the value, or of degree 3, to 2e-4, for what is
 // rounded to bfloat16 next.
 template <bool COARSE = false>
 RADA_INLINE vec exp2(vec x) {
 #if defined(__AVX512F__)
+  if constexpr (COARSE) {  // minimax on [0, 1), to 9e-5: the scaling takes the integer part from x itself
+    const vec r = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    vec p = splat(7.70671964e-2f) * r + splat(2.27644816e-1f);
+    p = p * r + splat(6.95116818e-1f);
+    p = p * r + splat(1.0f);
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+  }
   const vec n = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
 #if defined(__aarch64__)
@@ -188,7 +209,7 @@ RADA_INLINE vec exp2(vec x) {
 #endif
 }
 
-#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(RADA_TILE_MODEL)
 #define RADA_BFLOAT16
 
 // W bfloat16.
@@ -199,12 +220,15 @@ typedef uint16_t half_vec_at_any_address __attribute__((vector_size(W * 2), alig
 RADA_INLINE vec add_pair_products(vec a, vec b, vec c) {
 #if defined(__AVX512BF16__)
   return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-#else
+#elif defined(__aarch64__)
   return (vec)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#else
+  const uvec x = (uvec)a, y = (uvec)b, second = uvec{} + 0xffff0000;
+  return c + (vec)(x & second) * (vec)(y & second) + (vec)(x << 16) * (vec)(y << 16);
 #endif
 }
 RADA_INLINE vec add_pair_products(float a, vec b, vec c) {
-#if defined(__AVX512BF16__)
+#if !defined(__aarch64__)
   return add_pair_products(splat(a), b, c);
 #else
   const float32x2_t pair = {a, 0};  // a plain load, where a copy to every lane would take a vector pipe
@@ -240,11 +264,22 @@ RADA_INLINE void store_first(uint16_t* p, half_vec v, int64_t n) {
 RADA_INLINE half_vec narrow(vec v) {
 #if defined(__AVX512BF16__)
   return (half_vec)_mm512_cvtneps_pbh((__m512)v);
-#else
+#elif defined(__aarch64__)
   return (half_vec)vcvt_bf16_f32((float32x4_t)v);
+#else
+  const uvec bits = (uvec)v, rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, half_vec);
 #endif
 }
-RADA_INLINE vec widen(half_vec v) { return (vec)(__builtin_convertvector(v, uvec) << 16); }
+// Each number in the low half of its lane. gcc 12 converts 16 numbers in two halves where it is left to itself.
+RADA_INLINE uvec low_halves(half_vec v) {
+#if defined(__AVX512BF16__)
+  return (uvec)_mm512_cvtepu16_epi32((__m256i)v);
+#else
+  return __builtin_convertvector(v, uvec);
+#endif
+}
+RADA_INLINE vec widen(half_vec v) { return (vec)(low_halves(v) << 16); }
 
 #endif
 
