@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CPP := $(wildcard rada_kernels/csrc/*.cpp rada_kernels/*/*.h tests/loops/*.cpp)
+CPP := $(wildcard rada_kernels/csrc/*.cpp rada_kernels/*/*.h tests/kernels/loops/*.cpp)
 
 .PHONY: run test test-all wheel loops cross-aarch64 sanitize bench compile-report lint format clean
 
@@ -56,7 +56,7 @@ sanitize: $(STAMP)
 	$(MAKE) loops LOOPS=build/sanitize/threads CMAKE_ARGS=-DRADA_SANITIZE=thread
 	RADA_CMAKE_ARGS=-DRADA_SANITIZE=address,undefined $(PY) setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
 	RADA_CPU_LIBRARY=$(abspath $(SANITIZED)) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-		$(PY) -m pytest tests/test_cpu_operators.py tests/test_backends.py \
+		$(PY) -m pytest tests/kernels/test_cpu_operators.py tests/kernels/test_backends.py \
 		-k "cpu and not any_size and not scales and not other_instruction_sets" -m "not slow" $(ARGS)
 
 bench: $(STAMP)

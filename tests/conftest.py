@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.register_assert_rewrite("tests.on_device")
+pytest.register_assert_rewrite("tests.kernels.on_device")
 
 
 def pytest_configure():

@@ -1,11 +1,11 @@
-"""Tests of the Triton kernels as numpy programs. They need a process of their own: tests/test_triton_interpreter.py."""
+"""Tests of the Triton kernels as numpy programs; tests/kernels/test_triton_interpreter.py gives them a process."""
 
 from __future__ import annotations
 
 import os
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests import interpreter
+    from tests.kernels import interpreter
 
     interpreter.mend()
 else:

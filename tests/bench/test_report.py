@@ -19,7 +19,7 @@ from plots import draw
 from report import Encoder, Report, Row, slow_down
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 ROW_TYPES = {
     **dict.fromkeys(("workload", "mode", "dtype", "method", "status", "note", "worst"), str),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.on_device import *  # noqa: F403
+from tests.kernels.on_device import *  # noqa: F403
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rada_kernels import BACKENDS, PENALTIES, Options, Params, rada_logits, rada_mask, usable_backends
-from tests.test_reference import SUBSETS
-from tests.truth import assert_as_good_as_reference, make_case, results, steady_case
+from tests.kernels.test_reference import SUBSETS
+from tests.kernels.truth import assert_as_good_as_reference, make_case, results, steady_case
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

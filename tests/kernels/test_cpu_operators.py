@@ -18,8 +18,8 @@ from rada.fused import RAdaHead
 from rada_kernels import Params, rada_logits
 from rada_kernels.backends import cpu
 from rada_kernels.options import Wanted
-from tests.forked import needs_fork
-from tests.truth import assert_as_good_as_reference, make_case, results
+from tests.kernels.forked import needs_fork
+from tests.kernels.truth import assert_as_good_as_reference, make_case, results
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING)
@@ -126,7 +126,7 @@ def test_gradients_against_central_differences(queries):
 CHECK = """
 import torch
 from rada_kernels.backends import cpu
-from tests.truth import assert_as_good_as_reference, make_case
+from tests.kernels.truth import assert_as_good_as_reference, make_case
 assert cpu.INSTRUCTION_SET == {isa!r}, cpu.INSTRUCTION_SET
 for shape in ((3, 37, 35, 5), (2, 97, 64, 2), (1, 1, 8, 1)):
     assert_as_good_as_reference(make_case(*shape), "cpu", torch.float32)
@@ -301,8 +301,8 @@ import hashlib, os, torch
 from rada_kernels import Params
 from rada_kernels.backends import cpu
 from rada_kernels.options import Wanted
-from tests.forked import in_forked_child
-from tests.truth import make_case
+from tests.kernels.forked import in_forked_child
+from tests.kernels.truth import make_case
 
 THREADS = 3
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from rada.fused import RAdaHead
 from rada_kernels import BACKENDS, Options, choose_backend
-from tests.test_backends import backends
+from tests.kernels.test_backends import backends
 
 RELEASED_NAMES = {
     f"{layer}.{kind}"

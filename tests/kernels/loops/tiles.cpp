@@ -1,7 +1,7 @@
 // Products on tile registers by themselves, so that main.cpp can hold them against the definition of the instruction.
 #include <vector>
 
-#include "../../rada_kernels/csrc/gemm.h"
+#include "../../../rada_kernels/csrc/gemm.h"
 
 namespace RADA_ISA {
 

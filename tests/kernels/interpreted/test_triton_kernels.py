@@ -21,7 +21,7 @@ from rada_kernels.rational_projection.triton.backward import (
 )
 from rada_kernels.rational_projection.triton.forward import rational_projection_fwd
 from rada_kernels.rational_projection.triton.state import Projections
-from tests.truth import make_case
+from tests.kernels.truth import make_case
 
 BATCH, WIDTH, HEADS = 2, 96, 2
 SIZES = pytest.mark.parametrize("classes", [1, 2, 17, 40, 64, 65, 129], ids="K={}".format)

@@ -7,8 +7,8 @@ import torch
 
 from rada_kernels import Params, rada_logits
 from rada_kernels.backends import triton as backend
-from tests.on_device import *  # noqa: F403
-from tests.truth import assert_as_good_as_reference, make_case, results
+from tests.kernels.on_device import *  # noqa: F403
+from tests.kernels.truth import assert_as_good_as_reference, make_case, results
 
 USABLE, REASON = backend.usable(torch.bfloat16, torch.device("cuda"), 64, 2)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not USABLE, reason=REASON)]

@@ -13,7 +13,7 @@ from rada_kernels import Params
 from rada_kernels.backends import triton as backend
 from rada_kernels.triton_common.device import INTERPRETER
 from rada_kernels.triton_common.target import Target
-from tests.truth import make_case
+from tests.kernels.truth import make_case
 
 
 class Traffic(Target):

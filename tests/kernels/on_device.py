@@ -1,7 +1,7 @@
 """What holds of the triton backend on any device: test bodies that take a `device` fixture.
 
-They run under the interpreter on the CPU (tests/interpreted/test_triton_device.py) and on a GPU
-(tests/test_triton_gpu.py).
+They run under the interpreter on the CPU (tests/kernels/interpreted/test_triton_device.py) and on a GPU
+(tests/kernels/test_triton_gpu.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from rada.fused import RAdaHead
 from rada_kernels import Params, rada_logits
 from rada_kernels.ops import pack_options
-from tests.truth import make_case, results
+from tests.kernels.truth import make_case, results
 
 CLASSES = pytest.mark.parametrize("classes", [9, 50, 131], ids=["direct", "streaming", "several row tiles"])
 

@@ -1,4 +1,4 @@
-"""Run tests/interpreted in a process of its own: Triton decides at import whether it compiles or interprets."""
+"""Run tests/kernels/interpreted in a process of its own: Triton decides at import whether it compiles or interprets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_under_the_interpreter(module, marks):
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", marks, str(TESTS / "interpreted" / module)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=TESTS.parent,
+        cwd=TESTS.parents[1],
         capture_output=True,
         text=True,
     )

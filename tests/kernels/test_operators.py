@@ -9,8 +9,8 @@ from torch.library import opcheck
 from rada.fused import RAdaHead
 from rada_kernels import Options
 from rada_kernels.ops import pack_options
-from tests.test_backends import backends, every_backend
-from tests.truth import make_case
+from tests.kernels.test_backends import backends, every_backend
+from tests.kernels.truth import make_case
 
 
 def operator_arguments(backend, dtype, requires_grad, batch=3, permuted=False, **options):

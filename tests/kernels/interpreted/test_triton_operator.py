@@ -9,8 +9,8 @@ from rada_kernels import Params, rada_logits
 from rada_kernels.backends import triton as backend
 from rada_kernels.triton_common.device import KIB, Device
 from rada_kernels.triton_common.target import Target
-from tests.test_reference import SUBSETS
-from tests.truth import assert_as_good_as_reference, make_case, results
+from tests.kernels.test_reference import SUBSETS
+from tests.kernels.truth import assert_as_good_as_reference, make_case, results
 
 FORMS = ["direct", "streaming", "streaming, several row tiles"]
 SHAPES = [  # (B, K, D, H)

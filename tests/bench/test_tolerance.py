@@ -13,8 +13,16 @@ from rada_kernels.backends import reference
 from rada_kernels.logit_reduction.reference import deviation_from_one, masked_sums
 from rada_kernels.mask_attention.reference import mask_attention
 from rada_kernels.rational_projection.reference import rational_projection
-from tests.test_backends import every_backend
-from tests.truth import LAYER_NAMES, assert_as_good_as_reference, expected, make_case, results, steady_case, verdict_of
+from tests.kernels.test_backends import every_backend
+from tests.kernels.truth import (
+    LAYER_NAMES,
+    assert_as_good_as_reference,
+    expected,
+    make_case,
+    results,
+    steady_case,
+    verdict_of,
+)
 
 EPS = torch.finfo(torch.float32).eps
 GRADIENTS = [f"grad {name}" for name in ("image", "text", *LAYER_NAMES, "scale")]

@@ -20,7 +20,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../rada_kernels/csrc/instruction_sets.h"
+#include "../../../rada_kernels/csrc/instruction_sets.h"
 
 // tiles.cpp. amx_model: AMX's loops on a plain C++ model of its tile registers.
 #define RADA_DECLARE_TILES(isa)                                                                                       \

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from rada.fused import RAdaHead
 from rada_kernels import PENALTIES, Params, rada_logits
 from rada_kernels.backends import cpu
-from tests.forked import in_forked_child, needs_fork
-from tests.test_backends import DTYPES
-from tests.test_reference import SUBSETS
-from tests.truth import assert_as_good_as_reference, make_case, results, steady_case
+from tests.kernels.forked import in_forked_child, needs_fork
+from tests.kernels.test_backends import DTYPES
+from tests.kernels.test_reference import SUBSETS
+from tests.kernels.truth import assert_as_good_as_reference, make_case, results, steady_case
 
 pytestmark = pytest.mark.skipif(bool(cpu.MISSING), reason=cpu.MISSING)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rada_kernels import PENALTIES, Options, Params, rada_logits
-from tests.truth import make_case
+from tests.kernels.truth import make_case
 
 SUBSETS = [
     ("image",),
