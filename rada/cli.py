@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rada.templates import DEFAULT_TEMPLATES
-from rada.tune import SCHEDULES, Tuning
+from rada.tuning import SCHEDULES, Tuning
 from rada_kernels import BACKENDS, PENALTIES, QUERIES, Options
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
@@ -108,7 +108,7 @@ def train(
     traceback: Traceback = False,
 ) -> None:
     """Train heads on a few shots of the base classes; test base and new classes; write a report folder."""
-    from rada.train import EMOJI_TUNING, Settings, free_output, run
+    from rada.experiment import EMOJI_TUNING, Settings, free_output, run
 
     tuning = replace(EMOJI_TUNING if data == "emoji" else Tuning(), epochs=epochs, batch_size=batch_size)
     tuning = replace(tuning, schedule=schedule, weight_decay=weight_decay, **_given(lr=lr, alpha=alpha))

@@ -15,9 +15,9 @@ from rada.checkpoint import load_config, load_head
 from rada.clip import RAdaCLIP
 from rada.data import Source, Split, base_new, harmonic_mean, load_source, select_classes
 from rada.data.record import RECORD, SplitRecord, content_of
-from rada.encode import ModelSpec, choose_device, split_features
+from rada.encoders import ModelSpec, choose_device, split_features
 from rada.fused import RAdaHead
-from rada.tune import Classes, accuracy, predict_labels
+from rada.tuning import Classes, accuracy, predict_labels
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Trained:
     spec: ModelSpec | None  # None: trained on features computed before
     config: dict
     device: torch.device
-    record: SplitRecord | None  # None: a head that `rada.train` did not write
+    record: SplitRecord | None  # None: a head that `rada.experiment` did not write
 
     def open_model(self) -> RAdaCLIP:
         """The encoders, checked to be the head's. Raises ValueError where it was trained on features."""
@@ -48,7 +48,7 @@ class Trained:
 
 
 def load_trained(checkpoint: Path, *, device: str = "auto", backend: str = "auto") -> Trained:
-    """The head in the folder `checkpoint`, as `rada.train` writes it; of a run's folder its first seed.
+    """The head in the folder `checkpoint`, as `rada.experiment` writes it; of a run's folder its first seed.
 
     Raises FileNotFoundError or ValueError for a folder without a whole checkpoint.
     """

@@ -16,7 +16,7 @@ from rada.data.features import feature_shards
 from rada.data.folder import EXTENSIONS
 from rada.data.images import ImageFiles, read_image
 from rada.data.source import Images
-from rada.encode import encode_images
+from rada.encoders import encode_images
 from rada.evaluate import Trained, load_test, load_trained
 from rada.extras import require
 from rada.files import replacing

@@ -1,4 +1,4 @@
-"""Chooses the learning rate and α of the demo, `rada.train.EMOJI_TUNING`, without its test images and its new classes.
+"""Chooses the demo's learning rate and α, `rada.experiment.EMOJI_TUNING`, without its test images and new classes.
 
     python -m rada.demo.search
 
@@ -20,10 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rada.data import Split, base_new, few_shot, harmonic_mean, load_source, select_classes, subset
-from rada.encode import DEMO_MODEL, ModelSpec, split_features
+from rada.encoders import DEMO_MODEL, ModelSpec, split_features
+from rada.experiment import EMOJI_CLASSES, Settings, restrict
 from rada.fused import RAdaHead
-from rada.train import EMOJI_CLASSES, Settings, restrict
-from rada.tune import Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
+from rada.tuning import Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
 
 LRS = (1e-3, 3e-3, 1e-2)
 ALPHAS = (0.0, 0.3, 1.0, 3.0, 10.0)

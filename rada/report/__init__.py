@@ -1,4 +1,4 @@
-"""A run's report: figures and an HTML page, drawn from what `rada.train` stored and from nothing else."""
+"""A run's report: figures and an HTML page, drawn from what `rada.experiment` stored and from nothing else."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from rada.data import Split
 from rada.demo import search
-from rada.tune import Classes, Tuning
+from rada.tuning import Classes, Tuning
 
 CLASSES, ITEMS, SHOTS = 11, 6, 4
 
@@ -78,7 +78,7 @@ def test_the_demo_is_chosen_without_test_images_and_new_classes(monkeypatch):
     monkeypatch.setattr(search, "split_features", split_features)
     from rada.data import base_new, load_source
     from rada.data.emoji import emoji_classes
-    from rada.train import EMOJI_CLASSES, restrict
+    from rada.experiment import EMOJI_CLASSES, restrict
 
     images, classes = search.base_classes()
     source = restrict(load_source("emoji"), EMOJI_CLASSES)

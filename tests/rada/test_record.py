@@ -174,8 +174,8 @@ def write_features(path, labels=None, seed: int = 0, **changes):
 
 @pytest.fixture
 def feature_head(tmp_path):
-    from rada.train import Settings, run
-    from rada.tune import Tuning
+    from rada.experiment import Settings, run
+    from rada.tuning import Tuning
     from rada_kernels import Options
 
     data = write_features(tmp_path / "data.npz")
@@ -235,7 +235,7 @@ def test_what_cannot_be_told_is_said(feature_head, photos):
 
 
 def test_training_on_copies_of_test_items_is_said(tmp_path):
-    from rada.train import Settings, prepare
+    from rada.experiment import Settings, prepare
 
     with np.load(write_features(tmp_path / "a.npz").partition(":")[2]) as file:
         entries = dict(file)

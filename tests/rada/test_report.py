@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("jinja2")
 pyplot = pytest.importorskip("matplotlib.image")
 
+from rada.experiment import Settings, run  # noqa: E402
 from rada.report import load_results, write_report  # noqa: E402
-from rada.train import Settings, run  # noqa: E402
-from rada.tune import Tuning  # noqa: E402
+from rada.tuning import Tuning  # noqa: E402
 from rada_kernels import Options  # noqa: E402
 
 
@@ -119,7 +119,7 @@ def test_the_stored_mask_explains_the_logit(folder):
     import torch
 
     from rada.evaluate import load_trained
-    from rada.train import prepare
+    from rada.experiment import prepare
 
     results = load_results(folder)
     trained = load_trained(folder / "seed-1", device="cpu", backend="reference")

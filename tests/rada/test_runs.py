@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import rada.train
+import rada.experiment
 from rada.cli import main
 
 TINY = ("--heads", "4", "--shots", "4", "--epochs", "1", "--device", "cpu", "--backend", "torch")
@@ -40,14 +40,14 @@ def contents(folder) -> dict:
 
 
 def fail_in(seed: int, error: BaseException, monkeypatch):
-    tune = rada.train.tune_head
+    tune = rada.experiment.tune_head
 
     def tune_head(*args, **options):
         if options["seed"] == seed:
             raise error
         return tune(*args, **options)
 
-    monkeypatch.setattr(rada.train, "tune_head", tune_head)
+    monkeypatch.setattr(rada.experiment, "tune_head", tune_head)
 
 
 @pytest.fixture
@@ -147,12 +147,12 @@ def test_a_seeded_head_leaves_every_generator_alone(data, monkeypatch):
     for device in ("cuda", "mps", "xpu"):
         monkeypatch.setattr(getattr(torch, device), "manual_seed_all" if device != "mps" else "manual_seed",
                             lambda seed, device=device: seeded.append(device), raising=False)  # fmt: skip
-    settings = rada.train.Settings(data=data, shots=2, seeds=(1,), device="cpu")
+    settings = rada.experiment.Settings(data=data, shots=2, seeds=(1,), device="cpu")
     device = torch.device("cpu")
-    problem = rada.train.prepare(settings, device)
+    problem = rada.experiment.prepare(settings, device)
     queue = list(torch.cuda._queued_calls)
     before = torch.get_rng_state()
-    first, again, other = (rada.train._new_head(problem, settings, device, seed) for seed in (1, 1, 2))
+    first, again, other = (rada.experiment._new_head(problem, settings, device, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert seeded == []
     assert torch.cuda._queued_calls == queue

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from rada import RAdaHead
-from rada.train import free_output, gain, restrict, summarise
-from rada.tune import Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
+from rada.experiment import free_output, gain, restrict, summarise
+from rada.tuning import Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
 
 CLASSES, WIDTH = 20, 32
 

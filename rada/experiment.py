@@ -43,16 +43,16 @@ from rada.data import (
 from rada.data.classes import name_classes, prompt_names, read_class_names, take_classes
 from rada.data.record import SplitRecord, content_of, contents, items_of
 from rada.data.splits import LEAST_CLASSES
-from rada.delta import count_hits, delta
-from rada.encode import DEMO_MODEL, ModelSpec, choose_device, split_features
+from rada.encoders import DEMO_MODEL, ModelSpec, choose_device, split_features
 from rada.extras import require
 from rada.files import replacing, write_json, write_text
 from rada.fused import RAdaHead
 from rada.info import environment
-from rada.measure import StepShape, measure_step
+from rada.profiling import StepShape, measure_step
 from rada.report import FORMAT_VERSION
+from rada.results import count_hits, delta
 from rada.templates import DEFAULT_TEMPLATES, check_templates
-from rada.tune import Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
+from rada.tuning import Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
 from rada_kernels import Options
 
 RESULTS = "results.json"
@@ -73,7 +73,7 @@ class Settings:
     """The settings of a run.
 
     data: a source as `rada.data.load_source` takes it.
-    model, pretrained, templates: the encoders, see `rada.encode.ModelSpec`; not with features:PATH. model None is
+    model, pretrained, templates: the encoders, see `rada.encoders.ModelSpec`; not with features:PATH. model None is
         "demo" for the emoji set, and an error for a folder.
     class_names: a file with the classes' names and order, see `rada.data.classes`. None: as the data have them.
     max_classes: use so many classes, evenly spaced in their order; 0: all. None: 300 of the emoji set, all of any

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rada.data import harmonic_mean
-from rada.delta import Hits, count_hits, delta
+from rada.results import Hits, count_hits, delta
 
 VIEWS = 4  # test images of a class
 

@@ -139,7 +139,7 @@ def _peak_bytes(backend, shape, options, alpha, device, step) -> int | None:
     if device.type != "cpu" or not (SELF / "clear_refs").exists():
         return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "rada.measure"])
+    context.set_forkserver_preload(["torch", "rada.profiling"])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(sender, backend, shape, options, alpha, torch.get_num_threads()))
     child.start()
