@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from rada.checkpoint import load_config, load_head
+from rada.classification import Classes, accuracy, predict_labels
 from rada.clip import RAdaCLIP
 from rada.data import Source, Split, base_new, harmonic_mean, load_source, select_classes
 from rada.data.record import RECORD, SplitRecord, content_of
 from rada.encoders import ModelSpec, choose_device, split_features
 from rada.fused import RAdaHead
-from rada.tuning import Classes, accuracy, predict_labels
 
 
 @dataclass(frozen=True)

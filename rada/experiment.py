@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from rada.checkpoint import save_head
+from rada.classification import Classes, Labelled, accuracy, predict_labels
 from rada.data import (
     Source,
     Split,
@@ -52,7 +53,7 @@ from rada.profiling import StepShape, measure_step
 from rada.report import FORMAT_VERSION
 from rada.results import count_hits, delta
 from rada.templates import DEFAULT_TEMPLATES, check_templates
-from rada.tuning import Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
+from rada.tuning import Tuning, tune_head
 from rada_kernels import Options
 
 RESULTS = "results.json"

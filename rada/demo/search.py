@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rada.classification import Classes, Labelled, accuracy, predict_labels
 from rada.data import Split, base_new, few_shot, harmonic_mean, load_source, select_classes, subset
 from rada.encoders import DEMO_MODEL, ModelSpec, split_features
 from rada.experiment import EMOJI_CLASSES, Settings, restrict
 from rada.fused import RAdaHead
-from rada.tuning import Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
+from rada.tuning import Tuning, tune_head
 
 LRS = (1e-3, 3e-3, 1e-2)
 ALPHAS = (0.0, 0.3, 1.0, 3.0, 10.0)

@@ -1,5 +1,6 @@
-"""Training a model over features: its settings and the loop."""
+"""Training in its settings: `tune_head` trains a model over features of frozen encoders, by the rates of `Tuning`."""
 
-from rada.tuning.trainer import SCHEDULES, Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
+from rada.tuning.schedule import SCHEDULES, Tuning
+from rada.tuning.trainer import tune_head
 
-__all__ = ["SCHEDULES", "Classes", "Labelled", "Tuning", "accuracy", "predict_labels", "tune_head"]
+__all__ = ["SCHEDULES", "Tuning", "tune_head"]

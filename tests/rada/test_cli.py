@@ -97,10 +97,10 @@ def test_train_on_features_writes_a_whole_run(feature_run):
 
 
 def test_the_gain_is_stored_and_printed(feature_run, features, capsys):
+    from rada.classification import predict_labels
     from rada.data import base_new, load_source, select_classes
     from rada.evaluate import load_trained
     from rada.results import count_hits, delta
-    from rada.tuning import predict_labels
 
     results = json.loads((feature_run / "results.json").read_text())
     test, hits = load_source(f"features:{features}").test, []

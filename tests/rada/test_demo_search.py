@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rada.classification import Classes
 from rada.data import Split
 from rada.demo import search
-from rada.tuning import Classes, Tuning
+from rada.tuning import Tuning
 
 CLASSES, ITEMS, SHOTS = 11, 6, 4
 
