@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rada.checkpoint import load_config, load_head
 from rada.classification import Classes, accuracy, predict_labels
-from rada.clip import RAdaCLIP
 from rada.data import Source, Split, base_new, harmonic_mean, load_source, select_classes
 from rada.data.record import RECORD, SplitRecord, content_of
-from rada.encoders import ModelSpec, choose_device, split_features
+from rada.encoders import FeatureExtractor, choose_device, split_features
 from rada.fused import RAdaHead
+from rada.models import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Trained:
     device: torch.device
     record: SplitRecord | None  # None: a head that `rada.experiment` did not write
 
-    def open_model(self) -> RAdaCLIP:
+    def open_model(self) -> FeatureExtractor:
         """The encoders, checked to be the head's. Raises ValueError where it was trained on features."""
         if self.spec is None:
             raise ValueError(
                 "checkpoint: its head was trained on features computed before; it takes features:PATH, not images"
             )
-        clip = self.spec.open(self.class_names[:1], self.device, num_heads=1)
-        if (clip.backbone, clip.head.embed_dim) != (self.config["backbone"], self.head.embed_dim):
+        encoders = self.spec.open(self.device)
+        if (encoders.backbone, encoders.embed_dim) != (self.config["backbone"], self.head.embed_dim):
             raise ValueError(
-                f"checkpoint: got the backbone {clip.backbone!r} of width {clip.head.embed_dim}; it takes "
+                f"checkpoint: got the backbone {encoders.backbone!r} of width {encoders.embed_dim}; it takes "
                 f"{self.config['backbone']!r} of width {self.head.embed_dim}"
             )
-        return clip
+        return encoders
 
 
 def load_trained(checkpoint: Path, *, device: str = "auto", backend: str = "auto") -> Trained:
@@ -160,8 +160,8 @@ def evaluate_checkpoint(
     for half, count in counts.items():
         if not count:
             raise ValueError(f"data: {data_set.name} has no test item of the {half} classes; it takes at least one")
-    clip = trained.open_model() if test.features is None else None
-    features = split_features(clip, test, torch.arange(len(test)), "encode test images")
+    encoders = trained.open_model() if test.features is None else None
+    features = split_features(encoders, test, torch.arange(len(test)), "encode test images")
     if features.shape[1] != trained.head.embed_dim:
         raise ValueError(
             f"data: got features of width {features.shape[1]}; the checkpoint takes {trained.head.embed_dim}"

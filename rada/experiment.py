@@ -44,11 +44,12 @@ from rada.data import (
 from rada.data.classes import name_classes, prompt_names, read_class_names, take_classes
 from rada.data.record import SplitRecord, content_of, contents, items_of
 from rada.data.splits import LEAST_CLASSES
-from rada.encoders import DEMO_MODEL, ModelSpec, choose_device, split_features
+from rada.encoders import choose_device, split_features
 from rada.extras import require
 from rada.files import replacing, write_json, write_text
 from rada.fused import RAdaHead
 from rada.info import environment
+from rada.models import DEMO_MODEL, ModelSpec
 from rada.profiling import StepShape, measure_step
 from rada.report import FORMAT_VERSION
 from rada.results import count_hits, delta
@@ -74,7 +75,7 @@ class Settings:
     """The settings of a run.
 
     data: a source as `rada.data.load_source` takes it.
-    model, pretrained, templates: the encoders, see `rada.encoders.ModelSpec`; not with features:PATH. model None is
+    model, pretrained, templates: the encoders, see `rada.models.ModelSpec`; not with features:PATH. model None is
         "demo" for the emoji set, and an error for a folder.
     class_names: a file with the classes' names and order, see `rada.data.classes`. None: as the data have them.
     max_classes: use so many classes, evenly spaced in their order; 0: all. None: 300 of the emoji set, all of any
@@ -313,15 +314,14 @@ def prepare(settings: Settings, device: torch.device) -> Problem:
     train = select_classes(source.train, base)
     picks = {seed: _sample(train.labels, settings.shots, seed) for seed in settings.seeds}
     start = time.perf_counter()
-    clip = None if spec is None else spec.open(prompt_names(source.class_names), device, num_heads=1)
-    if clip is None:
+    encoders = None if spec is None else spec.open(device)
+    if encoders is None:
         scale = CLIP_LOGIT_SCALE if source.logit_scale is None else source.logit_scale
         classes = Classes(cast(Tensor, source.text_features).to(device), scale)
     else:
-        bias = clip.logit_bias
-        classes = Classes(clip.text_features.detach(), float(clip.logit_scale), None if bias is None else float(bias))
+        classes = encoders.classes(prompt_names(source.class_names))
     needed = torch.cat([index for pick in picks.values() for index in pick.values()]).unique()
-    features = split_features(clip, train, needed, "encode training images")
+    features = split_features(encoders, train, needed, "encode training images")
     where = torch.full((len(train),), -1)
     where[needed] = torch.arange(len(needed))
     samples = {
@@ -339,7 +339,7 @@ def prepare(settings: Settings, device: torch.device) -> Problem:
             )
     tests = {
         half: Labelled(
-            split_features(clip, split, torch.arange(len(split)), f"encode {half} test images"), split.labels
+            split_features(encoders, split, torch.arange(len(split)), f"encode {half} test images"), split.labels
         )
         for half, split in test_splits.items()
     }
@@ -352,7 +352,7 @@ def prepare(settings: Settings, device: torch.device) -> Problem:
         test_splits,
         _records(settings, source, {name: origin for origin, name in names.items()}, train, picks),
         spec,
-        source.name if clip is None else clip.backbone,
+        source.name if encoders is None else encoders.backbone,
         time.perf_counter() - start,
     )
 

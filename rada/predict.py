@@ -16,7 +16,7 @@ from rada.data.features import feature_shards
 from rada.data.folder import EXTENSIONS
 from rada.data.images import ImageFiles, read_image
 from rada.data.source import Images
-from rada.encoders import encode_images
+from rada.encoders import feature_batches
 from rada.evaluate import Trained, load_test, load_trained
 from rada.extras import require
 from rada.files import replacing
@@ -126,7 +126,7 @@ def _from_data(trained: Trained, data: str, batch_size: int, skip_bad: bool) -> 
     if test.features is not None:
         batches = iter(test.features.split(batch_size))
     else:
-        batches = encode_images(trained.open_model(), cast(Images, test.images), batch_size=batch_size, quiet=True)
+        batches = feature_batches(trained.open_model(), cast(Images, test.images), batch_size=batch_size, quiet=True)
     return Items(names, test.labels, data_set.class_names, batches, list(data_set.skipped))
 
 
@@ -148,7 +148,7 @@ def _from_images(trained: Trained, path: Path, batch_size: int, skip_bad: bool) 
         files = readable
         if not files:
             raise ValueError(f"images: {path} holds no readable image")
-    batches = encode_images(trained.open_model(), ImageFiles(files), batch_size=batch_size, quiet=True)
+    batches = feature_batches(trained.open_model(), ImageFiles(files), batch_size=batch_size, quiet=True)
     return Items([str(file) for file in files], None, None, batches, skipped)
 
 

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from rada.classification import Classes, Labelled, accuracy, predict_labels
 from rada.data import Split, base_new, few_shot, harmonic_mean, load_source, select_classes, subset
-from rada.encoders import DEMO_MODEL, ModelSpec, split_features
+from rada.encoders import split_features
 from rada.experiment import EMOJI_CLASSES, Settings, restrict
 from rada.fused import RAdaHead
+from rada.models import DEMO_MODEL, ModelSpec
 from rada.tuning import Tuning, tune_head
 
 LRS = (1e-3, 3e-3, 1e-2)
@@ -60,9 +61,9 @@ def base_classes() -> tuple[Split, Classes]:
     source = restrict(load_source("emoji"), EMOJI_CLASSES)
     base, _ = base_new(len(source.class_names))
     images = select_classes(source.train, base)
-    clip = ModelSpec(DEMO_MODEL).open([source.class_names[i] for i in base], torch.device("cpu"), num_heads=1)
-    features = split_features(clip, images, torch.arange(len(images)), "encode training images")
-    return replace(images, features=features), Classes(clip.text_features.detach(), float(clip.logit_scale))
+    encoders = ModelSpec(DEMO_MODEL).open(torch.device("cpu"))
+    features = split_features(encoders, images, torch.arange(len(images)), "encode training images")
+    return replace(images, features=features), encoders.classes([source.class_names[i] for i in base])
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ def tune_head(
         return accuracy(predict_labels(val.features, classes, head), val.labels) if val is not None else None
 
     def epoch_of_training(bar: tqdm) -> dict[str, Any]:
-        losses, penalties, hits = 0.0, 0.0, 0
+        losses: Tensor | float = 0.0
+        penalties, hits = 0.0, 0
         for batch in torch.randperm(count, generator=rng).split(tuning.batch_size):
             images = train.features[batch].to(device, classes.text.dtype)
             labels = train.labels[batch].to(device)

@@ -117,8 +117,8 @@ def test_named_classes_go_with_the_checkpoint(tmp_path):
 
 def test_prompts_say_words_and_outputs_the_folders_names(tmp_path):
     pytest.importorskip("open_clip")
-    from rada.encoders import DEMO_MODEL, ModelSpec
     from rada.experiment import Settings, prepare
+    from rada.models import DEMO_MODEL, ModelSpec
 
     folders = ("golden_retriever", "hot_dog", "ice_cream", "pizza")
     data = write_photos(tmp_path, folders)
@@ -126,7 +126,7 @@ def test_prompts_say_words_and_outputs_the_folders_names(tmp_path):
     assert problem.source.class_names == problem.records[1].origins == folders
     spec = ModelSpec(DEMO_MODEL)
     words, raw = (
-        spec.open(names, torch.device("cpu"), num_heads=1).text_features
+        spec.open(torch.device("cpu")).classes(names).text
         for names in (["golden retriever", "hot dog", "ice cream", "pizza"], folders)
     )
     assert torch.equal(problem.classes.text, words)
