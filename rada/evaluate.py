@@ -3,75 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rada.checkpoint import load_config, load_head
+from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.classification import Classes, accuracy, predict_labels
 from rada.data import Source, Split, base_new, harmonic_mean, load_source, select_classes
-from rada.data.record import RECORD, SplitRecord, content_of
-from rada.encoders import FeatureExtractor, choose_device, split_features
+from rada.data.record import RECORD, content_of
+from rada.encoders import split_features
 from rada.fused import RAdaHead
-from rada.models import ModelSpec
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A stored head with all that it takes to use it."""
-
-    head: RAdaHead
-    classes: Classes  # all K, on the head's device
-    class_names: tuple[str, ...]
-    spec: ModelSpec | None  # None: trained on features computed before
-    config: dict
-    device: torch.device
-    record: SplitRecord | None  # None: a head that `rada.experiment` did not write
-
-    def open_model(self) -> FeatureExtractor:
-        """The encoders, checked to be the head's. Raises ValueError where it was trained on features."""
-        if self.spec is None:
-            raise ValueError(
-                "checkpoint: its head was trained on features computed before; it takes features:PATH, not images"
-            )
-        encoders = self.spec.open(self.device)
-        if (encoders.backbone, encoders.embed_dim) != (self.config["backbone"], self.head.embed_dim):
-            raise ValueError(
-                f"checkpoint: got the backbone {encoders.backbone!r} of width {encoders.embed_dim}; it takes "
-                f"{self.config['backbone']!r} of width {self.head.embed_dim}"
-            )
-        return encoders
-
-
-def load_trained(checkpoint: Path, *, device: str = "auto", backend: str = "auto") -> Trained:
-    """The head in the folder `checkpoint`, as `rada.experiment` writes it; of a run's folder its first seed.
-
-    Raises FileNotFoundError or ValueError for a folder without a whole checkpoint.
-    """
-    folder = Path(checkpoint)
-    if not (folder / "head.json").exists() and (folder / "results.json").exists():
-        seeds = sorted(folder.glob("seed-*/head.json"), key=lambda path: int(path.parent.name[5:]))
-        if seeds:
-            folder = seeds[0].parent
-    config = load_config(folder)
-    where = choose_device(device)
-    head = load_head(folder, device=where, backend=backend).eval()
-    path = folder / "classes.npz"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it holds the classes that the head was trained with")
-    with np.load(path) as stored:
-        text = torch.from_numpy(stored["text_features"]).to(where, head.k_proj.weight.dtype)
-        bias = float(stored["logit_bias"]) if "logit_bias" in stored.files else None
-        classes = Classes(text, float(stored["logit_scale"]), bias)
-        names = tuple(stored["class_names"].tolist())
-    model = config["extra"].get("model")
-    spec = None if model is None else ModelSpec(model["name"], model["pretrained"], tuple(model["templates"]))
-    record = SplitRecord.read(folder) if (folder / RECORD).exists() else None
-    return Trained(head, classes, names, spec, config, where, record)
 
 
 class EvaluationData(NamedTuple):
@@ -84,7 +27,7 @@ class EvaluationData(NamedTuple):
     skipped: tuple[str, ...]
 
 
-def load_test(trained: Trained, data: str | None = None, *, skip_bad: bool = False) -> EvaluationData:
+def load_test(trained: Checkpoint, data: str | None = None, *, skip_bad: bool = False) -> EvaluationData:
     """The items of a data set that a stored head may be tested on.
 
     data: default, or where it is what the head was trained on: the items that the training run tested, all of them as
@@ -147,7 +90,7 @@ def evaluate_checkpoint(
     (each among its own classes), h, all (among all classes). Raises as `load_test`, and ValueError where the data lack
     a class of the checkpoint, or test items of base or new classes.
     """
-    trained = load_trained(checkpoint, device=device, backend=backend)
+    trained = load_checkpoint(checkpoint, device=device, backend=backend)
     data_set = load_test(trained, data, skip_bad=skip_bad)
     position = {name: i for i, name in enumerate(data_set.class_names)}
     missing = [name for name in trained.class_names if name not in position]

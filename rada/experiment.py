@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rada.checkpoint import save_head
+from rada.checkpoint import Checkpoint, seed_folder, seed_folders
 from rada.classification import Classes, Labelled, accuracy, predict_labels
 from rada.data import (
     Source,
@@ -46,7 +46,7 @@ from rada.data.record import SplitRecord, content_of, contents, items_of
 from rada.data.splits import LEAST_CLASSES
 from rada.encoders import choose_device, split_features
 from rada.extras import require
-from rada.files import replacing, write_json, write_text
+from rada.files import write_json, write_text
 from rada.fused import RAdaHead
 from rada.info import environment
 from rada.models import DEMO_MODEL, ModelSpec
@@ -126,6 +126,10 @@ class Problem:
     spec: ModelSpec | None
     backbone: str
     encode_seconds: float
+
+    def checkpoint(self, head: RAdaHead, seed: int) -> Checkpoint:
+        """The head of a seed with all that it takes to use it."""
+        return Checkpoint(head, self.classes, self.source.class_names, self.backbone, self.spec, self.records[seed])
 
 
 def run(settings: Settings, output: Path, *, overwrite: bool = False, tensorboard: bool = False) -> dict:
@@ -213,7 +217,7 @@ def _run(settings: Settings, output: Path, tensorboard: bool) -> dict:
             tested = {half: _tested(problem, half, head) for half in problem.halves}
             for half, (predicted, _) in tested.items():
                 predictions[half].append(predicted)
-            _save(output / f"seed-{seed}", head, problem, settings, seed)
+            problem.checkpoint(head, seed).save(seed_folder(output, seed))
             results["seeds"].append(
                 {
                     "seed": seed,
@@ -281,7 +285,7 @@ def folder_for(output: Path) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        if any(folder.glob("seed-*/head.json")):
+        if seed_folders(folder):
             warnings.warn(f"output: the run in {output} is as it was; the new one's finished seeds are in {folder}",
                           stacklevel=3)  # fmt: skip
         else:
@@ -539,29 +543,6 @@ def _describe(problem: Problem) -> dict:
         "new_test_images": len(problem.tests["new"].labels),
         "skipped": list(source.skipped),
     }
-
-
-def _save(folder: Path, head: RAdaHead, problem: Problem, settings: Settings, seed: int) -> None:
-    """A checkpoint for `rada.evaluate` and `rada.predict`: the head, the classes' features, the encoders, the split."""
-    folder.mkdir(parents=True, exist_ok=True)
-    problem.records[seed].write(folder)
-    bias: dict[str, Any] = {} if problem.classes.logit_bias is None else {"logit_bias": problem.classes.logit_bias}
-    with replacing(folder / "classes.npz") as partial, open(partial, "wb") as file:
-        np.savez(
-            file,
-            text_features=problem.classes.text.cpu().numpy(),
-            class_names=np.array(problem.source.class_names),
-            logit_scale=problem.classes.logit_scale,
-            **bias,
-        )
-    save_head(
-        folder,
-        head,
-        backbone=problem.backbone,
-        class_names=problem.source.class_names,
-        templates=settings.templates,
-        extra={"model": None if problem.spec is None else asdict(problem.spec)},
-    )
 
 
 def _write_examples(output: Path, problem: Problem, head: RAdaHead, zero_shot: tuple[Tensor, Tensor]) -> list[dict]:

@@ -12,12 +12,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.data.features import feature_shards
 from rada.data.folder import EXTENSIONS
 from rada.data.images import ImageFiles, read_image
 from rada.data.source import Images
 from rada.encoders import feature_batches
-from rada.evaluate import Trained, load_test, load_trained
+from rada.evaluate import load_test
 from rada.extras import require
 from rada.files import replacing
 
@@ -67,7 +68,7 @@ def predict_to_file(
         raise ValueError("data, images: got both or none; it takes exactly one of them")
     from tqdm import tqdm
 
-    trained = load_trained(checkpoint, device=device, backend=backend)
+    trained = load_checkpoint(checkpoint, device=device, backend=backend)
     items = (
         _from_data(trained, data, batch_size, skip_bad)
         if data is not None
@@ -111,7 +112,7 @@ def predict_to_file(
     }
 
 
-def _from_data(trained: Trained, data: str, batch_size: int, skip_bad: bool) -> Items:
+def _from_data(trained: Checkpoint, data: str, batch_size: int, skip_bad: bool) -> Items:
     kind, _, path = data.partition(":")
     folder = Path(path).expanduser()
     if kind == "features" and (
@@ -130,7 +131,7 @@ def _from_data(trained: Trained, data: str, batch_size: int, skip_bad: bool) -> 
     return Items(names, test.labels, data_set.class_names, batches, list(data_set.skipped))
 
 
-def _from_images(trained: Trained, path: Path, batch_size: int, skip_bad: bool) -> Items:
+def _from_images(trained: Checkpoint, path: Path, batch_size: int, skip_bad: bool) -> Items:
     if not path.exists():
         raise FileNotFoundError(f"images: {path}: no such file or folder")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)

@@ -97,15 +97,15 @@ def test_train_on_features_writes_a_whole_run(feature_run):
 
 
 def test_the_gain_is_stored_and_printed(feature_run, features, capsys):
+    from rada.checkpoint import load_checkpoint
     from rada.classification import predict_labels
     from rada.data import base_new, load_source, select_classes
-    from rada.evaluate import load_trained
     from rada.results import count_hits, delta
 
     results = json.loads((feature_run / "results.json").read_text())
     test, hits = load_source(f"features:{features}").test, []
     for ids in base_new(CLASSES):
-        half, heads = select_classes(test, ids), [load_trained(feature_run / f"seed-{seed}") for seed in (1, 2)]
+        half, heads = select_classes(test, ids), [load_checkpoint(feature_run / f"seed-{seed}") for seed in (1, 2)]
         classes = heads[0].classes.select(ids)
         predicted = [predict_labels(half.features, classes, head) for head in (None, *(h.head for h in heads))]
         hits.append(count_hits(half.labels, predicted[0], predicted[1:]))

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from rada.checkpoint import load_checkpoint
 from rada.data import Split, load_source
 from rada.data.record import SplitRecord, contents, digests_of, items_of
 from rada.data.splits import join
-from rada.evaluate import load_test, load_trained
+from rada.evaluate import load_test
 
 pytest.importorskip("open_clip")
 Image = pytest.importorskip("PIL.Image")
@@ -92,7 +93,7 @@ def test_a_default_evaluation_and_prediction_see_nothing_that_was_trained_on(run
 
 def test_the_items_evaluated_are_those_of_the_run(run, sides):
     trained, tested = sides
-    head = load_trained(run, device="cpu")
+    head = load_checkpoint(run, device="cpu")
     record = head.record
     assert (record.data_seed, record.shots, record.seed, record.max_classes) == (5, 16, 1, 0)
     assert record.origins == record.class_names == CLASSES
@@ -123,7 +124,7 @@ def test_data_that_changed_after_the_training_are_refused(run, changed, sides):
         for i in range(3):
             shutil.move(changed / "more" / name / f"{i}.png", changed / name / f"new {i}.png")
     shutil.rmtree(changed / "more")
-    test = load_test(load_trained(run, device="cpu"))
+    test = load_test(load_checkpoint(run, device="cpu"))
     assert set(test.items.names) == sides[1], "items that came later are not tested"
 
 
@@ -137,7 +138,7 @@ def test_other_data_are_tested_without_what_was_trained_on(run, photos, sides, t
                 shutil.copy(file, other / split / name / f"{split} {i}.png")
     for i, name in enumerate(sorted(sides[0])):  # by other names, in the test split
         shutil.copy(photos / name, other / "test" / name.split("/")[0] / f"copy {i}.png")
-    head = load_trained(run, device="cpu")
+    head = load_checkpoint(run, device="cpu")
     trained = sum(map(len, head.record.train.values()))
     assert trained == 14
     with pytest.warns(
@@ -154,7 +155,7 @@ def test_other_data_are_tested_without_what_was_trained_on(run, photos, sides, t
 
 
 def test_the_same_folder_by_another_name_is_no_way_round(run, photos, sides):
-    test = load_test(load_trained(run, device="cpu"), f"folder:{photos}/../photos")
+    test = load_test(load_checkpoint(run, device="cpu"), f"folder:{photos}/../photos")
     assert set(test.items.names) == sides[1]
 
 
@@ -182,7 +183,7 @@ def feature_head(tmp_path):
     settings = Settings(data=data, shots=3, seeds=(2,), seed=7, tuning=Tuning(epochs=1), head=Options(num_heads=4),
                         device="cpu", backend="torch")  # fmt: skip
     run(settings, tmp_path / "run")
-    return load_trained(tmp_path / "run", device="cpu")
+    return load_checkpoint(tmp_path / "run", device="cpu")
 
 
 def test_features_are_known_by_their_rows_and_values(feature_head, tmp_path):

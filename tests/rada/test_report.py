@@ -118,11 +118,11 @@ def test_the_stored_mask_explains_the_logit(folder):
     """The strips of an example add up to the head's own logits."""
     import torch
 
-    from rada.evaluate import load_trained
+    from rada.checkpoint import load_checkpoint
     from rada.experiment import prepare
 
     results = load_results(folder)
-    trained = load_trained(folder / "seed-1", device="cpu", backend="reference")
+    trained = load_checkpoint(folder / "seed-1", device="cpu", backend="reference")
     settings = Settings(data=results["settings"]["data"], shots=8, seeds=(1,), device="cpu")
     problem = prepare(settings, torch.device("cpu"))
     classes = problem.classes.select(problem.halves["base"])
