@@ -36,7 +36,9 @@ class Classes(NamedTuple):
         return logits if self.logit_bias is None else logits + self.logit_bias
 
 
-def logit_batches(features: Tensor, classes: Classes, head: nn.Module | None, batch_size: int) -> Iterator[Tensor]:
+def logit_batches(
+    features: Tensor, classes: Classes, head: nn.Module | None, batch_size: int = BATCH_SIZE
+) -> Iterator[Tensor]:
     """Logits [≤ batch_size, K] of features [N, D], batch after batch, without gradients.
 
     head: any module with RAdaHead's call; None: zero-shot.

@@ -1,15 +1,92 @@
-"""How far trained heads are above zero-shot, with an interval."""
+"""What a run finds: accuracies, their summary over the seeds, the gain over zero-shot and its interval.
+
+Accuracies are in percent, gains in points. "base" and "new" are the halves of the classes, "h" is the harmonic mean.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from rada.classification import accuracy
+from rada.data import harmonic_mean, harmonic_means
+
 LEVEL = 0.95
 DRAWS = 4000
+CONFUSIONS = 12
+
+
+def scores(accuracies: Mapping[str, float]) -> dict[str, float]:
+    """The accuracies with their harmonic mean "h"."""
+    return {**accuracies, "h": harmonic_mean(accuracies["base"], accuracies["new"])}
+
+
+def summarise(seeds: Sequence[Mapping]) -> dict:
+    """Mean and sample standard deviation over the seeds (None of one seed), and both forms of H."""
+    columns = {name: [row[name] for row in seeds] for name in ("base", "new", "h")}
+    return {
+        name: {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+        for name, values in columns.items()
+    } | {"h_of_means": harmonic_means(columns["base"], columns["new"]).of_means}
+
+
+class Predictions(NamedTuple):
+    """The test images of a half among the half's classes."""
+
+    labels: Tensor  # [N]
+    zero_shot: Tensor  # [N]
+    rada: list[Tensor]  # of each seed's head: [N]
+
+
+def gain(class_names: Mapping[str, Sequence[str]], predictions: Mapping[str, Predictions]) -> dict:
+    """Where the gain comes from: accuracy class by class, and the confusions that were repaired or made.
+
+    class_names, predictions: of each half.
+
+    classes: name, half, zero_shot and rada (percent, the mean over the seeds) of each class.
+    repaired, broken: pairs (class, taken for) with the number of test images per seed that changed sides.
+    repaired_images, broken_images: all such images per seed, of "base" and of "new".
+    """
+    rows: list[dict] = []
+    repaired: Counter[tuple[str, str, str]] = Counter()
+    broken: Counter[tuple[str, str, str]] = Counter()
+    for half, (labels, before, heads) in predictions.items():
+        names = class_names[half]
+        for label, name in enumerate(names):
+            mine = labels == label
+            if not mine.any():
+                continue
+            after = statistics.fmean(accuracy(predicted[mine], labels[mine]) for predicted in heads)
+            rows.append({"name": name, "half": half, "zero_shot": accuracy(before[mine], labels[mine]), "rada": after})
+        for predicted in heads:
+            for true, old, now in zip(labels.tolist(), before.tolist(), predicted.tolist(), strict=True):
+                if old != true and now == true:
+                    repaired[half, names[true], names[old]] += 1
+                elif old == true and now != true:
+                    broken[half, names[true], names[now]] += 1
+    runs = len(predictions["base"].rada)
+
+    def top(counter: Counter) -> list[dict]:
+        return [
+            {"half": half, "name": name, "taken_for": other, "images": count / runs}
+            for (half, name, other), count in counter.most_common(CONFUSIONS)
+        ]
+
+    def total(counter: Counter) -> dict[str, float]:
+        return {half: sum(n for (of, *_), n in counter.items() if of == half) / runs for half in predictions}
+
+    return {
+        "classes": rows,
+        "repaired": top(repaired),
+        "broken": top(broken),
+        "repaired_images": total(repaired),
+        "broken_images": total(broken),
+    }
 
 
 class Hits(NamedTuple):

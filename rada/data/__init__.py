@@ -12,7 +12,7 @@ set.
 
 from __future__ import annotations
 
-from rada.data.source import Source, Split
+from rada.data.source import Recommended, Source, Split
 from rada.data.splits import (
     HarmonicMeans,
     base_new,
@@ -26,6 +26,7 @@ from rada.data.splits import (
 __all__ = [
     "SOURCES",
     "HarmonicMeans",
+    "Recommended",
     "Source",
     "Split",
     "base_new",
@@ -33,6 +34,7 @@ __all__ = [
     "harmonic_mean",
     "harmonic_means",
     "load_source",
+    "recommended",
     "select_classes",
     "subset",
 ]
@@ -65,3 +67,12 @@ def load_source(spec: str, *, seed: int = 0, skip_bad: bool = False) -> Source:
 
         return load_features(path, seed=seed)
     raise ValueError(f"source: got {spec!r}; it takes one of {', '.join(SOURCES)}")
+
+
+def recommended(spec: str) -> Recommended:
+    """The settings that suit the data set `spec`; nothing of it is loaded."""
+    if spec == "emoji":
+        from rada.data.emoji import RECOMMENDED
+
+        return RECOMMENDED
+    return Recommended()

@@ -84,6 +84,12 @@ def take_classes(source: Source, ids: Tensor) -> Source:
     )
 
 
+def limit_classes(source: Source, limit: int) -> Source:
+    """The source with at most `limit` classes, evenly spaced in their order; 0: all of them."""
+    count = len(source.class_names)
+    return take_classes(source, torch.arange(limit) * count // limit) if 0 < limit < count else source
+
+
 def prompt_name(name: str) -> str:
     """A class's name as prompts say it, the released code's and CoOp's way: golden_retriever is "golden retriever"."""
     return name.replace("_", " ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -43,6 +43,15 @@ class Source:
     text_features: Tensor | None = None  # [K, D], only with features computed before
     logit_scale: float | None = None  # the exponentiated scale that goes with text_features
     skipped: tuple[str, ...] = ()  # unreadable files left out because the caller asked for it
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """Settings of an experiment that suit a data set: the encoders' name, a number of classes, entries of `Tuning`."""
+
+    model: str | None = None
+    max_classes: int = 0  # all
+    tuning: dict[str, float] = field(default_factory=dict)
 
 
 def digest(content: bytes) -> str:

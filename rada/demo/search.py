@@ -1,4 +1,4 @@
-"""Chooses the demo's learning rate and α, `rada.experiment.EMOJI_TUNING`, without its test images and new classes.
+"""Chooses the demo's learning rate and α, `rada.data.emoji.RECOMMENDED`, without its test images and new classes.
 
     python -m rada.demo.search
 
@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rada.classification import Classes, Labelled, accuracy, predict_labels
-from rada.data import Split, base_new, few_shot, harmonic_mean, load_source, select_classes, subset
+from rada.data import Split, base_new, few_shot, harmonic_mean, load_source, recommended, select_classes, subset
+from rada.data.classes import limit_classes
 from rada.encoders import split_features
-from rada.experiment import EMOJI_CLASSES, Settings, restrict
+from rada.experiment import Settings
 from rada.fused import RAdaHead
 from rada.models import DEMO_MODEL, ModelSpec
 from rada.tuning import Tuning, tune_head
@@ -58,7 +59,7 @@ def main() -> None:
 
 def base_classes() -> tuple[Split, Classes]:
     """The training images of the default run's base classes, with their features [N, D], and these classes."""
-    source = restrict(load_source("emoji"), EMOJI_CLASSES)
+    source = limit_classes(load_source("emoji"), recommended("emoji").max_classes)
     base, _ = base_new(len(source.class_names))
     images = select_classes(source.train, base)
     encoders = ModelSpec(DEMO_MODEL).open(torch.device("cpu"))

@@ -7,8 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rada.files import write_text
-
-PAGE = "index.html"
+from rada.runs import PAGE
 
 
 def write_page(folder: Path, results: dict, figures: list[dict]) -> Path:

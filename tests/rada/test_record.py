@@ -243,9 +243,9 @@ def test_training_on_copies_of_test_items_is_said(tmp_path):
     arrays = {key: entries.pop(key) for key in ("image_features", "labels")}
     twice = {f"{half}_{key}": value for half in ("train", "test") for key, value in arrays.items()}
     np.savez(tmp_path / "twice.npz", **entries, **twice)
-    settings = Settings(data=f"features:{tmp_path / 'twice.npz'}", shots=2, seeds=(1,))
+    settings = Settings(data=f"features:{tmp_path / 'twice.npz'}", shots=2, seeds=(1,), device="cpu")
     with pytest.warns(UserWarning, match="seed 1 is trained on 6 items that are in the test split too"):
-        prepare(settings, torch.device("cpu"))
+        prepare(settings)
 
 
 def test_a_record_is_read_as_it_was_written(feature_head, tmp_path):

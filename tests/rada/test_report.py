@@ -12,7 +12,8 @@ pytest.importorskip("jinja2")
 pyplot = pytest.importorskip("matplotlib.image")
 
 from rada.experiment import Settings, run  # noqa: E402
-from rada.report import load_results, write_report  # noqa: E402
+from rada.report import write_report  # noqa: E402
+from rada.runs import load_results  # noqa: E402
 from rada.tuning import Tuning  # noqa: E402
 from rada_kernels import Options  # noqa: E402
 
@@ -124,7 +125,7 @@ def test_the_stored_mask_explains_the_logit(folder):
     results = load_results(folder)
     trained = load_checkpoint(folder / "seed-1", device="cpu", backend="reference")
     settings = Settings(data=results["settings"]["data"], shots=8, seeds=(1,), device="cpu")
-    problem = prepare(settings, torch.device("cpu"))
+    problem = prepare(settings)
     classes = problem.classes.select(problem.halves["base"])
     with torch.no_grad():
         logits = trained.head(problem.tests["base"].features, *classes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 
 from rada import RAdaHead
 from rada.classification import Classes, Labelled, accuracy, predict_labels
-from rada.experiment import free_output, gain, restrict, summarise
 from rada.tuning import Tuning, tune_head
 
 CLASSES, WIDTH = 20, 32
@@ -178,51 +176,7 @@ def test_a_loss_that_is_not_finite_stops_the_training():
         tune_head(RAdaHead(WIDTH, 4, backend="torch"), train, classes, Tuning(), seed=1)
 
 
-def test_the_summary_has_both_forms_of_h():
-    rows = [{"base": 80.0, "new": 40.0, "h": 160 / 3}, {"base": 40.0, "new": 80.0, "h": 160 / 3}]
-    summary = summarise(rows)
-    assert summary["h_of_means"] == pytest.approx(60)
-    assert summary["h"] == {"mean": pytest.approx(160 / 3), "std": pytest.approx(0)}
-    assert summary["base"]["std"] == pytest.approx(800**0.5)
-    assert summarise(rows[:1])["base"]["std"] is None
-
-
-def test_repaired_and_broken_images_count_by_half():
-    halves = {"base": torch.arange(2), "new": torch.arange(2, 4)}
-    problem = SimpleNamespace(halves=halves, source=SimpleNamespace(class_names=("a", "b", "c", "d")))
-    labels = torch.tensor([0, 0, 1, 1])
-    wrong = 1 - labels
-    zero_shot = {"base": (torch.tensor([0, 1, 0, 1]), labels), "new": (wrong, labels)}
-    predictions = {"base": [labels, wrong], "new": [torch.tensor([0, 0, 0, 0]), wrong]}
-    found = gain(problem, zero_shot, predictions)
-    assert found["repaired_images"] == {"base": 1.0, "new": 1.0}  # 2 + 0 of base, 2 + 0 of new, over two seeds
-    assert found["broken_images"] == {"base": 1.0, "new": 0.0}
-    assert {(row["half"], row["name"], row["taken_for"]) for row in found["broken"]} == {
-        ("base", "a", "b"),
-        ("base", "b", "a"),
-    }
-
-
 def test_zero_shot_has_the_bias():
     classes, train, _ = problem(0)
     biased = classes._replace(logit_bias=-3.0)
     assert torch.allclose(biased.zero_shot(train.features) + 3, classes.zero_shot(train.features), atol=1e-5)
-
-
-def test_a_limit_takes_classes_evenly_spaced(tmp_path):
-    from rada.data import Source, Split
-
-    split = Split(labels=torch.arange(10).repeat(2), features=torch.arange(20.0)[:, None])
-    names = tuple(map(str, range(10)))
-    source = restrict(Source("ten", names, split, split, text_features=torch.arange(10.0)[:, None]), 4)
-    assert source.class_names == ("0", "2", "5", "7")
-    assert source.train.labels.tolist() == [0, 1, 2, 3] * 2
-    assert source.train.features.flatten().tolist() == [0, 2, 5, 7, 10, 12, 15, 17]
-    assert source.text_features.flatten().tolist() == [0, 2, 5, 7]
-
-
-def test_a_free_folder_is_numbered(tmp_path):
-    assert free_output(tmp_path / "run") == tmp_path / "run"
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run-2").mkdir()
-    assert free_output(tmp_path / "run") == tmp_path / "run-3"

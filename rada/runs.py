@@ -1,0 +1,115 @@
+"""A run's folder.
+
+results.json           settings, environment, accuracies, step costs: everything that is printed and shown
+epochs.csv             loss and accuracies of every epoch of every seed
+seed-N/                the checkpoint of each seed, see `rada.checkpoint`
+examples/              images, rational matrices and masks that the report draws, see `rada.examples`
+tensorboard/           event files, where they were asked for
+figures/, index.html   the report, drawn from the files above by `rada.report`
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rada.checkpoint import seed_folders
+from rada.files import write_text
+
+RESULTS, EPOCHS, PAGE = "results.json", "epochs.csv", "index.html"
+EXAMPLES, FIGURES, TENSORBOARD = "examples", "figures", "tensorboard"
+FORMAT = "rada-run"
+FORMAT_VERSION = 2  # of results.json
+
+
+def load_results(folder: Path) -> dict:
+    """What a run stored. Raises FileNotFoundError or ValueError for a folder that holds no run of this format."""
+    path = Path(folder) / RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a report is drawn from the folder of a run")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        raise ValueError(f"{path}: not the results of a run, which have the entry format = {FORMAT!r}")
+    if (version := results.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: got format_version {version}; this report takes {FORMAT_VERSION}, a run trained anew"
+        )
+    return results
+
+
+def write_epochs(folder: Path, rows: Sequence[dict]) -> None:
+    """Write the epochs' numbers as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / EPOCHS, text.getvalue())
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise FileExistsError unless a run may be written to the folder `output`."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise FileExistsError(f"output: {output} is a file; it takes a folder")
+    if (output / RESULTS).is_file():
+        if not overwrite:
+            raise FileExistsError(
+                f"output: {output} already holds a run; --overwrite replaces it, or give another folder"
+            )
+    elif any(output.iterdir()):
+        raise FileExistsError(f"output: {output} holds other files than a run's; it takes a new or an empty folder")
+
+
+@contextmanager
+def folder_for(output: Path) -> Iterator[Path]:
+    """The folder to write a run into: `output`, or, where that holds a run already, a new one beside it.
+
+    When the block ends, the new run takes the old one's place in `output`, whose other files stay. After an error or
+    Ctrl-C the old run is as it was; what the new one finished stays where it is, and a warning says where.
+    """
+    if not (output / RESULTS).is_file():
+        yield output
+        return
+    whole = output.resolve()
+    folder = free_output(whole.with_name(f"{whole.name}-new"))
+    try:
+        yield folder
+    except BaseException:
+        if seed_folders(folder):
+            warnings.warn(f"output: the run in {output} is as it was; the new one's finished seeds are in {folder}",
+                          stacklevel=3)  # fmt: skip
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    _remove_run(whole)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RESULTS):  # what makes it a run comes last
+        shutil.move(path, whole / path.name)
+    folder.rmdir()
+
+
+def free_output(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... that does not exist."""
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def _remove_run(output: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for path in (*output.glob("seed-*"), *(output / name for name in (EXAMPLES, FIGURES, TENSORBOARD))):
+        if path.is_dir():
+            shutil.rmtree(path)
+    for name in (RESULTS, EPOCHS, PAGE):
+        (output / name).unlink(missing_ok=True)
