@@ -25,7 +25,7 @@ from torch import Tensor
 from rada.classification import Classes
 from rada.data.record import RECORD, SplitRecord
 from rada.encoders import FeatureExtractor, choose_device
-from rada.files import replacing, write_bytes
+from rada.files import read_json, replacing, write_bytes
 from rada.fused import RAdaHead
 from rada.models import ModelSpec
 from rada.version import __version__
@@ -51,29 +51,6 @@ def write_part(weights: Path, part: str, tensors: Mapping[str, Tensor], entries:
     text = json.dumps(config, indent=2, ensure_ascii=False)
     write_bytes(weights, data)
     write_bytes(weights.with_suffix(".json"), f"{text}\n".encode())
-
-
-def read_config(weights: Path, part: str, entries: Sequence[str]) -> dict:
-    """The configuration beside a part's weights, with at least these entries.
-
-    Raises FileNotFoundError, or ValueError for a file that is no such configuration or of a newer format.
-    """
-    file = weights.with_suffix(".json")
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; a checkpoint is a .safetensors file with its .json beside it")
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not a JSON file ({error})") from error
-    if not isinstance(config, dict) or config.get("format") != f"rada-{part}":
-        raise ValueError(f"{file}: not a {part}'s configuration, which has the entry format = 'rada-{part}'")
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{file}: format_version: got {version!r}; this version of rada takes {FORMAT_VERSION}")
-    missing = [name for name in (*entries, "sha256") if name not in config]
-    if missing:
-        raise ValueError(f"{file}: no entry {missing[0]!r}; it holds {sorted(config)}")
-    return config
 
 
 def read_weights(weights: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -125,8 +102,10 @@ def save_head(
 
 
 def load_config(path: str | os.PathLike) -> dict:
-    """The configuration of a head, as `save_head` wrote it. Raises as `read_config`."""
-    return read_config(_weights_path(path), "head", ("backbone", "embed_dim", *OPTIONS))
+    """The configuration beside a head's weights, as `save_head` wrote it. Raises as `rada.files.read_json`."""
+    file = _weights_path(path).with_suffix(".json")
+    entries = ("backbone", "embed_dim", *OPTIONS, "sha256")
+    return read_json(file, "the configuration of a head", "rada-head", FORMAT_VERSION, entries)
 
 
 def load_head(
@@ -209,6 +188,13 @@ class Checkpoint:
             templates=None if self.spec is None else self.spec.templates,
             extra={"model": None if self.spec is None else asdict(self.spec)},
         )
+
+    def check_width(self, features: Tensor) -> None:
+        """Raise ValueError for features [N, D] of another width."""
+        if features.shape[1] != self.head.embed_dim:
+            raise ValueError(
+                f"data: got features of width {features.shape[1]}; the checkpoint takes {self.head.embed_dim}"
+            )
 
     def open_model(self) -> FeatureExtractor:
         """The encoders, checked to be the head's. Raises ValueError where it was trained on features."""

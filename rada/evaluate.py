@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.classification import Classes, accuracy, predict_labels
-from rada.data import Source, Split, base_new, harmonic_mean, load_source, select_classes
+from rada.data import Source, base_new, harmonic_mean, load_source, select_classes
 from rada.data.record import RECORD, content_of
 from rada.encoders import split_features
 from rada.fused import RAdaHead
 
 
-class EvaluationData(NamedTuple):
-    """What a stored head may be tested on."""
-
-    name: str
-    class_names: tuple[str, ...]  # of the classes that the items' labels count; the head's own have the head's names
-    items: Split
-    attribution: str
-    skipped: tuple[str, ...]
-
-
-def load_test(trained: Checkpoint, data: str | None = None, *, skip_bad: bool = False) -> EvaluationData:
-    """The items of a data set that a stored head may be tested on.
+def load_test(trained: Checkpoint, data: str | None = None, *, skip_bad: bool = False) -> Source:
+    """A data set with the test items and class names that a stored head may be tested on; train stays the data's.
 
     data: default, or where it is what the head was trained on: the items that the training run tested, all of them as
         they were, among the classes of the head. Other data: their test split, drawn by the seed of the training run
@@ -45,12 +35,11 @@ def load_test(trained: Checkpoint, data: str | None = None, *, skip_bad: bool = 
             f"checkpoint: it has no {RECORD}, so nothing tells whether the head was trained on these test items",
             stacklevel=2,
         )
-        source = load_source(data, skip_bad=skip_bad)
-        return _evaluation_data(source, source.class_names, source.test)
+        return load_source(data, skip_bad=skip_bad)
     own = data in (None, record.data)
     source = load_source(data or record.data, seed=record.data_seed, skip_bad=skip_bad or (own and record.skip_bad))
     if own:
-        return _evaluation_data(source, record.class_names, record.restore_test(source))
+        return replace(source, class_names=record.class_names, test=record.restore_test(source))
     if content_of(source.test) != record.content:
         warnings.warn(
             f"data: {data} holds {content_of(source.test)} and the head was trained on {record.content}, so nothing "
@@ -67,11 +56,7 @@ def load_test(trained: Checkpoint, data: str | None = None, *, skip_bad: bool = 
     if not len(test):
         raise ValueError(f"data: the head was trained on every test item of {data}; it takes data with others")
     name_of = dict(zip(record.origins, record.class_names, strict=True))
-    return _evaluation_data(source, tuple(name_of.get(name, name) for name in source.class_names), test)
-
-
-def _evaluation_data(source: Source, class_names: tuple[str, ...], items: Split) -> EvaluationData:
-    return EvaluationData(source.name, class_names, items, source.attribution, source.skipped)
+    return replace(source, class_names=tuple(name_of.get(name, name) for name in source.class_names), test=test)
 
 
 def evaluate_checkpoint(
@@ -91,32 +76,29 @@ def evaluate_checkpoint(
     a class of the checkpoint, or test items of base or new classes.
     """
     trained = load_checkpoint(checkpoint, device=device, backend=backend)
-    data_set = load_test(trained, data, skip_bad=skip_bad)
-    position = {name: i for i, name in enumerate(data_set.class_names)}
+    source = load_test(trained, data, skip_bad=skip_bad)
+    position = {name: i for i, name in enumerate(source.class_names)}
     missing = [name for name in trained.class_names if name not in position]
     if missing:
-        raise ValueError(f"data: {data_set.name} has no class {missing[0]!r}; it takes the checkpoint's classes")
-    test = select_classes(data_set.items, [position[name] for name in trained.class_names])
+        raise ValueError(f"data: {source.name} has no class {missing[0]!r}; it takes the checkpoint's classes")
+    test = select_classes(source.test, [position[name] for name in trained.class_names])
     base, new = base_new(len(trained.class_names))
     halves = {"base": base, "new": new, "all": torch.arange(len(trained.class_names))}
     counts = {half: int(torch.isin(test.labels, halves[half]).sum()) for half in ("base", "new")}
     for half, count in counts.items():
         if not count:
-            raise ValueError(f"data: {data_set.name} has no test item of the {half} classes; it takes at least one")
+            raise ValueError(f"data: {source.name} has no test item of the {half} classes; it takes at least one")
     encoders = trained.open_model() if test.features is None else None
     features = split_features(encoders, test, torch.arange(len(test)), "encode test images")
-    if features.shape[1] != trained.head.embed_dim:
-        raise ValueError(
-            f"data: got features of width {features.shape[1]}; the checkpoint takes {trained.head.embed_dim}"
-        )
+    trained.check_width(features)
 
     def scores(head: RAdaHead | None) -> dict[str, float]:
         values = {name: _accuracy(features, test.labels, trained.classes, ids, head) for name, ids in halves.items()}
         return {**values, "h": harmonic_mean(values["base"], values["new"])}
 
     return {
-        "data": data_set.name,
-        "attribution": data_set.attribution,
+        "data": source.name,
+        "attribution": source.attribution,
         "device": str(trained.device),
         "backend": str(trained.head.backend_for(trained.classes.text)),
         "test_items": counts,

@@ -111,10 +111,7 @@ def make_step(
     labels = torch.randint(shape.classes, (shape.batch,), generator=rng).to(device)
     head = RAdaHead(
         shape.embed_dim,
-        options.num_heads,
-        temperature=options.temperature,
-        queries=options.queries,
-        penalty=options.penalty,
+        **asdict(options),
         backend=backend,
         device=device,
     )

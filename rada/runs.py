@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rada.checkpoint import seed_folders
-from rada.files import write_text
+from rada.files import read_json, write_text
 
 RESULTS, EPOCHS, PAGE = "results.json", "epochs.csv", "index.html"
 EXAMPLES, FIGURES, TENSORBOARD = "examples", "figures", "tensorboard"
@@ -30,20 +29,7 @@ FORMAT_VERSION = 2  # of results.json
 
 def load_results(folder: Path) -> dict:
     """What a run stored. Raises FileNotFoundError or ValueError for a folder that holds no run of this format."""
-    path = Path(folder) / RESULTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a report is drawn from the folder of a run")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise ValueError(f"{path}: not the results of a run, which have the entry format = {FORMAT!r}")
-    if (version := results.get("format_version")) != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: got format_version {version}; this report takes {FORMAT_VERSION}, a run trained anew"
-        )
-    return results
+    return read_json(Path(folder) / RESULTS, "the results of a run", FORMAT, FORMAT_VERSION)
 
 
 def write_epochs(folder: Path, rows: Sequence[dict]) -> None:

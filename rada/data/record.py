@@ -11,7 +11,7 @@ import torch
 
 from rada.data.source import Source, Split, digest
 from rada.data.splits import join, subset
-from rada.files import write_text
+from rada.files import read_json, write_text
 
 RECORD = "split.json"
 FORMAT = "rada-split"
@@ -54,24 +54,8 @@ class SplitRecord:
     @staticmethod
     def read(folder: Path) -> SplitRecord:
         """The record in a checkpoint's folder. Raises FileNotFoundError, or ValueError for a file that is none."""
-        path = folder / RECORD
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; it holds the items that the head was trained and tested on")
-        try:
-            values = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
         names = [field.name for field in fields(SplitRecord)]
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a record of a split, which has the entry format = {FORMAT!r}")
-        if values.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: format_version: got {values.get('format_version')!r}; this version of rada takes "
-                f"{FORMAT_VERSION}"
-            )
-        missing = [name for name in names if name not in values]
-        if missing:
-            raise ValueError(f"{path}: no entry {missing[0]!r}; it holds {sorted(values)}")
+        values = read_json(folder / RECORD, "a record of a split", FORMAT, FORMAT_VERSION, names)
         record = SplitRecord(**{name: values[name] for name in names})
         return replace(record, origins=tuple(record.origins), class_names=tuple(record.class_names))
 

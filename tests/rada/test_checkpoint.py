@@ -97,8 +97,8 @@ def test_corrupt_weights_are_noticed(tmp_path):
     ("change", "message"),
     [
         (lambda config: "{", r"head.json: not a JSON file"),
-        (lambda config: "[]", r"head.json: not a head's configuration"),
-        (lambda config: json.dumps({"r": 16}), r"head.json: not a head's configuration"),
+        (lambda config: "[]", r"head.json: not the configuration of a head"),
+        (lambda config: json.dumps({"r": 16}), r"head.json: not the configuration of a head"),
         (lambda config: json.dumps(config | {"format_version": 2}), r"format_version: got 2; .* takes 1"),
         (
             lambda config: json.dumps({k: v for k, v in config.items() if k != "penalty"}),

@@ -101,9 +101,9 @@ def test_the_items_evaluated_are_those_of_the_run(run, sides):
     assert names["test"] == tested
     assert names["train"] == {name for name in trained if name.startswith(CLASSES[:2])}
     test = load_test(head)
-    assert set(test.items.names) == tested
-    classes = [test.class_names[label] for label in test.items.labels]
-    assert [name.split("/")[0] for name in test.items.names] == classes
+    assert set(test.test.names) == tested
+    classes = [test.class_names[label] for label in test.test.labels]
+    assert [name.split("/")[0] for name in test.test.names] == classes
 
 
 def test_data_that_changed_after_the_training_are_refused(run, changed, sides):
@@ -125,7 +125,7 @@ def test_data_that_changed_after_the_training_are_refused(run, changed, sides):
             shutil.move(changed / "more" / name / f"{i}.png", changed / name / f"new {i}.png")
     shutil.rmtree(changed / "more")
     test = load_test(load_checkpoint(run, device="cpu"))
-    assert set(test.items.names) == sides[1], "items that came later are not tested"
+    assert set(test.test.names) == sides[1], "items that came later are not tested"
 
 
 def test_other_data_are_tested_without_what_was_trained_on(run, photos, sides, tmp_path):
@@ -145,9 +145,9 @@ def test_other_data_are_tested_without_what_was_trained_on(run, photos, sides, t
         UserWarning, match=rf"the head was trained on 14 of 44 test items of folder:{other}; they are left"
     ):
         test = load_test(head, f"folder:{other}")
-    assert len(test.items) == len(test.items.images) == 16 + len(sides[0]) - 14
+    assert len(test.test) == len(test.test.images) == 16 + len(sides[0]) - 14
     seen = contents(head.record.train)
-    assert not set(digests_of(test.items)) & seen
+    assert not set(digests_of(test.test)) & seen
     done = rada("evaluate", "--checkpoint", run, "--data", f"folder:{other}")
     assert done.returncode == 0, done.stderr
     assert "rada: warning: data: the head was trained on 14 of 44 test items" in done.stderr
@@ -156,7 +156,7 @@ def test_other_data_are_tested_without_what_was_trained_on(run, photos, sides, t
 
 def test_the_same_folder_by_another_name_is_no_way_round(run, photos, sides):
     test = load_test(load_checkpoint(run, device="cpu"), f"folder:{photos}/../photos")
-    assert set(test.items.names) == sides[1]
+    assert set(test.test.names) == sides[1]
 
 
 def write_features(path, labels=None, seed: int = 0, **changes):
@@ -189,7 +189,7 @@ def feature_head(tmp_path):
 def test_features_are_known_by_their_rows_and_values(feature_head, tmp_path):
     record, path = feature_head.record, tmp_path / "data.npz"
     source = load_source(f"features:{path}", seed=7)
-    assert set(load_test(feature_head).items.names) == set(source.test.names)
+    assert set(load_test(feature_head).test.names) == set(source.test.names)
     assert source.test.names != load_source(f"features:{path}").test.names
     with np.load(path) as file:
         rows = file["image_features"]

@@ -102,7 +102,7 @@ def test_a_run_of_another_format_is_refused(folder, tmp_path):
     results = load_results(folder)
     results["format_version"] = 1
     (tmp_path / "results.json").write_text(json.dumps(results))
-    with pytest.raises(ValueError, match="format_version 1"):
+    with pytest.raises(ValueError, match="format_version: got 1"):
         write_report(tmp_path)
 
 
