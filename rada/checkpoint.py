@@ -1,8 +1,8 @@
-"""Checkpoints: the one writer and the one reader of a trained head and of all that it takes to use it.
+"""Checkpoints: writer and reader of a trained head with its classes, its split and the name of its encoders.
 
     head.safetensors, head.json   the head's weights, and what they are for
     classes.npz                   text_features [K, D], class_names, logit_scale and, where there is one, logit_bias
-    split.json                    what the head was trained on and is tested on, see `rada.data.record`
+    split.json                    the training and test items, see `rada.data.record`
 
 The encoders' weights are not stored; head.json names them. A part, such as the head, is a pair of files,
 PART.safetensors and PART.json, written by `write_part`: another part is another pair, and leaves the rest alone.
@@ -54,7 +54,7 @@ def write_part(weights: Path, part: str, tensors: Mapping[str, Tensor], entries:
 
 
 def read_weights(weights: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a part, which must be those that its configuration was saved with."""
+    """The tensors of a part. Raises ValueError where their SHA-256 is not that of the configuration."""
     import safetensors.torch as safetensors
 
     if not weights.is_file():
@@ -79,12 +79,12 @@ def save_head(
 ) -> Path:
     """Write a head's weights and configuration; returns the path of the weights.
 
-    path: a folder, made if need be, which gets head.safetensors and head.json; or a path ending in
-        .safetensors, beside which the .json goes.
+    path: a folder, created if missing, for head.safetensors and head.json; or a path ending in .safetensors, for
+        this file and the .json beside it.
     backbone: the model whose features the head was trained on, for `load_head` to check.
-    class_names, templates, extra: what to keep beside the options; extra is any JSON object.
+    class_names, templates, extra: stored beside the options; extra is any JSON object.
 
-    An interrupted save leaves nothing that `load_head` takes, see `write_part`.
+    `load_head` refuses the files of an interrupted save, see `write_part`.
     """
     if not isinstance(backbone, str) or not backbone:
         raise ValueError(f"backbone: got {backbone!r}; it takes the name of the model")
@@ -119,11 +119,10 @@ def load_head(
 ) -> RAdaHead:
     """The head that `save_head` wrote to `path`, in the dtype it was saved in.
 
-    backbone, embed_dim, num_heads: what the caller is going to use; each one given must be the checkpoint's.
+    backbone, embed_dim, num_heads: if given, they must equal the checkpoint's.
     device: of the parameters. Default: the CPU. backend: as for RAdaHead.
 
-    Raises FileNotFoundError, or ValueError naming the field that does not match, what it got and what the
-    checkpoint takes, or the file that is corrupt.
+    Raises FileNotFoundError, or ValueError naming the mismatched field or the corrupt file.
     """
     config = load_config(path)
     for field, got in (("backbone", backbone), ("embed_dim", embed_dim), ("num_heads", num_heads)):
@@ -149,11 +148,11 @@ def load_head(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained head with all that it takes to use it.
+    """A trained head with its classes, encoders and split.
 
     classes: all K, on the head's device. class_names: K names. backbone: the encoders' name.
-    spec: the encoders; None: the head was trained on features computed before.
-    record: None for a head that a training loop of one's own saved.
+    spec: the encoders; None: the head was trained on precomputed features.
+    record: None for a head saved by a user's own training loop.
     """
 
     head: RAdaHead
@@ -168,7 +167,7 @@ class Checkpoint:
         return self.classes.text.device
 
     def save(self, folder: Path) -> None:
-        """Write all of it into a folder, made if need be; the head, without which it is none, comes last."""
+        """Write the checkpoint into a folder, created if missing. The head comes last and marks it complete."""
         if self.record is not None:
             self.record.write(folder)
         bias: dict[str, Any] = {} if self.classes.logit_bias is None else {"logit_bias": self.classes.logit_bias}
@@ -200,7 +199,7 @@ class Checkpoint:
         """The encoders, checked to be the head's. Raises ValueError where it was trained on features."""
         if self.spec is None:
             raise ValueError(
-                "checkpoint: its head was trained on features computed before; it takes features:PATH, not images"
+                "checkpoint: its head was trained on precomputed features; it takes features:PATH, not images"
             )
         encoders = self.spec.open(self.device)
         if (encoders.backbone, encoders.embed_dim) != (self.backbone, self.head.embed_dim):

@@ -1,4 +1,4 @@
-"""Classification of image features: the classes they are compared with, logits in batches, labels, accuracy."""
+"""Classification of image features: classes, logits in batches, labels, accuracy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Labelled(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """What image features are compared with: the arguments of a head's call after the first."""
+    """Classes to choose among: the arguments of a head after the image features."""
 
     text: Tensor  # [K, D] text features
     logit_scale: float  # exponentiated

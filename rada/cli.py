@@ -77,11 +77,14 @@ def train(
         list[str] | None, typer.Option(help=f"A prompt template, may be repeated. [default: {DEFAULT_TEMPLATES[0]}]")
     ] = None,
     class_names: Annotated[
-        Path | None, typer.Option(help="A file with a line per class: what the data call it, or that, a TAB, its name.")
+        Path | None,
+        typer.Option(help="A file with a line per class: its name in the data, optionally a TAB and another name."),
     ] = None,
     max_classes: Annotated[
         int | None,
-        typer.Option(help=f"So many classes, evenly spaced; 0: all. [default: {EMOJI.max_classes} of emoji, else all]"),
+        typer.Option(
+            help=f"Number of classes, evenly spaced; 0: all. [default: {EMOJI.max_classes} of emoji, else all]"
+        ),
     ] = None,
     shots: Annotated[int, typer.Option(min=1, help="Training images per base class.")] = 16,
     seeds: Annotated[str, typer.Option(help="One training run each, separated by commas.")] = "1,2,3",
@@ -151,7 +154,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder.")],
     traceback: Traceback = False,
 ) -> None:
-    """Print a run's table and draw its figures and page again, from what it stored."""
+    """Print a run's tables and draw its figures and page again, from its stored results."""
     from rada.report.tables import print_run
     from rada.runs import load_results
 
@@ -171,8 +174,8 @@ def evaluate(
 ) -> None:
     """Test a head: base among base classes, new among new classes, and all among all; zero-shot beside it.
 
-    On what it was trained on, the items are those that the training run tested; other data give their test split
-    without the items that the head was trained on.
+    On its own training data, the test items are those of the training run; other data are tested without the items
+    that the head was trained on.
     """
     from rada.evaluate import evaluate_checkpoint
     from rada.files import write_json
@@ -227,7 +230,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Print versions, devices, backends and environment variables: what a bug report asks for."""
+    """Print versions, devices, backends and environment variables, for bug reports."""
     from rada.info import describe
 
     print(describe(as_json))
@@ -243,7 +246,7 @@ def _draw(folder: Path) -> None:
 
 
 def _given(**values) -> dict:
-    """The options that were given on the command line."""
+    """The options given on the command line."""
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -16,16 +16,16 @@ from rada.templates import DEFAULT_TEMPLATES
 
 
 class RAdaCLIP(FeatureExtractor):
-    """Encoders and a RAda head over classes: `RAdaCLIP.from_open_clip`, or of encoders that are open and a head.
+    """Encoders and a RAda head over classes. `RAdaCLIP.from_open_clip` makes one from an open_clip model.
 
     encoders: its model, tokenizer, templates, preprocess and backbone become this module's own.
     head: the RAdaHead; the dtype of its parameters, float32 by default, is that of the features.
     class_names: K names. `set_classes` changes them.
 
-    While all of the model is frozen, the state dict is the head's alone ("head.*"); loading such a one is strict about
-    the head and leaves the model as it is. A full state dict loads too.
+    While the whole model is frozen, the state dict holds the head alone ("head.*"); loading it is strict about the
+    head and leaves the model as it is. A full state dict loads too.
 
-    Drop-in for DistributedDataParallel: parameters that forward does not use do not require a gradient.
+    Works under DistributedDataParallel: parameters unused by forward do not require a gradient.
     """
 
     def __init__(self, encoders: FeatureExtractor, head: RAdaHead, class_names: Sequence[str]):
@@ -77,7 +77,7 @@ class RAdaCLIP(FeatureExtractor):
         return cls(encoders, head, class_names)
 
     def set_classes(self, class_names: Sequence[str]) -> None:
-        """Change the classes: encodes the new names' prompts; the head stays as it is."""
+        """Change the classes: encode the prompts of the new names. The head is unchanged."""
         self._tokens = self.tokenize_classes(class_names)  # [K, T, L]
         self.class_names = tuple(class_names)
         self._text_features = None if self.text_trains else self.encode_classes(self._tokens)
@@ -124,7 +124,7 @@ def _drop_frozen_model(module: RAdaCLIP, state: dict, prefix: str, _) -> None:
 
 
 def _keep_frozen_model(module: RAdaCLIP, state: dict, prefix: str, *_) -> None:
-    """Complete a head-only state dict by the frozen model's own tensors; forget what other weights make stale."""
+    """Complete a head-only state dict by the frozen model's own tensors; drop class features of older weights."""
     given = any(key.startswith(f"{prefix}model.") for key in state)
     if given:
         module._text_features = None

@@ -27,7 +27,7 @@ Extractor = TypeVar("Extractor", bound="FeatureExtractor")
 
 
 class Encoder(Protocol):
-    """What an encoder has, by open_clip's names. It is a module, whose image tower is `visual`.
+    """The members of an encoder, by open_clip's names. It is a module; its image tower is `visual`.
 
     visual.image_size: an int, or height and width. encode_image: images [B, 3, H, W] to features [B, D].
     encode_text: token ids [N, L] to features [N, D]. logit_scale: 0-d or [1], a logarithm.
@@ -53,7 +53,7 @@ class FeatureExtractor(nn.Module):
     backbone: the name that checkpoints store. Default: the model's class.
 
     A tower is frozen if none of its parameters requires a gradient: it runs without gradients and stays in eval mode
-    whatever `train()` says.
+    even after `train()`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FeatureExtractor(nn.Module):
         backbone: str | None = None,
     ):
         super().__init__()
-        self.model: Any = model  # an Encoder and a module, which no annotation can say
+        self.model: Any = model  # an Encoder and a module; Python has no intersection types
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.templates = check_templates(templates)
@@ -191,7 +191,7 @@ class FeatureExtractor(nn.Module):
 
 
 def vocabulary_size(model: Any) -> int | None:
-    """The number of token ids that a model takes, or None where it does not tell."""
+    """The number of token ids that a model takes, or None if unknown."""
     return getattr(model, "vocab_size", getattr(getattr(model, "text", None), "vocab_size", None))
 
 
@@ -213,7 +213,7 @@ def choose_device(name: str) -> torch.device:
 
 
 class Preprocessed(Dataset):
-    """Images of a sequence as the model takes them."""
+    """Preprocessed images [3, H, W] of a sequence."""
 
     def __init__(self, images: Images, preprocess: Callable) -> None:
         self.images, self.preprocess = images, preprocess

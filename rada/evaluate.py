@@ -18,14 +18,14 @@ from rada.fused import RAdaHead
 
 
 def load_test(trained: Checkpoint, data: str | None = None, *, skip_bad: bool = False) -> Source:
-    """A data set with the test items and class names that a stored head may be tested on; train stays the data's.
+    """A data set with the test items of a stored head, and its class names; the train split is unchanged.
 
-    data: default, or where it is what the head was trained on: the items that the training run tested, all of them as
-        they were, among the classes of the head. Other data: their test split, drawn by the seed of the training run
-        where they come without one, without the items (by content) that the head was trained on, counted in a warning.
+    data: the head's training data (default): the test items of the training run, unchanged, among the classes of the
+        head. Other data: their test split, drawn by the seed of the training run where they come without one, without
+        the head's training items (by content), counted in a warning.
 
-    Raises FileNotFoundError without data and without split.json; ValueError where the data have changed since the
-    training, or where the head was trained on all of the test items.
+    Raises FileNotFoundError without data and split.json; ValueError for data changed since the training, and for test
+    items that are all training items.
     """
     record = trained.record
     if record is None:
@@ -67,9 +67,9 @@ def evaluate_checkpoint(
     backend: str = "auto",
     skip_bad: bool = False,
 ) -> dict:
-    """Accuracies in percent of a stored head and of zero-shot on the test items that `load_test` gives.
+    """Accuracies in percent of a stored head and of zero-shot on the test items of `load_test`.
 
-    data: default: what the head was trained on.
+    data: default: the head's training data.
 
     Returns data, attribution, device, backend, test_items (numbers: base, new), and under zero_shot and rada: base, new
     (each among its own classes), h, all (among all classes). Raises as `load_test`, and ValueError where the data lack
@@ -108,7 +108,7 @@ def evaluate_checkpoint(
 
 
 def _accuracy(features: Tensor, labels: Tensor, classes: Classes, ids: Tensor, head: RAdaHead | None) -> float:
-    """Of the items of the classes `ids`, which ascend, among these classes."""
+    """Accuracy of the items of the classes `ids` (ascending) among these classes."""
     mine = torch.isin(labels, ids)
     predicted = ids[predict_labels(features[mine], classes.select(ids), head)]
     return accuracy(predicted, labels[mine])

@@ -1,4 +1,4 @@
-"""Test images whose decision the mask changed, with their rational matrix and mask: what the report draws."""
+"""Examples for the report: test images with rational matrix and mask, those first that the mask repaired."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ COUNT = 3
 def write_examples(
     folder: Path, head: RAdaHead, classes: Classes, class_names: list[str], test: Labelled, split: Split
 ) -> list[dict]:
-    """Store examples in a run's folder, one of a class, and return what the report says of each.
+    """Store examples in a run's folder, at most one per class, and return their entries in the results.
 
-    First come images that zero-shot has wrong and the head has right, then those with the smallest zero-shot margin of
-    the true class over the class that zero-shot confuses it with most.
+    Images wrong by zero-shot and right by the head come first; ties go by the zero-shot margin of the true class over
+    the most probable wrong class, smallest first.
 
-    classes, class_names: of the test images. test, split: these images' features, and the images where there are some.
+    classes, class_names: of the test images. test, split: the features of the images, and the images, if any.
     """
     rows: list[dict] = []
     shown: set[int] = set()
@@ -57,7 +57,7 @@ def write_examples(
 
 
 def _by_interest(head: RAdaHead, classes: Classes, test: Labelled) -> list[tuple[int, int]]:
-    """All images with the class that zero-shot confuses each with most."""
+    """Positions of the images in this order, each with its most probable wrong class by zero-shot."""
     logits = torch.cat([batch.cpu() for batch in logit_batches(test.features, classes, None)])
     truth = test.labels[:, None]
     margin, confused = logits.gather(1, truth).squeeze(1), logits.scatter(1, truth, -torch.inf).max(1)
@@ -68,7 +68,7 @@ def _by_interest(head: RAdaHead, classes: Classes, test: Labelled) -> list[tuple
 
 
 def _strips(head: RAdaHead, classes: Classes, image: Tensor, pair: list[int]) -> tuple[Tensor, Tensor]:
-    """The rows [2, D] of an image's rational matrix, times the scale, and mask that belong to two classes."""
+    """Two classes' rows [2, D] of an image's rational matrix (times the scale) and of its mask."""
     image, rows = image.to(classes.text.device), torch.tensor(pair, device=classes.text.device)
     rational = classes.logit_scale * F.normalize(image, dim=-1) * F.normalize(classes.text[rows], dim=-1)
     return rational, head.mask(image, classes.text, classes.logit_scale)[0, rows]

@@ -34,19 +34,19 @@ from rada.tuning import Tuning, tune_head
 from rada_kernels import Options
 
 VAL_SHOTS = 4
-# CLIP's scale after its training, for stored features that come without one.
+# CLIP's trained scale, for precomputed features without one.
 CLIP_LOGIT_SCALE = 100.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run. None stands for what `rada.data.recommended` says of the data.
+    """The settings of a run. None: as `rada.data.recommended` for the data.
 
     data: a source as `rada.data.load_source` takes it.
     model, pretrained, templates: the encoders, see `rada.models.ModelSpec`; not with features:PATH, and needed with a
         folder. Default model: the data's.
     class_names: a file with the classes' names and order, see `rada.data.classes`. None: as the data have them.
-    max_classes: use so many classes, evenly spaced in their order; 0: all. Default: the data's, else all.
+    max_classes: the number of classes to use, evenly spaced in their order; 0: all. Default: the data's, else all.
     shots: training images per base class. seeds: one training run each.
     tuning: see `Tuning`. Default: the data's, see `tuning_for`. head: num_heads, temperature, queries, penalty.
     device, backend: as for the head; "auto" chooses.
@@ -88,13 +88,13 @@ class Settings:
 
 
 def tuning_for(data: str, **changes: Any) -> Tuning:
-    """The settings of training that `rada.data.recommended` names for a source, with changes."""
+    """The recommended settings of training for a source, with changes."""
     return Tuning(**{**recommended(data).tuning, **changes})
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a run trains and tests on: features, and the two halves of the classes."""
+    """The training and test features of a run, and the two halves of its classes."""
 
     settings: Settings
     device: torch.device
@@ -106,7 +106,7 @@ class Problem:
     samples: dict[int, dict[str, Labelled | None]]  # seed -> "train", "val": labels among the base classes
     tests: dict[str, Labelled]  # "base", "new" -> features with the half's own labels
     test_splits: dict[str, Split]
-    records: dict[int, SplitRecord]  # seed -> what its head is trained and tested on
+    records: dict[int, SplitRecord]  # seed -> its training and test items
     encode_seconds: float
 
     def classes_of(self, half: str) -> Classes:
@@ -128,23 +128,23 @@ class Problem:
         return head.to(self.device)
 
     def checkpoint(self, head: RAdaHead, seed: int) -> Checkpoint:
-        """The head of a seed with all that it takes to use it."""
+        """The checkpoint of a seed's head."""
         names = self.source.class_names
         return Checkpoint(head, self.classes, names, self.backbone, self.spec, self.records[seed])
 
 
 def run(settings: Settings, output: Path, *, overwrite: bool = False, tensorboard: bool = False) -> dict:
-    """Do the main job in the folder `output`, and return what results.json holds.
+    """Do the main job in the folder `output`, and return the content of results.json.
 
     Accuracies are in percent: base test images among the base classes, new test images among the new classes. The
     head of the last epoch is the one that is tested; no choice is made by test or validation accuracy.
 
-    overwrite: replace the run that `output` holds, once the new one is complete; see `rada.runs.folder_for`.
+    overwrite: replace the run in `output` once the new one is complete; see `rada.runs.folder_for`.
     tensorboard: write event files too.
 
     Raises FileExistsError for a folder that holds a run (without overwrite) or other files; ValueError, TypeError,
-    FileNotFoundError or ImportError for what is wrong with settings, data or model, before anything is written.
-    After KeyboardInterrupt the seeds that had finished are in the folder, with the status "interrupted".
+    FileNotFoundError or ImportError for wrong settings, data or model, before anything is written.
+    After KeyboardInterrupt the finished seeds are in the folder, with the status "interrupted".
     """
     check_output(output, overwrite)
     with folder_for(output) as folder:
@@ -169,7 +169,7 @@ def run(settings: Settings, output: Path, *, overwrite: bool = False, tensorboar
 
 
 class _Run:
-    """A run in progress; `results` is what results.json holds."""
+    """A run in progress; `results` is the content of results.json."""
 
     def __init__(self, problem: Problem, folder: Path, writer_of: Callable | None):
         self.problem, self.folder, self.writer_of = problem, folder, writer_of
@@ -239,7 +239,7 @@ class _Run:
         self.write()
 
     def explain(self) -> None:
-        """Where the gain comes from, examples by the first seed's head, and what a step costs."""
+        """Add the origin of the gain, examples by the first seed's head, and the cost of a step."""
         problem, settings, base = self.problem, self.problem.settings, self.problem.classes_of("base")
         names = {half: problem.names_of(half) for half in problem.halves}
         self.results["gain"] = gain(names, self.predictions)
@@ -258,7 +258,7 @@ class _Run:
 
 
 def prepare(settings: Settings) -> Problem:
-    """Load the data, draw every seed's sample, and compute the features that the run needs, each once."""
+    """Load the data, draw every seed's sample, and compute the features of the run, each once."""
     device = choose_device(settings.device)
     source, origins = _load(settings)
     base, new = base_new(len(source.class_names))
@@ -292,10 +292,10 @@ def prepare(settings: Settings) -> Problem:
 
 
 def model_spec(settings: Settings, source: Source) -> ModelSpec | None:
-    """The encoders of a run, None for features computed before."""
+    """The encoders of a run, None for precomputed features."""
     if source.train.features is not None:
         if settings.model is not None:
-            raise ValueError(f"model: got {settings.model!r} with features computed before; it takes none")
+            raise ValueError(f"model: got {settings.model!r} with precomputed features; it takes none")
         if source.text_features is None:
             raise ValueError(
                 f"data: {settings.data} holds no 'text_features'; training on features takes one row per class"
@@ -310,7 +310,7 @@ def model_spec(settings: Settings, source: Source) -> ModelSpec | None:
 
 
 def _load(settings: Settings) -> tuple[Source, tuple[str, ...]]:
-    """The source with the classes of the run, and what the data call each of these."""
+    """The source with the classes of the run, and their names in the data."""
     source = load_source(settings.data, seed=settings.seed, skip_bad=settings.skip_bad)
     names = {name: name for name in source.class_names}
     if settings.class_names is not None:
@@ -321,7 +321,7 @@ def _load(settings: Settings) -> tuple[Source, tuple[str, ...]]:
 
 
 def _sample(labels: Tensor, shots: int, seed: int) -> dict[str, Tensor]:
-    """Training items, and up to VAL_SHOTS more per class to watch the training by."""
+    """Indices of training items, and of up to VAL_SHOTS validation items per class."""
     train = few_shot(labels, shots, seed)
     rest = torch.ones(len(labels), dtype=torch.bool)
     rest[train] = False
@@ -361,7 +361,7 @@ def _encode_tests(encoders: FeatureExtractor | None, source: Source, splits: dic
 def _records(
     settings: Settings, source: Source, origins: tuple[str, ...], train: Split, picks: dict[int, dict[str, Tensor]]
 ) -> dict[int, SplitRecord]:
-    """What the head of each seed is trained and tested on. Warns of test items that are training items too."""
+    """The split record of each seed. Warns of test items that are training items too."""
     test = items_of(source.test, origins)
     records = {}
     for seed, pick in picks.items():

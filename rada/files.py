@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the JSON files among them that say what they are."""
+"""Atomic writing of files, and reading of this library's JSON files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file and have it on the disk before it takes its place."""
+    """Write a file, flushed to the disk before it takes its place."""
     with replacing(path) as partial, open(partial, "wb") as file:
         file.write(data)
         file.flush()
@@ -40,7 +40,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str, format: str, version: int, entries: Iterable[str] = ()) -> dict:
-    """The object in a file of this library, which has the entries format, format_version and `entries`.
+    """The object in one of this library's JSON files, with the entries format, format_version and `entries`.
 
     what: the file's content in words, for errors. Raises FileNotFoundError, or ValueError for any other content.
     """

@@ -1,4 +1,4 @@
-"""Opening encoders: by a name of open_clip's, as an open_clip model, or the demo's."""
+"""Opening encoders: an open_clip model, by its name or as an object, or the demo's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ USER = "an open_clip model"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which encoders: what a checkpoint keeps to find them again.
+    """The name of encoders, as checkpoints store it.
 
     name: "demo" (the small model of `rada.demo`), or a name that open_clip takes.
     pretrained: a tag of open_clip's or the path of a checkpoint, as for `open_model`.
@@ -65,7 +65,7 @@ def open_model(
     freeze: bool = True,
     backbone: str | None = None,
 ) -> FeatureExtractor:
-    """An open_clip model (CLIP, CustomTextCLIP as SigLIP is, CoCa) with all that it takes to use it.
+    """An open_clip model (CLIP, CustomTextCLIP as SigLIP is, CoCa) with its transform, tokenizer and templates.
 
     model_or_name: a model, or a name: one of `open_clip.list_models()`, "hf-hub:..." or "local-dir:...".
     templates: format strings with "{}" or "{class}". Default: "a photo of a {}.".
@@ -170,7 +170,7 @@ def _transform_of(model: OpenCLIP) -> Callable | None:
 
 
 def _of_any_mode(transform: Callable) -> Callable:
-    """The transform of images of any mode. (open_clip's own lays transparency on black.)"""
+    """The transform after a conversion to RGB. (open_clip's own lays transparency on black.)"""
     return require("torchvision.transforms", "clip", USER).Compose([_rgb, transform])
 
 

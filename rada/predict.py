@@ -28,7 +28,7 @@ Rows = dict[str, list]  # columns of equal length
 
 
 class Items(NamedTuple):
-    """What is predicted, in batches, and files that could not be read."""
+    """Items to predict, and unreadable files."""
 
     names: Sequence[Any]  # N
     batches: Iterator[Tensor]  # features [≤ batch_size, D] that together cover the N items

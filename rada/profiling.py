@@ -1,4 +1,4 @@
-"""What one training step of a head takes: time and peak memory, per backend, at given shapes."""
+"""Time and peak memory of one training step of a head, per backend, at given shapes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rada.fused import RAdaHead
 from rada_kernels import Options
 
 SELF = Path("/proc/self")
-# The reference keeps about this many tensors [B, H, K, K] alive; a machine is not filled for a comparison.
+# Tensors [B, H, K, K] alive in the reference: it is not measured where they would fill the machine.
 REFERENCE_SCORE_TENSORS = 12
 BUDGET_S = 8.0
 # glibc keeps freed blocks; from this size on, a measured process gives them back at once.
@@ -38,8 +38,8 @@ class StepShape:
 class StepCost:
     """One backend's step: forward, loss and backward of the head on frozen features, without the optimizer.
 
-    Times are the median and the 20% and 80% quantiles. peak_mb is what the step adds at its highest, in 10^6 bytes,
-    None where the system does not tell. `failure` says why there are no figures.
+    Times are the median and the 20% and 80% quantiles. peak_mb: peak memory above the level before the step, in 10^6
+    bytes, None where the system does not report it. failure: why there are no figures.
     """
 
     backend: str

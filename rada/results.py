@@ -1,4 +1,4 @@
-"""What a run finds: accuracies, their summary over the seeds, the gain over zero-shot and its interval.
+"""The figures of a run: accuracies, their summary over the seeds, the gain over zero-shot and its interval.
 
 Accuracies are in percent, gains in points. "base" and "new" are the halves of the classes, "h" is the harmonic mean.
 """
@@ -36,7 +36,7 @@ def summarise(seeds: Sequence[Mapping]) -> dict:
 
 
 class Predictions(NamedTuple):
-    """The test images of a half among the half's classes."""
+    """Labels of a half's test images, true and predicted among the half's classes."""
 
     labels: Tensor  # [N]
     zero_shot: Tensor  # [N]
@@ -44,12 +44,12 @@ class Predictions(NamedTuple):
 
 
 def gain(class_names: Mapping[str, Sequence[str]], predictions: Mapping[str, Predictions]) -> dict:
-    """Where the gain comes from: accuracy class by class, and the confusions that were repaired or made.
+    """The origin of the gain: accuracy per class, repaired confusions and new ones.
 
     class_names, predictions: of each half.
 
     classes: name, half, zero_shot and rada (percent, the mean over the seeds) of each class.
-    repaired, broken: pairs (class, taken for) with the number of test images per seed that changed sides.
+    repaired, broken: pairs (class, taken for) with their number of test images per seed.
     repaired_images, broken_images: all such images per seed, of "base" and of "new".
     """
     rows: list[dict] = []
@@ -98,7 +98,7 @@ class Hits(NamedTuple):
 
 
 def count_hits(labels: Tensor, zero_shot: Tensor, rada: Sequence[Tensor]) -> Hits:
-    """Of images [N] with these labels, as zero-shot and each seed's head label them. No class without images."""
+    """Hits per class of zero-shot and of each seed's head, from labels [N]. Classes without images are left out."""
     truth = labels.numpy()
     images = np.bincount(truth)
 
@@ -111,22 +111,22 @@ def count_hits(labels: Tensor, zero_shot: Tensor, rada: Sequence[Tensor]) -> Hit
 def delta(base: Hits, new: Hits, *, draws: int = DRAWS) -> dict:
     """RAda minus zero-shot in points, for "base", "new" and "h": mean over the seeds, low and high of its interval.
 
-    The interval says where other classes of the same kind and other seeds would put the mean: the middle 95 % of a
-    bootstrap over classes and seeds. A class is drawn with all its test images, which may resemble one another, and
-    with what zero-shot and every head made of them (paired). Base and new classes are drawn apart, seeds for both
-    together. Of n classes or seeds n - 1 are drawn, with replacement: the variance of a mean is then met without bias
-    (n draws make it too small by the factor 1 - 1/n, two thirds for three seeds). All calls use the same draws.
+    The interval is the middle 95 % of a bootstrap over classes and seeds: the range of the mean for other classes of
+    the same kind and other seeds. A class is drawn with all its test images, which may be correlated, and with their
+    predictions by zero-shot and every head (paired). Base and new classes are drawn apart, seeds for both together. Of
+    n classes or seeds n - 1 are drawn, with replacement, for an unbiased variance of the mean (n draws make it too
+    small by the factor 1 - 1/n, two thirds for three seeds). All calls use the same draws.
 
     With one seed the interval is over the classes alone. It is None for a half with test images of one class, and so is
     that of H. It is too short where few seeds differ more than the classes do: for three seeds it ends at their range.
-    It does not say what heads trained on other base classes would do.
+    It does not cover heads trained on other base classes.
 
     Returns also level, draws, and over: "classes and seeds" or "classes".
     """
     rng = np.random.default_rng(0)
     seeds = len(base.rada)
     chosen = rng.multinomial(max(seeds - 1, 1), np.full(seeds, 1 / seeds), draws)  # [R, S]
-    chosen = np.vstack([np.ones(seeds), chosen])  # the first row of all arrays: everything once, what was measured
+    chosen = np.vstack([np.ones(seeds), chosen])  # the first row of all arrays: everything once, the measured value
     zero_shot, rada = {}, {}
     for half, hits in (("base", base), ("new", new)):
         count = len(hits.images)

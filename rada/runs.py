@@ -1,10 +1,10 @@
 """A run's folder.
 
-results.json           settings, environment, accuracies, step costs: everything that is printed and shown
+results.json           settings, environment, accuracies, step costs: everything in the tables
 epochs.csv             loss and accuracies of every epoch of every seed
 seed-N/                the checkpoint of each seed, see `rada.checkpoint`
-examples/              images, rational matrices and masks that the report draws, see `rada.examples`
-tensorboard/           event files, where they were asked for
+examples/              images, rational matrices and masks of the report, see `rada.examples`
+tensorboard/           event files, on request
 figures/, index.html   the report, drawn from the files above by `rada.report`
 """
 
@@ -28,7 +28,7 @@ FORMAT_VERSION = 2  # of results.json
 
 
 def load_results(folder: Path) -> dict:
-    """What a run stored. Raises FileNotFoundError or ValueError for a folder that holds no run of this format."""
+    """The stored results of a run. Raises FileNotFoundError or ValueError for a folder without a run of this format."""
     return read_json(Path(folder) / RESULTS, "the results of a run", FORMAT, FORMAT_VERSION)
 
 
@@ -58,10 +58,10 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 @contextmanager
 def folder_for(output: Path) -> Iterator[Path]:
-    """The folder to write a run into: `output`, or, where that holds a run already, a new one beside it.
+    """The folder for a run: `output`, or, if that holds a run already, a new one beside it.
 
     When the block ends, the new run takes the old one's place in `output`, whose other files stay. After an error or
-    Ctrl-C the old run is as it was; what the new one finished stays where it is, and a warning says where.
+    Ctrl-C the old run is as it was; the new one's finished seeds stay in its folder, named in a warning.
     """
     if not (output / RESULTS).is_file():
         yield output
@@ -78,7 +78,7 @@ def folder_for(output: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     _remove_run(whole)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == RESULTS):  # what makes it a run comes last
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RESULTS):  # its mark as a run comes last
         shutil.move(path, whole / path.name)
     folder.rmdir()
 
@@ -93,7 +93,7 @@ def free_output(folder: Path) -> Path:
 
 
 def _remove_run(output: Path) -> None:
-    """Remove what a run wrote, and nothing else."""
+    """Remove the files of a run, and no others."""
     for path in (*output.glob("seed-*"), *(output / name for name in (EXAMPLES, FIGURES, TENSORBOARD))):
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,13 +1,12 @@
-"""Data: one small interface, `Source`, over image folders, features computed before, and the embedded emoji
-set.
+"""Data sources behind one interface, `Source`: image folders, precomputed features, the embedded emoji set.
 
     source = load_source("folder:path/to/images")
     source = load_source("features:path/to/features.npz")
     source = load_source("emoji")
 
-`rada.data.folder` and `rada.data.features` state what they read, `rada.data.images` what becomes of a picture;
-`rada.data.splits` holds the few-shot and base-to-new protocols, `rada.data.classes` names and orders the classes, and
-`rada.data.record` keeps with a head what it was trained and is tested on.
+`rada.data.folder` and `rada.data.features` describe their layouts, `rada.data.images` the conversion to RGB.
+`rada.data.splits` has the few-shot and base-to-new protocols, `rada.data.classes` the names and the order of classes,
+`rada.data.record` the record of a head's training and test items.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def load_source(spec: str, *, seed: int = 0, skip_bad: bool = False) -> Source:
     """The data set that `spec` names.
 
     spec: "emoji" (embedded, see `rada.data.emoji`), "folder:PATH" (class folders of images, see
-        `rada.data.folder`) or "features:PATH" (features computed before, see `rada.data.features`).
+        `rada.data.folder`) or "features:PATH" (precomputed features, see `rada.data.features`).
     seed: of the train/test split where the data come without one, and of the emoji set's views. Default 0.
     skip_bad: leave unreadable images out, named in `Source.skipped`, instead of raising. Default False.
 
@@ -70,7 +69,7 @@ def load_source(spec: str, *, seed: int = 0, skip_bad: bool = False) -> Source:
 
 
 def recommended(spec: str) -> Recommended:
-    """The settings that suit the data set `spec`; nothing of it is loaded."""
+    """Recommended settings for the data set `spec`, which is not loaded."""
     if spec == "emoji":
         from rada.data.emoji import RECOMMENDED
 

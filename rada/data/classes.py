@@ -1,16 +1,15 @@
-"""The classes of a run: which, in what order, by what names.
+"""The classes of a run, their order and their names.
 
-`--class-names FILE` takes a UTF-8 text file with a line per class, in the order that the run is to have:
+`--class-names FILE` takes a UTF-8 text file with a line per class, in the order of the run:
 
     golden_retriever
     n02123045<TAB>tabby cat
 
-The first column is the class as the data call it (a folder's name); the second one, where there is a TAB, the name that
-the run gives it. Each class of the data stands in one line; empty lines are ignored. The order decides the classes'
-labels, and with them which half is base.
+The first column is the class's name in the data (a folder's name), the second one, after a TAB, its name in the run.
+Each class of the data has one line; empty lines are ignored. The order decides the labels, and with them the base half.
 
-A class's *name* stands in every output: predictions, tables, checkpoints. Prompts say the name with spaces for
-underscores. Its *origin*, what the data call it, is kept with a checkpoint, to find the class again.
+A class's *name* appears in predictions, tables and checkpoints, and in prompts with spaces for underscores. Its
+*origin*, the name in the data, is kept in checkpoints to find the class again.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def read_class_names(path: str | Path, classes: Sequence[str]) -> dict[str, str]
 
 
 def name_classes(source: Source, names: Mapping[str, str]) -> Source:
-    """The source with the classes `names` (what it calls them: the name they get), in that order."""
+    """The source with the classes `names` (origin: name), in that order."""
     if tuple(names) != source.class_names:
         position = {origin: i for i, origin in enumerate(source.class_names)}
         source = take_classes(source, torch.tensor([position[origin] for origin in names]))
@@ -91,7 +90,7 @@ def limit_classes(source: Source, limit: int) -> Source:
 
 
 def prompt_name(name: str) -> str:
-    """A class's name as prompts say it, the released code's and CoOp's way: golden_retriever is "golden retriever"."""
+    """A class's name in prompts, as in the released code and CoOp: golden_retriever becomes "golden retriever"."""
     return name.replace("_", " ")
 
 

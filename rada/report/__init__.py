@@ -1,4 +1,4 @@
-"""A run's report: tables, figures and an HTML page, drawn from what is in its folder and from nothing else."""
+"""A run's report: tables, figures and an HTML page, drawn from its folder alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training in its settings: `tune_head` trains a model over features of frozen encoders, by the rates of `Tuning`."""
+"""Tuning: `tune_head` trains a model over features of frozen encoders."""
 
 from rada.tuning.schedule import SCHEDULES, Tuning
 from rada.tuning.trainer import tune_head
