@@ -87,6 +87,7 @@ class FeatureExtractor(nn.Module):
         """Token ids [K, T, L] of the K names in the T templates. Raises TypeError or ValueError for bad names."""
         if isinstance(class_names, str):
             raise TypeError(f"class_names: got the string {class_names!r}; it takes a sequence of names")
+        class_names = tuple(class_names)
         bad = [name for name in class_names if not isinstance(name, str) or not name.strip()]
         if bad or not class_names:
             raise ValueError(f"class_names: got {bad[:8] or 'none'}; it takes at least one name, none empty")

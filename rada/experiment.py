@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -59,10 +60,10 @@ class Settings:
     pretrained: str | None = None
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     class_names: str | None = None
-    max_classes: int = None  # type: ignore[assignment]
+    max_classes: int = None  # type: ignore[assignment]  # an int after __post_init__
     shots: int = 16
     seeds: tuple[int, ...] = (1, 2, 3)
-    tuning: Tuning = None  # type: ignore[assignment]
+    tuning: Tuning = None  # type: ignore[assignment]  # a Tuning after __post_init__
     head: Options = field(default_factory=Options)
     device: str = "auto"
     backend: str = "auto"
@@ -71,11 +72,8 @@ class Settings:
 
     def __post_init__(self):
         own = recommended(self.data)
-        for name, value in (
-            ("model", own.model),
-            ("max_classes", own.max_classes),
-            ("tuning", tuning_for(self.data)),
-        ):
+        filled = {"model": own.model, "max_classes": own.max_classes, "tuning": tuning_for(self.data)}
+        for name, value in filled.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         check_templates(self.templates)
@@ -92,6 +90,13 @@ def tuning_for(data: str, **changes: Any) -> Tuning:
     return Tuning(**{**recommended(data).tuning, **changes})
 
 
+class Sample(NamedTuple):
+    """A seed's images of the base classes, whose labels count these classes. val: None without any."""
+
+    train: Labelled
+    val: Labelled | None
+
+
 @dataclass(frozen=True)
 class Problem:
     """The training and test features of a run, and the two halves of its classes."""
@@ -103,7 +108,7 @@ class Problem:
     backbone: str
     classes: Classes  # all K
     halves: dict[str, Tensor]  # "base", "new" -> class ids
-    samples: dict[int, dict[str, Labelled | None]]  # seed -> "train", "val": labels among the base classes
+    samples: dict[int, Sample]  # by seed
     tests: dict[str, Labelled]  # "base", "new" -> features with the half's own labels
     test_splits: dict[str, Split]
     records: dict[int, SplitRecord]  # seed -> its training and test items
@@ -203,25 +208,16 @@ class _Run:
     def train(self, seed: int) -> None:
         """Train and test a seed's head, and store its checkpoint and all figures so far."""
         problem, folder = self.problem, self.folder / TENSORBOARD / f"seed-{seed}"
-        began, samples = time.perf_counter(), problem.samples[seed]
+        began, sample = time.perf_counter(), problem.samples[seed]
         with self.writer_of(str(folder)) if self.writer_of else nullcontext() as writer:
-
-            def on_epoch(numbers: dict) -> None:
-                self.epochs.append({"seed": seed, **numbers})
-                write_epochs(self.folder, self.epochs)
-                if writer is not None:
-                    for name in ("loss", "penalty", "train_accuracy", "val_accuracy"):
-                        if numbers[name] is not None:
-                            writer.add_scalar(name, numbers[name], numbers["epoch"])
-
             head = tune_head(
                 problem.new_head(seed),
-                cast(Labelled, samples["train"]),
+                sample.train,
                 problem.classes_of("base"),
                 problem.settings.tuning,
                 seed=seed,
-                val=samples["val"],
-                on_epoch=on_epoch,
+                val=sample.val,
+                on_epoch=partial(self._store_epoch, seed, writer),
                 description=f"train seed {seed}",
             )
         seconds = time.perf_counter() - began
@@ -237,6 +233,14 @@ class _Run:
         self.results["summary"] = summarise(self.results["seeds"]) | {"delta": interval}
         self.results["epochs"] = self.epochs
         self.write()
+
+    def _store_epoch(self, seed: int, writer: Any, numbers: dict) -> None:
+        self.epochs.append({"seed": seed, **numbers})
+        write_epochs(self.folder, self.epochs)
+        if writer is not None:
+            for name in ("loss", "penalty", "train_accuracy", "val_accuracy"):
+                if numbers[name] is not None:
+                    writer.add_scalar(name, numbers[name], numbers["epoch"])
 
     def explain(self) -> None:
         """Add the origin of the gain, examples by the first seed's head, and the cost of a step."""
@@ -333,15 +337,18 @@ def _sample(labels: Tensor, shots: int, seed: int) -> dict[str, Tensor]:
 
 def _encode_samples(
     encoders: FeatureExtractor | None, train: Split, picks: dict[int, dict[str, Tensor]]
-) -> dict[int, dict[str, Labelled | None]]:
-    """The features of each seed's items, each encoded once; None where there are no items."""
+) -> dict[int, Sample]:
+    """The features of each seed's items, each encoded once."""
     needed = torch.cat([index for pick in picks.values() for index in pick.values()]).unique()
     features = split_features(encoders, train, needed, "encode training images")
 
-    def labelled(index: Tensor) -> Labelled | None:
-        return Labelled(features[torch.searchsorted(needed, index)], train.labels[index]) if len(index) else None
+    def labelled(index: Tensor) -> Labelled:
+        return Labelled(features[torch.searchsorted(needed, index)], train.labels[index])
 
-    return {seed: {name: labelled(index) for name, index in pick.items()} for seed, pick in picks.items()}
+    return {
+        seed: Sample(labelled(pick["train"]), labelled(pick["val"]) if len(pick["val"]) else None)
+        for seed, pick in picks.items()
+    }
 
 
 def _encode_tests(encoders: FeatureExtractor | None, source: Source, splits: dict[str, Split]) -> dict[str, Labelled]:
@@ -391,16 +398,15 @@ def _records(
 
 def _describe(problem: Problem) -> dict[str, dict]:
     """The entries "data" and "model" of the results."""
-    source, first = problem.source, next(iter(problem.samples.values()))
-    count = {name: 0 if sample is None else len(sample.labels) for name, sample in first.items()}
+    source, (train, val) = problem.source, next(iter(problem.samples.values()))
     return {
         "data": {
             "name": source.name,
             "attribution": source.attribution,
             "base_classes": len(problem.halves["base"]),
             "new_classes": len(problem.halves["new"]),
-            "train_images": count["train"],
-            "val_images": count["val"],
+            "train_images": len(train.labels),
+            "val_images": 0 if val is None else len(val.labels),
             "base_test_images": len(problem.tests["base"].labels),
             "new_test_images": len(problem.tests["new"].labels),
             "skipped": list(source.skipped),

@@ -6,7 +6,7 @@ import ctypes
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,46 +59,50 @@ def measure_step(
     Memory on the CPU is the high-water mark of a child process that makes one step; on other devices, what
     their allocator counts.
     """
-    failures = {}
-    if "reference" in backends:
-        needed = REFERENCE_SCORE_TENSORS * 4 * shape.batch * options.num_heads * shape.classes**2
-        free = _free_bytes(device)
-        if free is not None and needed > free / 2:
-            failures["reference"] = (
-                f"not measured: it needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
-            )
+    failures = _too_large(backends, shape, options, device)
     steps = {b: make_step(b, shape, options, alpha, device) for b in backends if b not in failures}
-    times: dict[str, list[float]] = {backend: [] for backend in steps}
-    for step in steps.values():
-        step()
-        _synchronize(device)
-    started = time.perf_counter()
-    for done in range(ROUNDS[1]):
-        if done >= ROUNDS[0] and time.perf_counter() - started > BUDGET_S:
-            break
-        for backend, step in steps.items():
-            start = time.perf_counter()
-            step()
-            _synchronize(device)
-            times[backend].append(1e3 * (time.perf_counter() - start))
+    times = _times(steps, device)
     costs = []
     for backend in backends:
         if backend in failures:
             costs.append(StepCost(backend, failure=failures[backend]))
             continue
         q20, _, _, q80 = statistics.quantiles(times[backend], n=5, method="inclusive")
+        median, rounds = statistics.median(times[backend]), len(times[backend])
         peak = _peak_bytes(backend, shape, options, alpha, device, steps[backend])
-        costs.append(
-            StepCost(
-                backend,
-                statistics.median(times[backend]),
-                q20,
-                q80,
-                len(times[backend]),
-                None if peak is None else peak / 1e6,
-            )
-        )
+        costs.append(StepCost(backend, median, q20, q80, rounds, None if peak is None else peak / 1e6))
     return [asdict(cost) for cost in costs]
+
+
+def _too_large(backends: tuple[str, ...], shape: StepShape, options: Options, device: torch.device) -> dict[str, str]:
+    """The reference, with a reason, where its scores would fill the machine."""
+    needed = REFERENCE_SCORE_TENSORS * 4 * shape.batch * options.num_heads * shape.classes**2
+    free = _free_bytes(device)
+    if "reference" not in backends or free is None or needed <= free / 2:
+        return {}
+    gib, free_gib = needed / 2**30, free / 2**30
+    return {"reference": f"not measured: it needs about {gib:.0f} GiB, {free_gib:.0f} GiB are free"}
+
+
+def _times(steps: Mapping[str, Callable[[], None]], device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds of each step, round after round, after one that does not count."""
+
+    def timed(step: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        step()
+        _synchronize(device)
+        return 1e3 * (time.perf_counter() - start)
+
+    for step in steps.values():
+        timed(step)
+    times: dict[str, list[float]] = {backend: [] for backend in steps}
+    started = time.perf_counter()
+    for done in range(ROUNDS[1]):
+        if done >= ROUNDS[0] and time.perf_counter() - started > BUDGET_S:
+            break
+        for backend, step in steps.items():
+            times[backend].append(timed(step))
+    return times
 
 
 def make_step(
