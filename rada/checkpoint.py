@@ -35,6 +35,7 @@ WEIGHTS = "head.safetensors"
 CLASSES = "classes.npz"
 FORMAT_VERSION = 1
 OPTIONS = tuple(field.name for field in fields(Options))
+ENTRIES = ("backbone", "embed_dim", *OPTIONS)  # of head.json
 
 
 def write_part(weights: Path, part: str, tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
@@ -53,10 +54,20 @@ def write_part(weights: Path, part: str, tensors: Mapping[str, Tensor], entries:
     write_bytes(weights.with_suffix(".json"), f"{text}\n".encode())
 
 
-def read_weights(weights: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a part. Raises ValueError where their SHA-256 is not that of the configuration."""
+def read_config(weights: Path, part: str, entries: Sequence[str] = ()) -> dict:
+    """The configuration of a part, with at least these entries. Raises as `rada.files.read_json`."""
+    file = weights.with_suffix(".json")
+    return read_json(file, f"a {part}'s configuration", f"rada-{part}", FORMAT_VERSION, (*entries, "sha256"))
+
+
+def read_part(weights: Path, part: str, entries: Sequence[str] = ()) -> tuple[dict, dict[str, Tensor]]:
+    """Configuration and tensors of a part.
+
+    Raises as `read_config`, and ValueError where the tensors' SHA-256 is not that of the configuration.
+    """
     import safetensors.torch as safetensors
 
+    config = read_config(weights, part, entries)
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file, though its configuration is there")
     data = weights.read_bytes()
@@ -65,7 +76,7 @@ def read_weights(weights: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
             f"{weights}: its SHA-256 is not the one in {weights.with_suffix('.json').name}: the file is "
             "corrupt, or the two are not from one save"
         )
-    return safetensors.load(data)
+    return config, safetensors.load(data)
 
 
 def save_head(
@@ -102,10 +113,8 @@ def save_head(
 
 
 def load_config(path: str | os.PathLike) -> dict:
-    """The configuration beside a head's weights, as `save_head` wrote it. Raises as `rada.files.read_json`."""
-    file = _weights_path(path).with_suffix(".json")
-    entries = ("backbone", "embed_dim", *OPTIONS, "sha256")
-    return read_json(file, "the configuration of a head", "rada-head", FORMAT_VERSION, entries)
+    """The configuration beside a head's weights, as `save_head` wrote it. Raises as `read_config`."""
+    return read_config(_weights_path(path), "head", ENTRIES)
 
 
 def load_head(
@@ -124,12 +133,11 @@ def load_head(
 
     Raises FileNotFoundError, or ValueError naming the mismatched field or the corrupt file.
     """
-    config = load_config(path)
+    weights = _weights_path(path)
+    config, state = read_part(weights, "head", ENTRIES)
     for field, got in (("backbone", backbone), ("embed_dim", embed_dim), ("num_heads", num_heads)):
         if got is not None and got != config[field]:
             raise ValueError(f"{field}: got {got!r}; the checkpoint {os.fspath(path)} takes {config[field]!r}")
-    weights = _weights_path(path)
-    state = read_weights(weights, config)
     try:
         head = RAdaHead(
             config["embed_dim"],
