@@ -11,10 +11,11 @@ from torch import Tensor
 
 from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.classification import Classes, accuracy, predict_labels
-from rada.data import Source, base_new, harmonic_mean, load_source, select_classes
+from rada.data import Source, base_new, load_source, select_classes
 from rada.data.record import RECORD, content_of
 from rada.encoders import split_features
 from rada.fused import RAdaHead
+from rada.results import scores
 
 
 def load_test(trained: Checkpoint, data: str | None = None, *, skip_bad: bool = False) -> Source:
@@ -92,9 +93,10 @@ def evaluate_checkpoint(
     features = split_features(encoders, test, torch.arange(len(test)), "encode test images")
     trained.check_width(features)
 
-    def scores(head: RAdaHead | None) -> dict[str, float]:
-        values = {name: _accuracy(features, test.labels, trained.classes, ids, head) for name, ids in halves.items()}
-        return {**values, "h": harmonic_mean(values["base"], values["new"])}
+    def tested(head: RAdaHead | None) -> dict[str, float]:
+        return scores(
+            {name: _accuracy(features, test.labels, trained.classes, ids, head) for name, ids in halves.items()}
+        )
 
     return {
         "data": source.name,
@@ -102,8 +104,8 @@ def evaluate_checkpoint(
         "device": str(trained.device),
         "backend": str(trained.head.backend_for(trained.classes.text)),
         "test_items": counts,
-        "zero_shot": scores(None),
-        "rada": scores(trained.head),
+        "zero_shot": tested(None),
+        "rada": tested(trained.head),
     }
 
 
