@@ -1,4 +1,4 @@
-"""The functions people call: rada_logits, the function under the head, and rada_mask."""
+"""The functions people call: rada_logits, the function under the head, rada_attended_rows and rada_mask."""
 
 from __future__ import annotations
 
@@ -61,6 +61,21 @@ def rada_logits(
     if not torch.is_autocast_enabled(image.device.type):
         logits = logits.to(image.dtype)
     return logits, deviation.sum() / max(image.shape[0], 1)
+
+
+def rada_attended_rows(
+    image: Tensor, text: Tensor, params: Params, options: Options | None = None, backend: str = "auto"
+) -> Tensor:
+    """The attended rows O [B, K, D], what the output layer takes: ``M = relu(1 + O @ Wo.T + co)``.
+
+    Without gradients, in the features' dtype (autocast's under autocast). For work on the output layer alone: O depends
+    on every layer but that one. Arguments and errors as of `rada_logits`.
+    """
+    options = Options() if options is None else options
+    check_inputs(image, text, params, options)
+    name, _ = _choose(image, options, backend)
+    with torch.no_grad():
+        return BACKENDS[name].attended_rows(image, text, _on_device(params, image), options)
 
 
 def rada_mask(image: Tensor, text: Tensor, params: Params, options: Options | None = None) -> Tensor:

@@ -1,4 +1,5 @@
-"""The registered operators torch.ops.rada.masked_similarity and its backward: schema, fake, autograd, autocast.
+"""The registered operators torch.ops.rada.{masked_similarity, masked_similarity_backward, attended_rows}: schema, fake,
+autograd, autocast.
 
 One schema serves every backend; the backend's name travels as an argument. `rada_kernels.api` holds what people call.
 """
@@ -25,6 +26,8 @@ LIBRARY.define(
     f"masked_similarity_backward(Tensor grad_sums, Tensor? grad_deviation, {_INPUTS}, Tensor[] kept, {_OPTIONS}, "
     "bool want_image, bool want_text, bool want_layers) -> Tensor[]"
 )
+# The first two steps alone, O [B, K, D] before the output layer; not differentiable.
+LIBRARY.define(f"attended_rows({_INPUTS}, {_OPTIONS}) -> Tensor")
 
 
 class Kernels(NamedTuple):
@@ -33,14 +36,18 @@ class Kernels(NamedTuple):
     forward: Callable  # (image, text, params, options, save) -> (sums, deviation, kept)
     backward: Callable  # (grad_sums, grad_deviation, image, text, params, kept, options, wanted) -> gradients
     empty_kept: Callable  # (image, text, options, save) -> uninitialised `kept`, from shapes alone
+    attended_rows: Callable  # (image, text, params, options) -> O [B, K, D] in the features' dtype
 
 
 KERNELS: dict[str, Kernels] = {}
 
 
-def register(name: str, forward: Callable, backward: Callable, empty_kept: Callable) -> Callable:
-    """Serve the operators under this name. Returns the backend's masked_similarity, which torch can differentiate."""
-    KERNELS[name] = Kernels(forward, backward, empty_kept)
+def register(name: str, *kernels: Callable) -> tuple[Callable, Callable]:
+    """Serve the operators under this name by the backend's `Kernels`.
+
+    Returns the backend's masked_similarity, which torch can differentiate, and its attended_rows.
+    """
+    KERNELS[name] = Kernels(*kernels)
 
     def masked_similarity(image: Tensor, text: Tensor, params: Params, options: Options) -> tuple[Tensor, Tensor]:
         """Σ_d M R [B, K] and each image's statistic of |M - 1| [B], both in the accumulation dtype."""
@@ -52,7 +59,11 @@ def register(name: str, forward: Callable, backward: Callable, empty_kept: Calla
         )
         return sums, deviation
 
-    return masked_similarity
+    def attended_rows(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
+        """The attended rows O [B, K, D] in the features' dtype, without gradients."""
+        return torch.ops.rada.attended_rows(image, text, params.scale, params.layers, *pack_options(options, name))
+
+    return masked_similarity, attended_rows
 
 
 def pack_options(options: Options, backend: str) -> tuple:
@@ -108,6 +119,18 @@ def _backward_fake(grad_sums, grad_deviation, image, text, logit_scale, layers, 
     return [t.new_empty(t.shape) for t in like]
 
 
+@torch.library.impl(LIBRARY, "attended_rows", "CompositeExplicitAutograd")
+def _attended_rows(image, text, logit_scale, layers, *packed):
+    *options, backend = packed
+    params = Params._make((*layers, logit_scale, None))
+    return KERNELS[backend].attended_rows(image, text, params, _unpack_options(*options))
+
+
+@torch.library.register_fake("rada::attended_rows", lib=LIBRARY)
+def _attended_rows_fake(image, text, *_):
+    return image.new_empty(image.shape[0], text.shape[0], image.shape[1])
+
+
 def _setup_context(ctx, inputs, output):
     image, text, logit_scale, layers, *packed, _ = inputs
     _, _, kept = output
@@ -153,17 +176,18 @@ def _register_autocast(device_type: str, key: str) -> None:
     def cast(tensor: Tensor) -> Tensor:  # float64 stays as it is, as in torch's own rules
         return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device_type))
 
-    def forward(image, text, logit_scale, layers, *packed):
+    def follow(operator, image, text, logit_scale, layers, *packed):
         layers = [cast(layer) for layer in layers]
         image, text = cast(image), cast(text)
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.rada.masked_similarity(image, text, logit_scale, layers, *packed)
+            return operator(image, text, logit_scale, layers, *packed)
 
     def backward(*args):
         with torch.autocast(device_type, enabled=False):
             return torch.ops.rada.masked_similarity_backward(*args)
 
-    torch.library.impl(LIBRARY, "masked_similarity", key)(forward)
+    for name in ("masked_similarity", "attended_rows"):
+        torch.library.impl(LIBRARY, name, key)(functools.partial(follow, getattr(torch.ops.rada, name)))
     torch.library.impl(LIBRARY, "masked_similarity_backward", key)(backward)
 
 

@@ -46,6 +46,7 @@ import rada_kernels
                 "Params",
                 "backend_for",
                 "choose_backend",
+                "rada_attended_rows",
                 "rada_logits",
                 "rada_mask",
                 "usable_backends",

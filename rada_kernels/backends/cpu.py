@@ -130,6 +130,18 @@ def forward(
     return sums, deviation, kept
 
 
+def attended_rows(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
+    """The attended rows O [B, K, D] in the dtype of the features."""
+    (batch, width), classes = image.shape, text.shape[0]
+    kept = empty_kept(image, text, options, save=False)
+    kept.attended = kept.attended.new_empty(batch, classes, width)
+    nothing = kept.references  # neither sums nor deviation
+    torch.ops.rada_cpu.forward(
+        *operator_arguments(image, text, params, options, kept.tensors()), nothing, nothing.clone()
+    )
+    return kept.attended.to(image.dtype)
+
+
 def backward(
     grad_sums: Tensor,  # [B, K]
     grad_deviation: Tensor | None,  # [B]
@@ -155,4 +167,4 @@ def backward(
     return [grad_image] * wanted.image + [grad_text] * wanted.text + layers * wanted.layers
 
 
-masked_similarity = ops.register("cpu", forward, backward, empty_kept)
+masked_similarity, attended_rows = ops.register("cpu", forward, backward, empty_kept, attended_rows)

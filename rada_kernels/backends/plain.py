@@ -140,8 +140,8 @@ class Call:
         matrix.extend(projections[2:])
         return Queries(image, matrix)
 
-    def forward(self, b: slice, kept: Kept) -> Kept:
-        """The three steps for the images of slice b. Projections and exponentials are written where they are kept."""
+    def attend(self, b: slice, kept: Kept) -> tuple[Tensor, Attended]:
+        """Projections and attended rows of the images of slice b. What is kept of them is written in place."""
         heads = self.options.num_heads
         x = self.rational_rows(b)
         projections = kept.projections
@@ -153,9 +153,13 @@ class Call:
             rational_projection.rational_projection(x, *self.layer(name), heads, out)
         queries = self.queries(b, projections)
         key, value = projections[:2]
-        rows, m, l, by_kind = mask_attention.mask_attention(
-            queries, key, value, kept.exponentials, self.factor, self.tiling
-        )
+        attended = mask_attention.mask_attention(queries, key, value, kept.exponentials, self.factor, self.tiling)
+        return projections, attended
+
+    def forward(self, b: slice, kept: Kept) -> Kept:
+        """The three steps for the images of slice b."""
+        projections, (rows, m, l, by_kind) = self.attend(b, kept)
+        heads = self.options.num_heads
         change = logit_reduction.mask_change(join_heads(rows, heads), self.params, self.f[b])
         peak = logit_reduction.peak(change)
         return Kept(projections, rows[None], m, l, by_kind, kept.exponentials, change[None], peak[None])
@@ -176,6 +180,17 @@ def forward(
         deviation[b] = logit_reduction.deviation(chunk.change[0], chunk.peak[0], options.penalty)
         mine.store(chunk)
     return sums, deviation, kept.tensors()
+
+
+def attended_rows(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
+    """The attended rows O [B, K, D] in the dtype of the features."""
+    call = Call(image, text, params, options)
+    kept = empty_kept(image, text, options, save=False)
+    rows = image.new_empty(call.batch, call.classes, call.width)
+    for b in call.tiling.chunks(call.batch):
+        _, attended = call.attend(b, kept.chunk(b, options.num_heads))
+        rows[b] = join_heads(attended.rows, options.num_heads).view_as(rows[b])
+    return rows
 
 
 def mask(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
@@ -282,4 +297,4 @@ class GradientSums:
         return [grad.to(call.dtype) for grad in grads]
 
 
-masked_similarity = ops.register("torch", forward, backward, empty_kept)
+masked_similarity, attended_rows = ops.register("torch", forward, backward, empty_kept, attended_rows)

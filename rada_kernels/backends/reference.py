@@ -16,6 +16,11 @@ def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: 
     return True, "plain PyTorch, any device and floating dtype"
 
 
+def attended_rows(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
+    """The attended rows O [B, K, D], before the output layer."""
+    return _attended_rows(*_features(image, text, options), params, options)
+
+
 def mask(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
     """The mask M [B, K, D] of image features [B, D] and text features [K, D]."""
     f, h = _features(image, text, options)
@@ -33,8 +38,11 @@ def _features(image: Tensor, text: Tensor, options: Options) -> tuple[Tensor, Te
     return (unit_rows(image), unit_rows(text)) if options.normalize else (image, text)
 
 
-def _mask(f: Tensor, h: Tensor, params: Params, options: Options) -> Tensor:
+def _attended_rows(f: Tensor, h: Tensor, params: Params, options: Options) -> Tensor:
     scale = params.scale.detach()
     query, key, value = rational_projection(f, h, scale, params, options.queries)
-    attended = mask_attention(query, key, value, options.num_heads, options.score_factor(f.shape[-1]))
-    return mask_from(attended, params)
+    return mask_attention(query, key, value, options.num_heads, options.score_factor(f.shape[-1]))
+
+
+def _mask(f: Tensor, h: Tensor, params: Params, options: Options) -> Tensor:
+    return mask_from(_attended_rows(f, h, params, options), params)

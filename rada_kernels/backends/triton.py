@@ -151,6 +151,22 @@ def forward(
     return *reduced, kept.tensors() if save else []
 
 
+def attended_rows(
+    image: Tensor, text: Tensor, params: Params, options: Options, target: Target | None = None
+) -> Tensor:
+    """The attended rows O [B, K, D] in the dtype of the features."""
+    from rada_kernels.mask_attention.triton.forward import mask_attention_fwd
+    from rada_kernels.rational_projection.triton.forward import rational_projection_fwd
+
+    if not len(image):
+        return image.new_empty(0, len(text), image.shape[1])
+    image, text, params = _contiguous(image, text, params)
+    target = target or target_of(image)
+    with _on_device(image):
+        projected = rational_projection_fwd(image, text, params, options, save=False, target=target)
+        return mask_attention_fwd(projected, options, target=target).combine(options).to(image.dtype)
+
+
 def _contiguous(image: Tensor, text: Tensor, params: Params) -> tuple[Tensor, Tensor, Params]:
     layers = [layer.contiguous() for layer in params.layers]
     return image.contiguous(), text.contiguous(), Params._make((*layers, params.scale.to(torch.float32), None))
@@ -245,4 +261,4 @@ def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wan
     return rounded
 
 
-masked_similarity = ops.register("triton", forward, backward, empty_kept)
+masked_similarity, attended_rows = ops.register("triton", forward, backward, empty_kept, attended_rows)

@@ -48,7 +48,7 @@ struct Call {
   void* change;         // [B, K, D] elements M - 1
   float* references;    // [KINDS, B·H] the reference q·k of a pair's exponentials
 
-  float* sums;       // [B, K]
+  float* sums;       // [B, K]; null: attended rows alone
   float* deviation;  // [B]
 
   // Backward only.

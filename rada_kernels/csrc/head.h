@@ -252,11 +252,11 @@ class Head {
     });
   }
 
-  // The three steps for one wave.
+  // The three steps for one wave; without sums the first two.
   void compute() {
     project_rows();
     run(pool, images * c.heads, [&](int64_t pair, int thread) { attend_pair(pair, thread); });
-    reduce_rows();
+    if (c.sums) reduce_rows();
   }
 
   // Keys, values and rational queries of the wave; with the first wave the image and text queries.

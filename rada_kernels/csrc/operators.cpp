@@ -322,14 +322,16 @@ Call make_call(Arrays& arrays, bool forward, const Tensor& image, const Tensor& 
   call.attended = rows_kept("kept attended", 5, B * K, D, element);
   call.change = rows_kept("kept change", 6, B * K, D, element);
   call.references = (float*)rows_kept("kept references", 7, rada::KINDS, B * heads, Type::FLOAT);
+  const bool attended_alone = forward && call.attended && !call.change;
   auto consistent = [&](const void* array, bool in_use) {
-    return !B || (array != nullptr) == (call.attended != nullptr && in_use);  // of no images only K rows are there
+    const bool kept = call.attended && !attended_alone;
+    return !B || (array != nullptr) == (kept && in_use);  // of no images only K rows are there
   };
   STD_TORCH_CHECK(consistent(call.query_image, queries & 1) && consistent(call.query_text, queries & 2) &&
                       consistent(call.projection[0], queries & 4) && consistent(call.projection[1], true) &&
                       consistent(call.projection[2], true) && consistent(call.change, true) &&
                       consistent(call.references, true),
-                  "kept: it takes all of a call's tensors or none");
+                  "kept: it takes all of a call's tensors or none, forward also the attended rows alone");
   return call;
 }
 
@@ -351,7 +353,8 @@ void forward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t nu
   const Loops loops = loops_for(image, element_of(kept));
   call.sums = (float*)arrays.output(matrix("sums", sums, call.images, call.classes, Type::FLOAT), Type::FLOAT);
   call.deviation = (float*)arrays.output(matrix("deviation", deviation, 1, call.images, Type::FLOAT), Type::FLOAT);
-  STD_TORCH_CHECK(call.sums && call.deviation, "sums, deviation: they take [B, K] and [B]");
+  STD_TORCH_CHECK(call.sums ? call.deviation != nullptr : call.attended && !call.change,
+                  "sums, deviation: they take [B, K] and [B], or nothing where kept takes the attended rows alone");
   for (const Tensor& tensor : kept)
     if (tensor.numel()) advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
   with_threads([&](const Pool& pool) {

@@ -33,6 +33,21 @@ class Attended(NamedTuple):
         """As the argument of a kernel, to which the tile is a constant."""
         return Attended._make((*self[:-1], None))
 
+    def combine(self, options: Options) -> Tensor:
+        """O [B, K, D], as the logit reduction makes it of each tile; for those who want the rows in memory."""
+        if self.combined:
+            return self.rows[0]
+        classes, heads, kinds = self.rows.shape[2], options.num_heads, len(options.queries)
+        rows = self.image_row.new_zeros(())
+        if "image" in options.queries:
+            rows = self.image_row.float().unsqueeze(1).expand(-1, classes, -1) / kinds
+        if len(self.rows):
+            share = torch.exp2(self.m - self.m.amax(-1, keepdim=True)) * self.l
+            share = share / share.sum(-1, keepdim=True) * (classes / kinds)  # [n, B, H, T]
+            share = share.repeat_interleave(self.tile, -1)[..., :classes].transpose(2, 3).unsqueeze(-1)
+            rows = rows + (share * self.rows.unflatten(-1, (heads, -1))).sum(0).flatten(-2)  # of [n, B, K, H, E]
+        return rows
+
     @staticmethod
     def empty(image: Tensor, classes: int, options: Options, direct: bool, tile: int) -> Attended:
         """Uninitialised tensors, from shapes alone, of the direct or the streaming form."""
