@@ -1,0 +1,122 @@
+"""Test-time training, image after image against episodes in parallel: python bench/episodes.py
+
+Methods, all with TPT's settings (a tenth of the V views kept, one step of AdamW on the output layer):
+
+    loop       image after image through RAdaHead and autograd, as TPT is written: forward and backward over all V
+               views, the kept ones indexed out of the logits
+    lean-loop  the same, but with the views selected first, without gradients: backward over the kept ones alone
+    single     TestTimeAdapter, one episode at a time: it does less, and batches nothing
+    parallel   TestTimeAdapter
+
+loop / single is what doing less gains, single / parallel what batching gains. Before anything is timed, the logits of
+all methods are compared. Exit status 1 where they differ from the loop's by more than TOLERANCE of the largest logit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import typer
+from measure import Clock, run_rounds, summarize
+from torch import Tensor
+
+from rada import RAdaHead
+from rada.classification import Classes
+from rada.tuning.test_time import Adaptation, TestTimeAdapter
+
+TOLERANCE = 1e-5
+LOGIT_SCALE = 100.0
+
+
+def make_task(images: int, views: int, classes: int, width: int, trained: bool) -> tuple[RAdaHead, Classes, Tensor]:
+    """A head, K classes, and features [N, V, D] with CLIP-like cosines: the views' predictions are uncertain."""
+    torch.manual_seed(0)
+    head = RAdaHead(width)
+    if trained:
+        torch.nn.init.normal_(head.out_proj.weight, std=0.02)
+    text = torch.randn(classes, width)
+    image = 0.12 * text[torch.arange(images) % classes] + torch.randn(images, width)
+    return head.eval(), Classes(text, LOGIT_SCALE), image.unsqueeze(1) + 0.7 * torch.randn(images, views, width)
+
+
+def make_loop(head: RAdaHead, classes: Classes, views: Tensor, *, lean: bool) -> Callable[[], Tensor]:
+    """A call that adapts to image after image and returns the logits [N, K]."""
+    settings, head = Adaptation(), copy.deepcopy(head)
+    head.requires_grad_(False).out_proj.requires_grad_(True)
+    initial = copy.deepcopy(head.out_proj.state_dict())
+
+    def entropy(p: Tensor) -> Tensor:
+        return -(p * p.log()).sum(-1)
+
+    def least(logits: Tensor) -> Tensor:
+        return entropy(logits.softmax(-1)).argsort()[: settings.kept(len(logits))]
+
+    def adapt(image: Tensor) -> Tensor:  # [V, D]
+        head.out_proj.load_state_dict(initial)
+        optimizer = torch.optim.AdamW(head.out_proj.parameters(), settings.lr, weight_decay=settings.weight_decay)
+        if lean:
+            with torch.no_grad():
+                kept = least(head(image, *classes))
+            logits = head(image[kept], *classes)
+        else:
+            logits = head(image, *classes)
+            logits = logits[least(logits)]
+        entropy(logits.softmax(-1).mean(0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            return head(image[:1], *classes)
+
+    return lambda: torch.cat([adapt(image) for image in views])
+
+
+def make_methods(head: RAdaHead, classes: Classes, views: Tensor) -> dict[str, Callable[[], Tensor]]:
+    single, parallel = TestTimeAdapter(head, classes, episode_bytes=1), TestTimeAdapter(head, classes)
+    return {
+        "loop": make_loop(head, classes, views, lean=False),
+        "lean-loop": make_loop(head, classes, views, lean=True),
+        "single": lambda: single(views).logits,
+        "parallel": lambda: parallel(views).logits,
+    }
+
+
+def main(
+    classes: Annotated[str, typer.Option(help="Numbers of classes K, one after the other.")] = "100,1000",
+    views: Annotated[int, typer.Option(min=1, help="Views per image V.")] = 64,
+    width: Annotated[int, typer.Option(min=1, help="Feature width D.")] = 512,
+    images: Annotated[int, typer.Option(min=1, help="Images per call N.")] = 16,
+    trained: Annotated[bool, typer.Option(help="Start from an output layer that is not zero.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's choice.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for the rounds of one K; three rounds at least.")] = 30.0,
+) -> None:
+    """Print each method's milliseconds per image, images/s, how often faster than the loop, and largest difference."""
+    if threads:
+        torch.set_num_threads(threads)
+    equal = True
+    for count in map(int, classes.split(",")):
+        head, task_classes, features = make_task(images, views, count, width, trained)
+        methods = make_methods(head, task_classes, features)
+        logits = {name: run() for name, run in methods.items()}
+        samples: dict[str, list[float]] = {}
+        run_rounds(methods, samples, Clock(), budget_s=seconds)
+        loop = summarize(samples["loop"]).median
+        start = "a trained output layer" if trained else "zero"
+        print(f"K = {count}, V = {views}, D = {width}, N = {images}, from {start}, {torch.get_num_threads()} threads")
+        for name in methods:
+            time = summarize(samples[name])
+            error = float((logits[name] - logits["loop"]).abs().max() / logits["loop"].abs().max())
+            equal &= error <= TOLERANCE
+            print(
+                f"  {name:9} {1e3 * time.median / images:9.2f} ms/image ({1e3 * time.q20 / images:.2f} to "
+                f"{1e3 * time.q80 / images:.2f})  {images / time.median:8.1f} images/s  × loop {loop / time.median:5.2f}  "
+                f"difference {error:.1e}",
+                flush=True,
+            )
+    raise typer.Exit(0 if equal else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
