@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from rada.fused import RAdaHead
 from rada.classification import Classes
+from rada.fused import RAdaHead
 from rada_kernels import QUERIES, rada_attended_rows
 from rada_kernels.checks import LAYERS
 from rada_kernels.numerics import accumulation_dtype, unit_rows

@@ -23,7 +23,7 @@ def test_top_k_accuracy():
 
 
 def test_the_error_of_a_hand_made_example():
-    # Confidences and hits: 0.8 right, 0.8 wrong in one range; 0.93 right, 0.95 right in another; 0.6 (of class 1) right.
+    # Confidences and hits: 0.8 right, 0.8 wrong; 0.93 right, 0.95 right; 0.6 (of class 1) right.
     logits = logits_of(0.8, 0.8, 0.93, 0.95, 0.4)
     labels = torch.tensor([0, 1, 0, 0, 1])
     # Of 10 ranges (0.7, 0.8], (0.9, 1], (0.5, 0.6]: gaps |1/2 - 0.8|, |1 - 0.94|, |1 - 0.6| of 2, 2 and 1 predictions.

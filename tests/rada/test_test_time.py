@@ -107,17 +107,13 @@ def test_parallel_equals_one_by_one(backend, parameters, trained):
     for name in ("logits", "zero_shot"):
         one_by_one = torch.cat([getattr(one, name) for one in apart])
         torch.testing.assert_close(getattr(together, name), one_by_one, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        together.logits, by_definition(head, classes, views, adaptation), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(together.logits, by_definition(head, classes, views, adaptation), rtol=1e-4, atol=1e-4)
 
 
 def test_chunks_of_any_size_agree():
     head, classes = head_of(), classes_of()
     views = views_of(classes, images=7)
-    one, some, all_ = (
-        test_time.TestTimeAdapter(head, classes, episode_bytes=size) for size in (1, 200_000, 1 << 30)
-    )
+    one, some, all_ = (test_time.TestTimeAdapter(head, classes, episode_bytes=size) for size in (1, 200_000, 1 << 30))
     assert [adapter._episodes_at_once(VIEWS) for adapter in (one, some)] == [1, 4]
     assert all_._episodes_at_once(VIEWS) > 7
     for adapter in (some, all_):
