@@ -14,12 +14,11 @@ all methods are compared. Exit status 1 where they differ from the loop's by mor
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Sequence
 
 import torch
-import typer
 from measure import Clock, run_rounds, summarize
 from torch import Tensor
 
@@ -86,28 +85,32 @@ def make_methods(head: RAdaHead, classes: Classes, views: Tensor) -> dict[str, C
     }
 
 
-def main(
-    classes: Annotated[str, typer.Option(help="Numbers of classes K, one after the other.")] = "100,1000",
-    views: Annotated[int, typer.Option(min=1, help="Views per image V.")] = 64,
-    width: Annotated[int, typer.Option(min=1, help="Feature width D.")] = 512,
-    images: Annotated[int, typer.Option(min=1, help="Images per call N.")] = 16,
-    trained: Annotated[bool, typer.Option(help="Start from an output layer that is not zero.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's choice.")] = None,
-    seconds: Annotated[float, typer.Option(help="Time for the rounds of one K; three rounds at least.")] = 30.0,
-) -> None:
-    """Print each method's milliseconds per image, images/s, how often faster than the loop, and largest difference."""
-    if threads:
-        torch.set_num_threads(threads)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--classes", default="100,1000", help="numbers of classes K, one after the other; default: %(default)s")
+    add("--views", type=int, default=64, help="views per image V; default: %(default)s")
+    add("--width", type=int, default=512, help="feature width D; default: %(default)s")
+    add("--images", type=int, default=16, help="images per call N; default: %(default)s")
+    add("--trained", action="store_true", help="start from an output layer that is not zero")
+    add("--threads", type=int, help="CPU threads; default: torch's choice")
+    add(
+        "--seconds", type=float, default=30.0, help="time for the rounds of one K; default: %(default)s"
+    )
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     equal = True
-    for count in map(int, classes.split(",")):
-        head, task_classes, features = make_task(images, views, count, width, trained)
-        methods = make_methods(head, task_classes, features)
+    for count in map(int, options.classes.split(",")):
+        head, classes, views = make_task(options.images, options.views, count, options.width, options.trained)
+        methods = make_methods(head, classes, views)
         logits = {name: run() for name, run in methods.items()}
         samples: dict[str, list[float]] = {}
-        run_rounds(methods, samples, Clock(), budget_s=seconds)
+        run_rounds(methods, samples, Clock(), budget_s=options.seconds)
         loop = summarize(samples["loop"]).median
-        start = "a trained output layer" if trained else "zero"
-        print(f"K = {count}, V = {views}, D = {width}, N = {images}, from {start}, {torch.get_num_threads()} threads")
+        images, start = options.images, "a trained output layer" if options.trained else "a zero output layer"
+        sizes = f"K = {count}, V = {options.views}, D = {options.width}, N = {images}"
+        print(f"{sizes}, {torch.get_num_threads()} threads, backend {head.backend_for(views[0])}, from {start}")
         for name in methods:
             time = summarize(samples[name])
             low, median, high = (1e3 * t / images for t in (time.q20, time.median, time.q80))
@@ -118,8 +121,8 @@ def main(
                 f"× loop {loop / time.median:5.2f}  difference {error:.1e}",
                 flush=True,
             )
-    raise typer.Exit(0 if equal else 1)
+    return int(not equal)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    raise SystemExit(main())
