@@ -94,9 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--images", type=int, default=16, help="images per call N; default: %(default)s")
     add("--trained", action="store_true", help="start from an output layer that is not zero")
     add("--threads", type=int, help="CPU threads; default: torch's choice")
-    add(
-        "--seconds", type=float, default=30.0, help="time for the rounds of one K; default: %(default)s"
-    )
+    add("--seconds", type=float, default=30.0, help="time for the rounds of one K; default: %(default)s")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
