@@ -1,0 +1,356 @@
+"""Learned prompts: CoOp's context in the text tower, and its deep variant, IVLP, in both towers.
+
+prompt = PromptLearner(model, tokenizer)  # an open_clip model, or a HuggingFaceEncoder
+encoder = PromptedEncoder(model, prompt)  # encode_image, encode_text: the model's, with the prompt in them
+tuned = PromptedHead(encoder, head, class_names)  # called as the head, on images in place of their features
+averaged = AveragedModel(tuned.trained, avg_fn=gaussian_average())  # torch.optim.swa_utils; update after each epoch
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rada.losses import PromptSRC, Views
+
+CONTEXT = "a photo of a"
+# IVLP's; a shallower tower is prompted in all of its layers.
+DEPTH = 9
+# Of tokens that start from no word, as in CoOp and VPT.
+INIT_STD = 0.02
+
+
+class Tower(NamedTuple):
+    """Where a tower takes tokens."""
+
+    embedding: nn.Module  # its output is what enters the first block, bar position and norm: [N, L, width]
+    blocks: Any  # ModuleList or Sequential; each takes [N, L, width], or [L, N, width] without batch_first
+    width: int
+    batch_first: bool = True
+
+
+class PromptLearner(nn.Module):
+    """The tokens of a prompt, learned: text_context [depth, n, width] and image_context [depth, n, width].
+
+    model: an open_clip CLIP, CustomTextCLIP (SigLIP) or CoCa with transformer towers, or a HuggingFaceEncoder.
+    tokenizer: the model's, strings -> token ids [N, L].
+    context: the words before a class name. Default "a photo of a".
+    text_tokens: n of the text tower, 1 to the tokens of context. Default 2. The first n tokens of context are learned,
+        from their own embeddings; those after them stay words.
+    image_tokens: n of the image tower, behind its patches. Default 2; 0 leaves the image tower as it is.
+    depth: layers with tokens of their own, from the first; 1 is CoOp's. A deeper layer takes its tokens in place of
+        what the layer before made of its own. Default: 9, or the layers of the shallower tower.
+
+    All but the context's embeddings start normal with standard deviation 0.02. Parameters are float32 (float64 for a
+    float64 model), on the model's device.
+
+    Sources: CoOp, arXiv 2109.01134; IVLP as in PromptSRC, arXiv 2307.06948.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Callable,
+        *,
+        context: str = CONTEXT,
+        text_tokens: int = 2,
+        image_tokens: int = 2,
+        depth: int | None = None,
+    ):
+        super().__init__()
+        self.context, self.tokenizer = context, tokenizer
+        towers = [text_tower(model), *([image_tower(model)] if image_tokens else [])]
+        layers = min(len(tower.blocks) for tower in towers)
+        depth = min(DEPTH, layers) if depth is None else depth
+        if not 1 <= depth <= layers:
+            raise ValueError(f"depth: got {depth}; it takes 1..{layers}, the layers of the shallower tower")
+        if image_tokens < 0:
+            raise ValueError(f"image_tokens: got {image_tokens}; it takes a number that is not negative")
+        empty, alone, twice = tokenizer(["", context, f"{context} {context}"])
+        self.start = _first_difference(empty, alone)  # behind the start token, where there is one
+        words = _first_difference(alone, twice) - self.start
+        if words < 1:
+            raise ValueError(f"context: got {context!r}; it takes words that the tokenizer puts at the start of a text")
+        if not 1 <= text_tokens <= words:
+            raise ValueError(f"text_tokens: got {text_tokens}; it takes 1..{words}, the tokens of {context!r}")
+        self.register_buffer("_ids", alone[self.start : self.start + text_tokens], persistent=False)
+        self._ids: Tensor
+
+        embedding = towers[0].embedding.weight.detach()
+        options = {"dtype": torch.promote_types(embedding.dtype, torch.float32), "device": embedding.device}
+        contexts = [
+            nn.Parameter(INIT_STD * torch.randn(depth, count, tower.width, **options))
+            for count, tower in zip((text_tokens, image_tokens), towers, strict=False)
+        ]
+        self.text_context = contexts[0]
+        self.image_context = contexts[1] if image_tokens else None
+        with torch.no_grad():
+            self.text_context[0] = embedding[self._ids.to(embedding.device)]
+        self.to(embedding.device)
+
+    def tokenize(self, class_names: Sequence[str]) -> Tensor:
+        """Token ids [K, L] of "<context> <class name>."; underscores of a name become spaces."""
+        return self.tokenizer([f"{self.context} {name.replace('_', ' ')}." for name in class_names])
+
+    @contextmanager
+    def in_text(self, model: Any, tokens: Tensor) -> Iterator[None]:
+        """The text tower takes the learned context while this is open; tokens [N, L] are what it will encode.
+
+        Raises ValueError for tokens that do not begin with the context.
+        """
+        count = len(self._ids)
+        span = slice(self.start, self.start + count)
+        if not (tokens[:, span] == self._ids.to(tokens.device)).all():
+            raise ValueError(f"tokens: got a text that does not begin with {self.context!r}; it takes none but such")
+
+        def put(x, context):  # [N, L, width], [n, width]
+            return _splice(x[:, : span.start], context, x[:, span.stop :])
+
+        with _prompted(text_tower(model), self.text_context, put, put):
+            yield
+
+    @contextmanager
+    def in_image(self, model: Any) -> Iterator[None]:
+        """The image tower takes the learned tokens while this is open."""
+        if self.image_context is None:
+            yield
+            return
+        count = self.image_context.shape[1]
+
+        def append(x, context):  # [N, L, width], [n, width] -> [N, L + n, width]
+            return _splice(x, context, x[:, :0])
+
+        with _prompted(
+            image_tower(model), self.image_context, append, lambda x, context: append(x[:, :-count], context)
+        ):
+            yield
+
+    def extra_repr(self) -> str:
+        images = 0 if self.image_context is None else self.image_context.shape[1]
+        return (
+            f"context={self.context!r}, text_tokens={len(self._ids)}, image_tokens={images}, "
+            f"depth={len(self.text_context)}"
+        )
+
+
+class PromptedEncoder(nn.Module):
+    """A frozen model under a prompt, with the model's own interface: encode_image, encode_text, scale and bias.
+
+    model: as for PromptLearner; its parameters no longer require a gradient, and it stays in eval mode.
+    prompt: the PromptLearner made for it.
+    """
+
+    def __init__(self, model: Any, prompt: PromptLearner):
+        super().__init__()
+        self.model: Any = model.requires_grad_(False).eval()
+        self.prompt = prompt
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Image features [B, D] of preprocessed images [B, 3, H, W], as long as the model makes them."""
+        with self.prompt.in_image(self.model):
+            return self.model.encode_image(images)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Text features [N, D] of token ids [N, L] that begin with the context, as long as the model makes them."""
+        with self.prompt.in_text(self.model, tokens):
+            return self.model.encode_text(tokens)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The scale's logarithm, as the model stores it."""
+        return self.model.logit_scale
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """SigLIP's bias, or None."""
+        return getattr(self.model, "logit_bias", None)
+
+    def train(self, mode: bool = True) -> PromptedEncoder:
+        """Set the training mode; the frozen model stays in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+
+class PromptedHead(nn.Module):
+    """A head under a prompt, called as the head itself is, on images in place of their features.
+
+    encoder: the PromptedEncoder. head: a RAdaHead with normalize=True, or an AdaptedHead.
+    class_names: K names, in the order of the text features of a call; `set_classes` changes them.
+    regularizer: what a call with return_penalty returns after the head's penalty, such as `PromptSRC()`. Default None.
+
+    The class features are h = ½ (prompted + frozen), of unit-length features each; the head divides by the norm.
+    After training, `class_features` gives them once for all images, and `head` is called with them.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptedEncoder,
+        head: nn.Module,
+        class_names: Sequence[str],
+        *,
+        regularizer: PromptSRC | None = None,
+    ):
+        super().__init__()
+        self.encoder, self.head, self.regularizer = encoder, head, regularizer
+        self.register_buffer("_tokens", None, persistent=False)
+        self._tokens: Tensor
+        self.set_classes(class_names)
+
+    def set_classes(self, class_names: Sequence[str]) -> None:
+        """Change the classes."""
+        self._tokens = self.encoder.prompt.tokenize(class_names).to(self.encoder.logit_scale.device)
+
+    @property
+    def trained(self) -> nn.ModuleDict:
+        """What training changes, and a checkpoint holds: prompt and head."""
+        return nn.ModuleDict({"prompt": self.encoder.prompt, "head": self.head})
+
+    def class_features(self, text_features: Tensor) -> Tensor:
+        """Unit-length class features [K, D] under the prompt, of the frozen tower's text_features [K, D]."""
+        return F.normalize(self._prompted_text(text_features) + F.normalize(text_features, dim=-1), dim=-1)
+
+    def forward(
+        self,
+        images: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        return_penalty: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Logits [B, K], or (logits, penalty), or with a regularizer (logits, penalty, its value).
+
+        images: preprocessed images [B, 3, H, W]; image features [B, D] will do where the prompt has no image tokens.
+        text_features: the frozen tower's [K, D], averaged over templates.
+        logit_scale, logit_bias: as for RAdaHead.
+        """
+        prompted_text = self._prompted_text(text_features)
+        frozen_text = F.normalize(text_features, dim=-1)
+        image = self._features(images, self.encoder, text_features.dtype)
+        outputs = self.head(
+            image,
+            F.normalize(prompted_text + frozen_text, dim=-1),
+            logit_scale,
+            logit_bias,
+            return_penalty=return_penalty,
+        )
+        if not return_penalty or self.regularizer is None:
+            return outputs
+        logits, penalty = outputs
+        with torch.no_grad():
+            frozen_image = self._features(images, self.encoder.model, text_features.dtype)
+            frozen_logits = logit_scale * frozen_image @ frozen_text.T
+            if logit_bias is not None:
+                frozen_logits = frozen_logits + logit_bias
+        value = self.regularizer(Views(image, prompted_text, logits), Views(frozen_image, frozen_text, frozen_logits))
+        return logits, penalty, value
+
+    def _prompted_text(self, text_features: Tensor) -> Tensor:
+        if len(text_features) != len(self._tokens):
+            raise ValueError(
+                f"text_features: got those of {len(text_features)} classes; it takes those of the "
+                f"{len(self._tokens)} classes of set_classes"
+            )
+        return F.normalize(self.encoder.encode_text(self._tokens).to(text_features.dtype), dim=-1)
+
+    def _features(self, images: Tensor, encoder: Any, dtype: torch.dtype) -> Tensor:
+        if images.dim() == 4:
+            return F.normalize(encoder.encode_image(images).to(dtype), dim=-1)
+        if self.encoder.prompt.image_context is not None:
+            raise ValueError(
+                f"images: got {list(images.shape)}; it takes images [B, 3, H, W], as the prompt has image tokens"
+            )
+        return F.normalize(images, dim=-1)
+
+
+def gaussian_average(epochs: int = 20, mean: float = 15.0, std: float = 1.0) -> Callable[[Tensor, Tensor, Any], Tensor]:
+    """PromptSRC's average over epochs, as `avg_fn` of `torch.optim.swa_utils.AveragedModel`.
+
+    Epoch e = 1, 2, ... has the weight exp(-½ ((e - mean) / std)²); the average is over the epochs so far.
+    epochs: how many there will be. Defaults: 15 and 1 of 20 epochs.
+    """
+    if not std > 0 or not math.isfinite(mean):
+        raise ValueError(f"mean, std: got {mean}, {std}; it takes finite numbers, std positive")
+    # Divided by the largest, so that none but negligible weights underflow.
+    exponents = [-(((epoch - mean) / std) ** 2) / 2 for epoch in range(1, epochs + 1)]
+    weights = [math.exp(exponent - max(exponents)) for exponent in exponents]
+
+    def average(averaged: Tensor, current: Tensor, done: Any) -> Tensor:
+        total = sum(weights[: int(done) + 1])
+        return averaged + (current - averaged) * (weights[int(done)] / total if total else 1.0)
+
+    return average
+
+
+def text_tower(model: Any) -> Tower:
+    """The text tower of open_clip's CLIP, CustomTextCLIP and CoCa, and of a HuggingFaceEncoder."""
+    tower = getattr(model, "text", model)  # CLIP holds the parts of its text tower itself
+    if hasattr(tower, "token_embedding"):
+        transformer = tower.transformer
+        return Tower(tower.token_embedding, transformer.resblocks, transformer.width, transformer.batch_first)
+    if hasattr(model, "text_model"):
+        tower = model.text_model
+        return Tower(tower.embeddings.token_embedding, tower.encoder.layers, tower.config.hidden_size)
+    raise ValueError(f"model: got the text tower {type(tower).__name__}; a prompt takes a transformer of open_clip's")
+
+
+def image_tower(model: Any) -> Tower:
+    """The image tower of the same models."""
+    if hasattr(model, "vision_model"):
+        tower = model.vision_model
+        return Tower(tower.embeddings, tower.encoder.layers, tower.config.hidden_size)
+    visual = model.visual
+    if hasattr(visual, "patch_dropout"):  # open_clip's VisionTransformer
+        transformer = visual.transformer
+        return Tower(visual.patch_dropout, transformer.resblocks, transformer.width, transformer.batch_first)
+    trunk = getattr(visual, "trunk", None)  # timm's VisionTransformer
+    if hasattr(trunk, "patch_drop") and hasattr(trunk, "norm_pre") and getattr(trunk, "rope", None) is None:
+        return Tower(trunk.patch_drop, trunk.blocks, trunk.embed_dim)
+    kind = type(visual if trunk is None else trunk).__name__
+    raise ValueError(f"image_tokens: got the image tower {kind}, which takes no tokens; it takes 0")
+
+
+class _PromptedBlock(nn.Module):
+    """A block behind what puts its tokens in. A module of its own, so that gradient checkpointing repeats that too."""
+
+    def __init__(self, block: nn.Module, put: Callable):
+        super().__init__()
+        self.block, self.put = block, put
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.block(self.put(x), *args, **kwargs)
+
+
+@contextmanager
+def _prompted(tower: Tower, contexts: Tensor, first: Callable, deeper: Callable) -> Iterator[None]:
+    """While open, the first of contexts [depth, n, width] enters the embedding's output, the others their blocks."""
+
+    def put_deeper(context):
+        if tower.batch_first:
+            return lambda x: deeper(x, context)
+        return lambda x: deeper(x.transpose(0, 1), context).transpose(0, 1)
+
+    blocks = list(tower.blocks)
+    with ExitStack() as stack:
+        stack.enter_context(tower.embedding.register_forward_hook(lambda module, args, x: first(x, contexts[0])))
+        for layer in range(1, len(contexts)):
+            tower.blocks[layer] = _PromptedBlock(blocks[layer], put_deeper(contexts[layer]))
+            stack.callback(tower.blocks.__setitem__, layer, blocks[layer])
+        yield
+
+
+def _splice(before: Tensor, context: Tensor, after: Tensor) -> Tensor:
+    """[N, L1, width], [n, width], [N, L2, width] -> [N, L1 + n + L2, width], in the dtype of the towers."""
+    return torch.cat([before, context.to(before.dtype).expand(len(before), -1, -1), after], dim=1)
+
+
+def _first_difference(a: Tensor, b: Tensor) -> int:
+    differs = (a != b).nonzero()
+    return int(differs[0]) if len(differs) else len(a)
