@@ -82,16 +82,17 @@ class PromptLearner(nn.Module):
         self.register_buffer("_ids", alone[self.start : self.start + text_tokens], persistent=False)
         self._ids: Tensor
 
-        embedding = towers[0].embedding.weight.detach()
-        options = {"dtype": torch.promote_types(embedding.dtype, torch.float32), "device": embedding.device}
+        embedding: Any = towers[0].embedding
+        embedding = embedding.weight.detach()  # [vocabulary, width]
+        dtype = torch.promote_types(embedding.dtype, torch.float32)
         contexts = [
-            nn.Parameter(INIT_STD * torch.randn(depth, count, tower.width, **options))
+            nn.Parameter(INIT_STD * torch.randn(depth, count, tower.width, dtype=dtype))
             for count, tower in zip((text_tokens, image_tokens), towers, strict=False)
         ]
         self.text_context = contexts[0]
         self.image_context = contexts[1] if image_tokens else None
         with torch.no_grad():
-            self.text_context[0] = embedding[self._ids.to(embedding.device)]
+            self.text_context[0] = embedding[self._ids.to(embedding.device)].cpu()
         self.to(embedding.device)
 
     def tokenize(self, class_names: Sequence[str]) -> Tensor:
@@ -152,14 +153,19 @@ class PromptedEncoder(nn.Module):
         self.prompt = prompt
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Image features [B, D] of preprocessed images [B, 3, H, W], as long as the model makes them."""
+        """Image features [B, D], not normalized, of preprocessed images [B, 3, H, W]."""
         with self.prompt.in_image(self.model):
             return self.model.encode_image(images)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Text features [N, D] of token ids [N, L] that begin with the context, as long as the model makes them."""
+        """Text features [N, D], not normalized, of token ids [N, L] that begin with the context."""
         with self.prompt.in_text(self.model, tokens):
             return self.model.encode_text(tokens)
+
+    @property
+    def visual(self) -> nn.Module:
+        """The model's image tower."""
+        return self.model.visual
 
     @property
     def logit_scale(self) -> Tensor:
@@ -290,31 +296,33 @@ def gaussian_average(epochs: int = 20, mean: float = 15.0, std: float = 1.0) -> 
 
 
 def text_tower(model: Any) -> Tower:
-    """The text tower of open_clip's CLIP, CustomTextCLIP and CoCa, and of a HuggingFaceEncoder."""
+    """The text tower of open_clip's models and of a HuggingFaceEncoder."""
     tower = getattr(model, "text", model)  # CLIP holds the parts of its text tower itself
-    if hasattr(tower, "token_embedding"):
-        transformer = tower.transformer
+    transformer: Any = getattr(tower, "transformer", None)
+    if hasattr(transformer, "resblocks"):
         return Tower(tower.token_embedding, transformer.resblocks, transformer.width, transformer.batch_first)
-    if hasattr(model, "text_model"):
-        tower = model.text_model
-        return Tower(tower.embeddings.token_embedding, tower.encoder.layers, tower.config.hidden_size)
-    raise ValueError(f"model: got the text tower {type(tower).__name__}; a prompt takes a transformer of open_clip's")
+    if hasattr(transformer, "encoder"):
+        return _transformers_tower(transformer, transformer.get_input_embeddings())
+    raise ValueError(f"model: got the text tower {type(tower).__name__}; it takes a transformer's, to put tokens in")
 
 
 def image_tower(model: Any) -> Tower:
     """The image tower of the same models."""
-    if hasattr(model, "vision_model"):
-        tower = model.vision_model
-        return Tower(tower.embeddings, tower.encoder.layers, tower.config.hidden_size)
     visual = model.visual
-    if hasattr(visual, "patch_dropout"):  # open_clip's VisionTransformer
-        transformer = visual.transformer
+    transformer: Any = getattr(visual, "transformer", None)
+    if hasattr(transformer, "resblocks"):
         return Tower(visual.patch_dropout, transformer.resblocks, transformer.width, transformer.batch_first)
-    trunk = getattr(visual, "trunk", None)  # timm's VisionTransformer
-    if hasattr(trunk, "patch_drop") and hasattr(trunk, "norm_pre") and getattr(trunk, "rope", None) is None:
+    if hasattr(transformer, "encoder"):
+        return _transformers_tower(transformer, transformer.embeddings)
+    trunk: Any = getattr(visual, "trunk", visual)
+    if hasattr(trunk, "patch_drop") and getattr(trunk, "rope", None) is None:  # timm's VisionTransformer
         return Tower(trunk.patch_drop, trunk.blocks, trunk.embed_dim)
-    kind = type(visual if trunk is None else trunk).__name__
-    raise ValueError(f"image_tokens: got the image tower {kind}, which takes no tokens; it takes 0")
+    raise ValueError(f"image_tokens: got the image tower {type(trunk).__name__}, which takes no tokens; it takes 0")
+
+
+def _transformers_tower(transformer: Any, embedding: nn.Module) -> Tower:
+    blocks = next(blocks for name, blocks in transformer.encoder.named_children() if name in ("layers", "layer"))
+    return Tower(embedding, blocks, transformer.config.hidden_size)
 
 
 class _PromptedBlock(nn.Module):

@@ -73,6 +73,7 @@ def test_importing_rada_imports_none_of_its_extras():
         "PIL",
         "pyarrow",
         "safetensors",
+        "transformers",
         "emoji",
         "resvg_py",
     }

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from rada import RAdaHead
+from rada import RAdaCLIP, RAdaHead
 from rada.adapter import AdaptedHead
 from rada.demo import load_demo_model
 from rada.losses import CrossEntropy, PromptSRC
@@ -230,6 +230,38 @@ def test_released_step():
     for (name, p), q in zip(tuned.trained.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
         torch.testing.assert_close(p, q, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_text_tower_of_transformers_in_an_open_clip_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RobertaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    text = {"hf_model_name": str(tmp_path), "hf_model_pretrained": False, "hf_proj_type": "linear"}
+    model = open_clip.CustomTextCLIP(16, VISION, text).eval()
+    prompt = PromptLearner(model, Letters(), depth=1)
+    encoder, tokens = PromptedEncoder(model, prompt), prompt.tokenize(NAMES)
+    expected = model.encode_text(tokens)
+    torch.testing.assert_close(encoder.encode_text(tokens), expected)
+    deep = PromptedEncoder(model, PromptLearner(model, Letters(), depth=2))
+    assert not torch.allclose(deep.encode_text(tokens), expected, atol=1e-5)
+    deep.encode_text(tokens).square().sum().backward()
+    assert deep.prompt.text_context.grad.abs().sum((1, 2)).gt(0).all()
+    torch.testing.assert_close(model.encode_text(tokens), expected)
+
+
+def test_a_trained_prompt_serves_as_an_encoder():
+    """Under RAdaCLIP as any model is."""
+    model, tokenizer = model_of("clip")
+    encoder = PromptedEncoder(model, PromptLearner(model, tokenizer))
+    randomize(encoder.prompt)
+    clip = RAdaCLIP.from_open_clip(encoder, ("red fox", "tree"), tokenizer=tokenizer, num_heads=4)
+    images, tokens = pixels(model), encoder.prompt.tokenize(("red fox", "tree"))
+    cosines = F.normalize(encoder.encode_image(images), dim=-1) @ F.normalize(encoder.encode_text(tokens), dim=-1).T
+    torch.testing.assert_close(clip(images), model.logit_scale.exp() * cosines)
+    assert set(clip.state_dict()) == {f"head.{name}" for name in clip.head.state_dict()}
 
 
 def tuned_on_features(head=None):
