@@ -220,7 +220,7 @@ class PromptedHead(nn.Module):
 
     def class_features(self, text_features: Tensor) -> Tensor:
         """Unit-length class features [K, D] under the prompt, of the frozen tower's text_features [K, D]."""
-        return F.normalize(self._prompted_text(text_features) + F.normalize(text_features, dim=-1), dim=-1)
+        return self._texts(text_features)[2]
 
     def forward(
         self,
@@ -237,16 +237,9 @@ class PromptedHead(nn.Module):
         text_features: the frozen tower's [K, D], averaged over templates.
         logit_scale, logit_bias: as for RAdaHead.
         """
-        prompted_text = self._prompted_text(text_features)
-        frozen_text = F.normalize(text_features, dim=-1)
+        prompted_text, frozen_text, text = self._texts(text_features)
         image = self._features(images, self.encoder, text_features.dtype)
-        outputs = self.head(
-            image,
-            F.normalize(prompted_text + frozen_text, dim=-1),
-            logit_scale,
-            logit_bias,
-            return_penalty=return_penalty,
-        )
+        outputs = self.head(image, text, logit_scale, logit_bias, return_penalty=return_penalty)
         if not return_penalty or self.regularizer is None:
             return outputs
         logits, penalty = outputs
@@ -258,13 +251,16 @@ class PromptedHead(nn.Module):
         value = self.regularizer(Views(image, prompted_text, logits), Views(frozen_image, frozen_text, frozen_logits))
         return logits, penalty, value
 
-    def _prompted_text(self, text_features: Tensor) -> Tensor:
+    def _texts(self, text_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit-length text features [K, D]: prompted, frozen, and the classes' ones, half of each."""
         if len(text_features) != len(self._tokens):
             raise ValueError(
                 f"text_features: got those of {len(text_features)} classes; it takes those of the "
                 f"{len(self._tokens)} classes of set_classes"
             )
-        return F.normalize(self.encoder.encode_text(self._tokens).to(text_features.dtype), dim=-1)
+        prompted = F.normalize(self.encoder.encode_text(self._tokens).to(text_features.dtype), dim=-1)
+        frozen = F.normalize(text_features, dim=-1)
+        return prompted, frozen, F.normalize(prompted + frozen, dim=-1)
 
     def _features(self, images: Tensor, encoder: Any, dtype: torch.dtype) -> Tensor:
         if images.dim() == 4:
