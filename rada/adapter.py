@@ -15,6 +15,8 @@ class FeatureAdapter(nn.Module):
     mix: where the learned a starts. Default 0.2. None: f ← f + A(f).
     device, dtype: of the parameters.
 
+    options: the arguments above but device and dtype; a checkpoint keeps them.
+
     No layer has a bias, so A(c f) = c A(f) for c > 0: features divided by their norms before the adapter give the
     same as features that are divided after it.
 
@@ -36,6 +38,7 @@ class FeatureAdapter(nn.Module):
         super().__init__()
         if not 1 <= reduction <= embed_dim:
             raise ValueError(f"reduction: got {reduction}; it takes 1..{embed_dim}, the width of the features")
+        self.options = {"embed_dim": embed_dim, "reduction": reduction, "mix": mix}
         width = embed_dim // reduction
         self.down = nn.Linear(embed_dim, width, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(width, embed_dim, bias=False, device=device, dtype=dtype)

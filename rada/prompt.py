@@ -1,9 +1,11 @@
 """Learned prompts: CoOp's context in the text tower, and its deep variant, IVLP, in both towers.
 
-prompt = PromptLearner(model, tokenizer)  # an open_clip model, or a HuggingFaceEncoder
-encoder = PromptedEncoder(model, prompt)  # encode_image, encode_text: the model's, with the prompt in them
-tuned = PromptedHead(encoder, head, class_names)  # called as the head, on images in place of their features
-averaged = AveragedModel(tuned.trained, avg_fn=gaussian_average())  # torch.optim.swa_utils; update after each epoch
+    prompt = PromptLearner(model, tokenizer)  # an open_clip model, or a HuggingFaceEncoder
+    encoder = PromptedEncoder(model, prompt)  # encode_image, encode_text: the model's, with the prompt in them
+    tuned = PromptedHead(encoder, head, class_names)  # called as the head, on images in place of their features
+    averaged = AveragedModel(tuned.trained, avg_fn=gaussian_average())  # of torch.optim.swa_utils
+
+A trainer updates `averaged` after each epoch; at the end `tuned.trained` loads the state of `averaged.module`.
 """
 
 from __future__ import annotations
@@ -132,12 +134,15 @@ class PromptLearner(nn.Module):
         ):
             yield
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a prompt of these sizes is made with, beside model and tokenizer; a checkpoint keeps it."""
+        depth, text_tokens, _ = self.text_context.shape
+        image_tokens = 0 if self.image_context is None else self.image_context.shape[1]
+        return {"context": self.context, "text_tokens": text_tokens, "image_tokens": image_tokens, "depth": depth}
+
     def extra_repr(self) -> str:
-        images = 0 if self.image_context is None else self.image_context.shape[1]
-        return (
-            f"context={self.context!r}, text_tokens={len(self._ids)}, image_tokens={images}, "
-            f"depth={len(self.text_context)}"
-        )
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class PromptedEncoder(nn.Module):

@@ -112,6 +112,15 @@ def test_an_adapter_of_one_modality():
     torch.testing.assert_close(model(image, text, SCALE), model.head(model.image_adapter(image), text, SCALE))
 
 
+@pytest.mark.parametrize("mix", [0.2, None])
+def test_an_adapter_is_made_again_from_its_options(mix):
+    adapter = FeatureAdapter(10, reduction=3, mix=mix)
+    twin = FeatureAdapter(**adapter.options)
+    twin.load_state_dict(adapter.state_dict())
+    features = torch.randn(2, 10)
+    torch.testing.assert_close(twin(features), adapter(features))
+
+
 def test_mask_is_that_of_the_adapted_features():
     model = adapted(True)
     image, text = features()

@@ -305,9 +305,8 @@ def test_state_travels_without_the_model():
     model, tokenizer = tuned.encoder.model, Simple()
     assert set(tuned.encoder.prompt.state_dict()) == {"text_context"}
     assert set(PromptLearner(model, tokenizer).state_dict()) == {"text_context", "image_context"}
-    other = PromptedHead(
-        PromptedEncoder(model, PromptLearner(model, tokenizer, image_tokens=0)), RAdaHead(16, 4), NAMES
-    )
+    again = PromptLearner(model, tokenizer, **tuned.encoder.prompt.options)
+    other = PromptedHead(PromptedEncoder(model, again), RAdaHead(16, 4), NAMES)
     other.trained.load_state_dict(tuned.trained.state_dict())
     features = torch.randn(3, 16)
     torch.testing.assert_close(other(features, frozen, 20.0), tuned(features, frozen, 20.0))
@@ -354,6 +353,7 @@ def test_half_precision_models_learn_a_float32_prompt():
 def test_sizes_and_starts():
     model, tokenizer = model_of("clip", 12)
     prompt = PromptLearner(model, tokenizer, text_tokens=3, image_tokens=4)
+    assert prompt.options == {"context": "a photo of a", "text_tokens": 3, "image_tokens": 4, "depth": 9}
     assert prompt.text_context.shape == (9, 3, 32)
     assert prompt.image_context.shape == (9, 4, 32)
     words = model.token_embedding(tokenizer(["a photo of"]))[0, 1:4]
