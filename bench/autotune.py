@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 import typer
-from measure import Clock, CudaClock
+from timing import Clock, CudaClock
 from workloads import DTYPES, WORKLOADS, Workload, make_inputs
 
 from rada_kernels.backends import triton as backend

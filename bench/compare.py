@@ -1,12 +1,10 @@
-"""Two reports of the same machine, row by row."""
+"""The results of two runs on the same machine, row by row."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from report import Report
-from rich.console import Console
-from rich.table import Table
+from rows import Results, table
 
 # Fields of the environment without which times cannot be compared.
 CONDITIONS = ("device", "device_name", "threads")
@@ -14,7 +12,7 @@ CONDITIONS = ("device", "device_name", "threads")
 
 @dataclass(frozen=True)
 class Change:
-    """A row that both reports have. ratio = new time / old time; None where the new report has no time."""
+    """A row that both runs have. ratio = new time / old time; None where the new run has no time."""
 
     key: tuple[str, str, str, str]
     old_ms: float
@@ -31,7 +29,7 @@ class Change:
         return self.ratio is None or self.ratio > 1 + self.margin
 
 
-def compare(old: Report, new: Report, margin: float) -> list[Change]:
+def compare(old: Results, new: Results, margin: float) -> list[Change]:
     """The rows that were measured in both, where the old one has a time."""
     rows = {row.key: row for row in new.rows}
     return [
@@ -41,26 +39,24 @@ def compare(old: Report, new: Report, margin: float) -> list[Change]:
     ]
 
 
-def print_comparison(old: Report, new: Report, changes: list[Change], margin: float, console: Console) -> None:
+def print_comparison(old: Results, new: Results, changes: list[Change], margin: float) -> None:
     for name in CONDITIONS:
-        if old.environment.get(name) != new.environment.get(name):
-            console.print(
-                f"[yellow]{name}: {old.environment.get(name)} then, {new.environment.get(name)} now: "
-                "the times are of different conditions[/]"
-            )
+        before, now = old.environment.get(name), new.environment.get(name)
+        if before != now:
+            print(f"{name}: {before} then, {now} now: the times are of different conditions")
     for dtype in old.gemm.keys() & new.gemm.keys():
         ratio = new.gemm[dtype]["start_tflops"] / old.gemm[dtype]["start_tflops"]
-        console.print(f"{dtype} matrix product: {ratio:.2f} times the rate it had then")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("workload", "mode", "dtype", "method"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("old ms", "new ms", "new / old"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for change in changes:
-        new_ms = "no time" if change.new_ms is None else f"{change.new_ms:.3g}"
-        ratio = "" if change.ratio is None else f"{change.ratio:.2f}"
-        style = "red" if change.slower else None
-        table.add_row(*change.key, f"{change.old_ms:.3g}", new_ms, ratio, style=style)
-    console.print(table)
+        print(f"{dtype} matrix product: {ratio:.2f} times the rate it had then")
+    cells = [
+        [
+            *change.key,
+            f"{change.old_ms:.3g}",
+            "no time" if change.new_ms is None else f"{change.new_ms:.3g}",
+            "" if change.ratio is None else f"{change.ratio:.2f}",
+            "slower" if change.slower else "",
+        ]
+        for change in changes
+    ]
+    print(table(["workload", "mode", "dtype", "method", "old ms", "new ms", "new / old", ""], cells))
     slower = sum(change.slower for change in changes)
-    console.print(f"{slower} of {len(changes)} rows slower than {1 + margin:.2f} times their old time")
+    print(f"{slower} of {len(changes)} rows slower than {1 + margin:.2f} times their old time")

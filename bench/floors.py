@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from measure import Clock
+from timing import Clock
 from workloads import Workload
 
 # Large enough for the library's best rate. Halved until a product takes at most GEMM_SECONDS.

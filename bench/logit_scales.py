@@ -7,16 +7,16 @@ times as long as another.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
 
 import torch
-import typer
-from measure import Clock, run_rounds, summarize
 from methods import choose_methods, work
+from timing import Clock, run_rounds, summarize
 from workloads import DTYPES, MODES, Cell, choose_cells, make_inputs
 
 from rada_kernels.backends.cpu import INSTRUCTION_SET
@@ -39,36 +39,35 @@ def measure(cell: Cell, seconds: float) -> list[float]:
     return [1e3 * summarize(samples[name]).median for name in runs]
 
 
-def main(
-    isa: Annotated[str, typer.Option(help="Values of RADA_CPU_ISA, one after the other; by default the best.")] = "",
-    workload: Annotated[str, typer.Option(help="A name or a size, as in kernels.py.")] = "b8-k256-d64",
-    modes: Annotated[str, typer.Option(help=f"Any of {', '.join(MODES)}.")] = "forward,step",
-    dtypes: Annotated[str, typer.Option(help=f"Any of {', '.join(DTYPES)}.")] = "float32,bfloat16,float16",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's choice.")] = None,
-    seconds: Annotated[float, typer.Option(help="Time for the rounds of one line.")] = 5.0,
-) -> None:
-    """Print the milliseconds of a workload at each logit scale, a line for each instruction set, dtype and mode."""
-    if isa:  # the library reads the variable once, when it is loaded
-        same = ["--workload", workload, "--modes", modes, "--dtypes", dtypes, "--seconds", str(seconds)]
-        same += ["--threads", str(threads)] if threads else []
-        command = [sys.executable, __file__, *same]
-        codes = [subprocess.run(command, env=os.environ | {"RADA_CPU_ISA": n}).returncode for n in isa.split(",")]
-        raise typer.Exit(max(codes))
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--isa", default="", help="values of RADA_CPU_ISA, one after the other; default: the best")
+    add("--workload", default="b8-k256-d64", help="a name or a size, as in kernels.py; default: %(default)s")
+    add("--modes", default="forward,step", help=f"any of {', '.join(MODES)}; default: %(default)s")
+    add("--dtypes", default="float32,bfloat16,float16", help=f"any of {', '.join(DTYPES)}; default: %(default)s")
+    add("--threads", type=int, help="CPU threads; default: torch's choice")
+    add("--seconds", type=float, default=5.0, help="time for the rounds of one line; default: %(default)s")
+    options = parser.parse_args(arguments)
+    if options.isa:  # the library reads the variable once, when it is loaded
+        command = [sys.executable, __file__, *(sys.argv[1:] if arguments is None else arguments), "--isa", ""]
+        levels = options.isa.split(",")
+        return max(subprocess.run(command, env=os.environ | {"RADA_CPU_ISA": isa}).returncode for isa in levels)
     try:
-        cells = choose_cells("quick", [workload], modes.split(","), dtypes.split(","))
+        cells = choose_cells("quick", [options.workload], options.modes.split(","), options.dtypes.split(","))
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    if threads:
-        torch.set_num_threads(threads)
+        parser.error(str(error))
+    if options.threads:
+        torch.set_num_threads(options.threads)
     flat = True
     for cell in cells:
-        times = measure(cell, seconds)
+        times = measure(cell, options.seconds)
         ratio = max(times) / min(times)
         flat &= ratio <= LIMIT
         line = "  ".join(f"{scale:g}: {ms:.2f}" for scale, ms in zip(SCALES, times, strict=True))
         print(f"{INSTRUCTION_SET:11} {cell!s:30} ms at s = {line}   slowest / fastest {ratio:.2f}", flush=True)
-    raise typer.Exit(0 if flat else 1)
+    return int(not flat)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    raise SystemExit(main())

@@ -20,6 +20,8 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 PENALTY_WEIGHT = 0.1  # α of the training objective
 COMPILED = "-compiled"
+ENCODER = "ViT-B-32"  # what the head's time is held against end to end
+IMAGE_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -104,3 +106,16 @@ def result_names(inputs: Inputs) -> list[str]:
     """The names of what `work` returns, in its order."""
     names = [f"gradient of {name}" for name in (*inputs.params._fields[:12], "image", "text")]
     return ["logits", "penalty", *names[: len(inputs.differentiated)]]
+
+
+def make_encoder(batch: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """A call that encodes a batch of random images with open_clip's ViT-B/32, random weights: real shapes.
+
+    Raises ImportError without open_clip.
+    """
+    import open_clip
+
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**open_clip.get_model_config(ENCODER)).to(device, dtype).eval()
+    images = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device, dtype=dtype)
+    return torch.no_grad()(lambda: model.encode_image(images))

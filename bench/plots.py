@@ -1,12 +1,11 @@
-"""Pictures of a report, from its JSON file alone: `python bench/plots.py runs/bench-cpu/kernels.json`."""
+"""Pictures of a run, from its JSON file alone: `python bench/plots.py runs/bench-cpu/kernels.json`."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import Annotated
 
-import typer
-from report import Report, Row, slow_down
+from rows import Results, Row, conditions, slow_down
 from workloads import MODES, WORKLOADS
 
 # Colour and marker of a method, the same in every picture. Okabe and Ito's colours, told apart by colour-
@@ -26,8 +25,8 @@ MIN_POINTS = 3  # fewer make no curve
 MAX_WIDTH = 14.0  # inches
 
 
-def draw(report: Report, folder: Path) -> list[Path]:
-    """Every picture for which the report has rows, as PNG files in a folder. Returns their paths.
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Every picture for which there are rows, as PNG files in a folder. Returns their paths.
 
     Raises ImportError without matplotlib.
     """
@@ -39,11 +38,11 @@ def draw(report: Report, folder: Path) -> list[Path]:
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10})
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {
-        "time_over_classes.png": lambda: _curves(plt, report, "classes", "median_ms"),
-        "time_over_batch.png": lambda: _curves(plt, report, "batch", "median_ms"),
-        "memory_over_classes.png": lambda: _curves(plt, report, "classes", "peak_mb"),
-        "scores.png": lambda: _scores(plt, report),
-        "end_to_end.png": lambda: _end_to_end(plt, report),
+        "time_over_classes.png": lambda: _curves(plt, results, "classes", "median_ms"),
+        "time_over_batch.png": lambda: _curves(plt, results, "batch", "median_ms"),
+        "memory_over_classes.png": lambda: _curves(plt, results, "classes", "peak_mb"),
+        "scores.png": lambda: _scores(plt, results),
+        "end_to_end.png": lambda: _end_to_end(plt, results),
     }
     paths = []
     for name, picture in pictures.items():
@@ -53,11 +52,6 @@ def draw(report: Report, folder: Path) -> list[Path]:
             plt.close(figure)
             paths.append(folder / name)
     return paths
-
-
-def _conditions(report: Report) -> str:
-    env = report.environment
-    return f"{env['device_name']}, {env['threads']} threads, torch {env['torch']}, commit {env['commit']}"
 
 
 def _methods(rows: list[Row]) -> list[str]:
@@ -85,12 +79,12 @@ def _legend_below(figure, axes: list) -> None:
     figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=4, frameon=False)
 
 
-def _curves(plt, report: Report, over: str, what: str):
+def _curves(plt, results: Results, over: str, what: str):
     """A quantity over K or over B, one panel for each set of rows that differ in nothing else."""
     fixed = {"classes": "batch", "batch": "classes"}[over]
     groups: dict[tuple, list[Row]] = {}
-    for row in report.rows:
-        if getattr(row, what) is not None:
+    for row in results.rows:
+        if row.floor_gflop and getattr(row, what) is not None:
             groups.setdefault((row.mode, row.dtype, getattr(row, fixed), row.width), []).append(row)
     groups = {key: rows for key, rows in groups.items() if len({getattr(row, over) for row in rows}) >= MIN_POINTS}
     if not groups:
@@ -120,14 +114,14 @@ def _curves(plt, report: Report, over: str, what: str):
         axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
     _legend_below(figure, axes)
-    figure.suptitle(_conditions(report), fontsize=9, color="#444444")
+    figure.suptitle(conditions(results), fontsize=9, color="#444444")
     return figure
 
 
-def _scores(plt, report: Report):
+def _scores(plt, results: Results):
     """Score per workload and mode, one panel per dtype, with the limit as a line."""
     panels: dict[str, list[Row]] = {}
-    for row in report.rows:
+    for row in results.rows:
         if row.score and row.workload in WORKLOADS:
             panels.setdefault(row.dtype, []).append(row)
     if not panels:
@@ -156,18 +150,18 @@ def _scores(plt, report: Report):
         axis.set(xlabel="score = limit / time", title=dtype)
         axis.grid(True, axis="x", color="#dddddd", linewidth=0.6)
     _legend_below(figure, axes)
-    figure.suptitle(_conditions(report), fontsize=9, color="#444444")
+    figure.suptitle(conditions(results), fontsize=9, color="#444444")
     return figure
 
 
-def _end_to_end(plt, report: Report):
+def _end_to_end(plt, results: Results):
     """By how many percent the head of each method slows the encoder's forward pass down."""
-    panels = [(encoder, percents) for encoder in report.encoders if (percents := slow_down(report, encoder))]
+    panels = [(rows, percents) for rows in results.cells.values() if (percents := slow_down(rows))]
     if not panels:
         return None
     figure, axes = _panels(plt, len(panels), 6.4, 0.8 + 0.36 * max(len(percents) for _, percents in panels))
-    for axis, (encoder, percents) in zip(axes, panels, strict=True):
-        rows = [row for row in report.rows if row.cell == encoder.cell]
+    for axis, (rows, percents) in zip(axes, panels, strict=True):
+        (encoder,) = (row for row in rows if not row.floor_gflop)
         methods = [method for method in _methods(rows) if method in percents][::-1]
         colors = [STYLES.get(method, OTHER_STYLE)[0] for method in methods]
         bars = axis.barh(methods, [percents[method] for method in methods], color=colors, height=0.66)
@@ -175,26 +169,24 @@ def _end_to_end(plt, report: Report):
         axis.margins(x=0.14)
         axis.tick_params(axis="y", length=0)
         axis.set_xlabel("time added to the encoder's, %")
-        axis.set_title(
-            f"{encoder.name}, B = {encoder.batch}, {encoder.dtype}; head of {encoder.workload} (K = {rows[0].classes})",
-            loc="left",
-        )
-    figure.suptitle(_conditions(report), fontsize=9, color="#444444")
+        title = f"{encoder.method}, B = {encoder.batch}, {encoder.dtype}; head of {encoder.workload}"
+        axis.set_title(f"{title} (K = {encoder.classes})", loc="left")
+    figure.suptitle(conditions(results), fontsize=9, color="#444444")
     return figure
 
 
-def main(
-    file: Annotated[Path, typer.Argument(help="A kernels.json.")],
-    output: Annotated[Path | None, typer.Option(help="Folder; by default the file's own.")] = None,
-) -> None:
-    """Draw the pictures of a report."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the pictures of a run.")
+    parser.add_argument("file", type=Path, help="a kernels.json")
+    parser.add_argument("--output", type=Path, help="folder; default: the file's own")
+    options = parser.parse_args()
     try:
-        report = Report.read(file)
+        results = Results.read(options.file)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    for path in draw(report, output or file.parent):
+        parser.error(str(error))
+    for path in draw(results, options.output or options.file.parent):
         print(path)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import autotune
 from codegen.launches import Recorder, device_named, record_launches
-from measure import Clock
+from timing import Clock
 from workloads import WORKLOADS
 
 from rada_kernels.rational_projection.config import projection_config

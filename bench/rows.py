@@ -1,4 +1,4 @@
-"""What a run leaves behind: rows in a JSON file, and the table that is drawn from it."""
+"""What a run leaves behind: rows in a JSON file, and the tables that are drawn from it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-SCHEMA = 1
+SCHEMA = 2
 OK, WRONG, OUT_OF_MEMORY, FAILED, UNUSABLE = "ok", "wrong", "out of memory", "failed", "unusable"
 
 
 @dataclass
 class Row:
-    """One method on one workload. Fields without a value are None; a row has a time only if its status is
-    "ok".
+    """One method on one workload. Fields without a value are None; a row has a time only if its status is "ok".
+
+    The image encoder's row has a time and no floor.
     """
 
     workload: str
@@ -32,7 +31,7 @@ class Row:
     mode: str
     dtype: str
     method: str
-    status: str
+    status: str = OK
     note: str = ""  # why there is no time
     median_ms: float | None = None
     q20_ms: float | None = None
@@ -47,7 +46,7 @@ class Row:
     worst: str = ""  # the tensor nearest to its limit
     worst_error: float | None = None
     worst_limit: float | None = None
-    # Derived by Report.derive.
+    # Derived by Results.derive.
     limit_ms: float | None = None
     score: float | None = None
     vs_reference: float | None = None
@@ -62,50 +61,41 @@ class Row:
     def key(self) -> tuple[str, str, str, str]:
         return *self.cell, self.method
 
-
-@dataclass
-class Encoder:
-    """An image encoder's own forward pass, timed in the same rounds as the heads of one cell."""
-
-    name: str
-    workload: str
-    mode: str
-    dtype: str
-    batch: int
-    median_ms: float
-    q20_ms: float
-    q80_ms: float
-    rounds: int
-
-    @property
-    def cell(self) -> tuple[str, str, str]:
-        return self.workload, self.mode, self.dtype
+    def refuse(self, status: str, note: str) -> None:
+        self.status, self.note = status, note
 
 
 @dataclass
-class Report:
+class Results:
     """A run. `gemm` maps a dtype to the large product's size and its rate before and after the run."""
 
     environment: dict
     settings: dict
     gemm: dict[str, dict[str, float | None]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
-    encoders: list[Encoder] = field(default_factory=list)
     complete: bool = False
     schema: int = SCHEMA
+
+    @property
+    def cells(self) -> dict[tuple[str, str, str], list[Row]]:
+        """The rows by cell, in the order in which they were measured."""
+        cells: dict[tuple[str, str, str], list[Row]] = {}
+        for row in self.rows:
+            cells.setdefault(row.cell, []).append(row)
+        return cells
 
     def derive(self) -> None:
         """Limits, scores and ratios from times, floors and rates.
 
-        limit = floor FLOP / the better of the two rates; score = limit / time; vs_* = the baseline's time /
-        time.
+        limit = floor FLOP / the better of the two rates; score = limit / time; vs_* = the baseline's time / time.
         """
         times = {row.key: row.median_ms for row in self.rows if row.median_ms}
         for row in self.rows:
+            if not row.floor_gflop:
+                continue
             rates = self.gemm.get(row.dtype, {})
             rate = max((rates[when] for when in ("start_tflops", "end_tflops") if rates.get(when)), default=None)
-            if rate and row.floor_gflop:
-                row.limit_ms = row.floor_gflop / rate
+            row.limit_ms = row.floor_gflop / rate if rate else None
             if row.median_ms:
                 row.images_per_s = 1e3 * row.batch / row.median_ms
                 row.score = row.limit_ms / row.median_ms if row.limit_ms else None
@@ -114,7 +104,7 @@ class Report:
                     setattr(row, name, other / row.median_ms if other else None)
 
     def write(self, path: Path) -> None:
-        """The whole report at once: a reader, or an interruption, finds the old file or the new one."""
+        """All at once: a reader, or an interruption, finds the old file or the new one."""
         self.derive()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -122,21 +112,19 @@ class Report:
         os.replace(temporary, path)
 
     @staticmethod
-    def read(path: Path) -> Report:
-        """Raises ValueError for a file that is no report of this schema."""
+    def read(path: Path) -> Results:
+        """Raises ValueError for a file that does not hold results of this schema."""
         try:
             data = json.loads(Path(path).read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"report: cannot read {path}: {error}") from None
-        names = {f.name for f in fields(Report)}
+            raise ValueError(f"results: cannot read {path}: {error}") from None
+        names = {f.name for f in fields(Results)}
         if not isinstance(data, dict) or set(data) != names or data["schema"] != SCHEMA:
             raise ValueError(
-                f"report: {path} is not a report of schema {SCHEMA}, as bench/kernels.py writes it; "
+                f"results: {path} does not hold results of schema {SCHEMA}, as bench/kernels.py writes them; "
                 "measure again with this version"
             )
-        data["rows"] = [Row(**row) for row in data["rows"]]
-        data["encoders"] = [Encoder(**encoder) for encoder in data["encoders"]]
-        return Report(**data)
+        return Results(**data | {"rows": [Row(**row) for row in data["rows"]]})
 
 
 def environment(device: torch.device, threads: int) -> dict:
@@ -180,6 +168,21 @@ def _commit() -> str | None:
         return None
 
 
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table whose columns are also aligned where it is read as it stands."""
+    cells = [[str(value) for value in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * max(3, width) for width in widths])
+    lines = (" | ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 COLUMNS = {
     "ms": "median_ms",
     "20 %": "q20_ms",
@@ -193,61 +196,49 @@ COLUMNS = {
 }
 
 
-def print_report(report: Report, console: Console) -> None:
+def conditions(results: Results) -> str:
+    env = results.environment
+    return f"{env['device_name']}, {env['threads']} threads, torch {env['torch']}, commit {env['commit']}"
+
+
+def markdown(results: Results) -> str:
     """Conditions, a table per cell, and what the heads cost beside an encoder."""
-    env = report.environment
-    console.print(
-        f"{env['device_name']}, {env['threads']} threads, torch {env['torch']}, triton {env['triton']}, "
-        f"commit {env['commit']}"
-    )
-    for dtype, rates in report.gemm.items():
+    lines = [f"{conditions(results)}, triton {results.environment['triton']}", ""]
+    for dtype, rates in results.gemm.items():
         end = f"{rates['end_tflops']:.3f}" if rates["end_tflops"] else "not measured"
-        console.print(
-            f"{dtype} matrix product of size {rates['size']}: {rates['start_tflops']:.3f} TFLOP/s "
-            f"at the start, {end} at the end"
+        lines.append(
+            f"{dtype} matrix product of size {rates['size']}: {rates['start_tflops']:.3f} TFLOP/s at the start, "
+            f"{end} at the end"
         )
-    for cell in dict.fromkeys(row.cell for row in report.rows):
-        console.print(cell_table([row for row in report.rows if row.cell == cell]))
-    for encoder in report.encoders:
-        console.print(
-            f"{encoder.name} encodes {encoder.batch} images in {_number(encoder.median_ms)} ms "
-            f"({encoder.dtype}). The head of {encoder.workload} adds: "
-            + ", ".join(f"{name} {percent:.1f} %" for name, percent in slow_down(report, encoder).items())
-        )
+    for rows in results.cells.values():
+        first = rows[0]
+        limit = f", limit {number(first.limit_ms)} ms" if first.limit_ms else ""
+        title = f"{first.workload}: B{first.batch} K{first.classes} D{first.width} {first.mode} {first.dtype}{limit}"
+        lines += ["", f"### {title}", "", table(["method", *COLUMNS, "error", "rounds", "note"], map(_cells, rows))]
+        slower = slow_down(rows)
+        if slower:
+            heads = ", ".join(f"{name} {percent:.1f} %" for name, percent in slower.items())
+            lines += ["", f"Beside the encoder, the head takes: {heads}"]
+    return "\n".join(lines)
 
 
-def cell_table(rows: list[Row]) -> Table:
-    """The rows of one cell."""
-    first = rows[0]
-    limit = f", limit {_number(first.limit_ms)} ms" if first.limit_ms else ""
-    title = f"{first.workload}: B{first.batch} K{first.classes} D{first.width} {first.mode} {first.dtype}{limit}"
-    table = Table(title=title, title_justify="left", title_style="bold cyan", box=None, pad_edge=False)
-    table.add_column("method", min_width=18, no_wrap=True)
-    for heading in (*COLUMNS, "error", "rounds"):
-        table.add_column(heading, min_width=7, justify="right", no_wrap=True)
-    table.add_column("note")
-    for row in rows:
-        error = row.error_logits if row.error_gradients is None else row.error_gradients
-        table.add_row(
-            row.method,
-            *(_number(getattr(row, name)) for name in COLUMNS.values()),
-            "" if error is None else f"{error:.1e}",
-            str(row.rounds or ""),
-            "" if row.status == OK else f"[red]{row.status}[/] {escape(row.note)}",
-        )
-    return table
+def _cells(row: Row) -> list[str]:
+    error = row.error_logits if row.error_gradients is None else row.error_gradients
+    return [
+        row.method,
+        *(number(getattr(row, name)) for name in COLUMNS.values()),
+        "" if error is None else f"{error:.1e}",
+        str(row.rounds or ""),
+        "" if row.status == OK else f"{row.status} {row.note}",
+    ]
 
 
-def slow_down(report: Report, encoder: Encoder) -> dict[str, float]:
-    """Method -> 100 · time of the head / time of the encoder."""
+def slow_down(rows: list[Row]) -> dict[str, float]:
+    """Method -> 100 · time of the head / time of the encoder, of one cell; nothing where no encoder was timed."""
+    encoders = [row for row in rows if row.floor_gflop is None]
     return {
         row.method: 100 * row.median_ms / encoder.median_ms
-        for row in report.rows
-        if row.cell == encoder.cell and row.median_ms
+        for encoder in encoders
+        for row in rows
+        if row is not encoder and row.median_ms and encoder.median_ms
     }
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -13,11 +13,9 @@ from pathlib import Path
 import kernels
 import pytest
 import torch
-import typer
 from compare import compare
 from plots import draw
-from report import Encoder, Report, Row, slow_down
-from typer.testing import CliRunner
+from rows import Results, Row, slow_down, table
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,19 +26,22 @@ ROW_TYPES = {
 
 
 def row(method="reference", median_ms: float | None = 10.0, **changes) -> Row:
-    base = Row("caltech101", 32, 100, 512, 8, "forward", "float32", method, "ok", floor_gflop=7.0)
+    base = Row("caltech101", 32, 100, 512, 8, "forward", "float32", method, floor_gflop=7.0)
     times = {} if median_ms is None else {"q20_ms": 0.9 * median_ms, "q80_ms": 1.2 * median_ms, "rounds": 5}
-    return replace(base, median_ms=median_ms, peak_mb=12.0, **times, **changes)
+    return replace(base, **{"median_ms": median_ms, "peak_mb": 12.0} | times | changes)
 
 
-def report(*rows: Row) -> Report:
+ENCODER = row("ViT-B-32", 40.0, floor_gflop=None)
+
+
+def run_of(*rows: Row) -> Results:
     environment = {"device": "cpu", "device_name": "a CPU", "threads": 2, "torch": "2.14", "commit": "abc"}
     gemm = {"float32": {"size": 4096, "start_tflops": 0.9, "end_tflops": 1.0}}
-    return Report(environment, {}, gemm, list(rows))
+    return Results(environment, {}, gemm, list(rows))
 
 
 def test_derived_figures():
-    made = report(row(), row("reference-compiled", 5.0), row("torch", 8.0), row("sdpa", None, status="wrong"))
+    made = run_of(row(), row("reference-compiled", 5.0), row("torch", 8.0), row("sdpa", None, status="wrong"))
     made.derive()
     torch_row = made.rows[2]
     assert torch_row.limit_ms == pytest.approx(7.0)  # 7 GFLOP at the better rate, 1 TFLOP/s
@@ -53,24 +54,24 @@ def test_derived_figures():
 
 
 def test_ratios_stay_within_a_cell():
-    made = report(row(), row("torch", 8.0, mode="step"))
+    made = run_of(row(), row("torch", 8.0, mode="step"))
     made.derive()
     assert made.rows[1].vs_reference is None
 
 
 def test_json_round_trip_and_schema(tmp_path):
-    made = report(row(), row("torch", None, status="out of memory", note="needs more"))
-    made.encoders.append(Encoder("ViT-B-32", "caltech101", "forward", "float32", 32, 40.0, 39.0, 42.0, 5))
+    made = run_of(row(), row("torch", None, status="out of memory", note="needs more"))
+    made.rows.append(ENCODER)
     path = tmp_path / "a" / "kernels.json"
     made.write(path)
-    assert Report.read(path) == made
+    assert Results.read(path) == made
     data = json.loads(path.read_text())
-    assert set(data) == {"environment", "settings", "gemm", "rows", "encoders", "complete", "schema"}
+    assert set(data) == {"environment", "settings", "gemm", "rows", "complete", "schema"}
     for stored in data["rows"]:
         assert list(stored) == [f.name for f in fields(Row)]
         for name, value in stored.items():
             assert isinstance(value, ROW_TYPES.get(name, float | None)), name
-    assert slow_down(made, made.encoders[0]) == {"reference": pytest.approx(25.0)}
+    assert slow_down(made.rows) == {"reference": pytest.approx(25.0)}
     assert [p.name for p in path.parent.iterdir()] == ["kernels.json"]
 
 
@@ -79,14 +80,18 @@ def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"other\.json"):
-        Report.read(path)
+        Results.read(path)
     with pytest.raises(ValueError, match=r"missing\.json"):
-        Report.read(tmp_path / "missing.json")
+        Results.read(tmp_path / "missing.json")
+
+
+def test_a_table_reads_in_columns():
+    assert table(["a", "long"], [["word", 1]]) == "| a    | long |\n| ---- | ---- |\n| word | 1    |"
 
 
 def test_comparison():
-    old = report(row(), row("torch"), row("sdpa"), row("cpu"), row("triton", None, status="failed"))
-    new = report(row(median_ms=10.9), row("torch", 11.1), row("sdpa", None, status="wrong"), row("triton", 1.0))
+    old = run_of(row(), row("torch"), row("sdpa"), row("cpu"), row("triton", None, status="failed"))
+    new = run_of(row(median_ms=10.9), row("torch", 11.1), row("sdpa", None, status="wrong"), row("triton", 1.0))
     changes = {change.key[-1]: change for change in compare(old, new, margin=0.1)}
     assert changes.keys() == {"reference", "torch", "sdpa"}  # those with a time before, measured again
     assert not changes["reference"].slower
@@ -101,8 +106,8 @@ def test_pictures_need_the_file_alone(tmp_path):
         for method, speed in (("reference", 1.0), ("torch", 0.5), ("a new one", 0.4))
         for classes in (10, 100, 1000)
     ]
-    made = report(*rows, row(), row("torch", 8.0))
-    made.encoders.append(Encoder("ViT-B-32", "caltech101", "forward", "float32", 32, 40.0, 39.0, 42.0, 5))
+    made = run_of(*rows, row(), row("torch", 8.0))
+    made.rows.append(ENCODER)
     made.write(tmp_path / "kernels.json")
     command = [sys.executable, "bench/plots.py", str(tmp_path / "kernels.json")]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -112,20 +117,21 @@ def test_pictures_need_the_file_alone(tmp_path):
 
 
 def test_no_picture_of_nothing(tmp_path):
-    assert draw(report(), tmp_path) == []
+    assert draw(run_of(), tmp_path) == []
 
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    """Runs the command in this process: bench("--modes", "forward") -> result; its report in tmp_path."""
-    app = typer.Typer()
-    app.command()(kernels.main)
+    """Runs the command in this process: bench("--modes", "forward") -> exit status; its results in tmp_path."""
     monkeypatch.setattr("floors.GEMM_SIZE", 256)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # put back what the command sets
 
     def run(*arguments):
         common = ["--device", "cpu", "--output", str(tmp_path), "--rounds", "2"]
-        return CliRunner().invoke(app, [*common, *arguments])
+        try:
+            return kernels.main([*common, *arguments])
+        except SystemExit as exit:  # of argparse
+            return exit.code
 
     return run
 
@@ -134,10 +140,10 @@ def bench(tmp_path, monkeypatch):
 SMALL = ("--workloads", "b16-k64-d128", "--modes", "forward,step", "--dtypes", "float32")
 
 
-def test_command_measures_and_compares(bench, tmp_path):
-    result = bench(*SMALL, "--methods", "reference,torch,sdpa")
-    assert result.exit_code == 0, result.output
-    made = Report.read(tmp_path / "kernels.json")
+def test_command_measures_and_compares(bench, tmp_path, capsys):
+    code = bench(*SMALL, "--methods", "reference,torch,sdpa")
+    assert code == 0
+    made = Results.read(tmp_path / "kernels.json")
     assert made.complete
     assert [r.key for r in made.rows] == [
         ("b16-k64-d128", mode, "float32", method)
@@ -154,7 +160,8 @@ def test_command_measures_and_compares(bench, tmp_path):
     assert made.environment["threads"] == torch.get_num_threads()
 
     # Against a past in which everything took a thousandth, and one in which it took a thousand times as long.
-    for factor, code in ((1e-3, 1), (1e3, 0)):
+    capsys.readouterr()
+    for factor, expected in ((1e-3, 1), (1e3, 0)):
         for r in made.rows:
             r.median_ms *= factor
         (tmp_path / "old").mkdir(exist_ok=True)
@@ -162,18 +169,17 @@ def test_command_measures_and_compares(bench, tmp_path):
         old.write_text(json.dumps(asdict(made)))
         for r in made.rows:
             r.median_ms /= factor
-        result = bench(*SMALL, "--methods", "torch", "--compare", str(old))
-        assert result.exit_code == code, result.output
-        assert "of 2 rows slower" in result.output
+        assert bench(*SMALL, "--methods", "torch", "--compare", str(old)) == expected
+        assert "of 2 rows slower" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graph", [(), ("--cuda-graph",)])
 def test_command_measures_on_cuda(bench, tmp_path, graph):
-    result = bench("--device", "cuda", *SMALL, "--dtypes", "float32,bfloat16", *graph)
-    assert result.exit_code == 0, result.output
-    made = Report.read(tmp_path / "kernels.json")
+    code = bench("--device", "cuda", *SMALL, "--dtypes", "float32,bfloat16", *graph)
+    assert code == 0
+    made = Results.read(tmp_path / "kernels.json")
     assert made.environment["device"] == "cuda"
     for r in made.rows:
         assert r.status == "ok", (r.key, r.note)
@@ -195,28 +201,28 @@ def test_wrong_and_failing_methods_have_no_time(bench, tmp_path, monkeypatch):
     faulty = {"torch": real["torch"], "sdpa": replace(real["sdpa"], head=wrong)}
     faulty["reference"] = real["reference"]
     monkeypatch.setattr(methods, "all_methods", lambda: faulty)
-    result = bench(*SMALL[:2], "--modes", "forward", "--dtypes", "float32", "--methods", "sdpa,torch")
-    assert result.exit_code == 0, result.output
-    rows = {r.method: r for r in Report.read(tmp_path / "kernels.json").rows}
+    code = bench(*SMALL[:2], "--modes", "forward", "--dtypes", "float32", "--methods", "sdpa,torch")
+    assert code == 0
+    rows = {r.method: r for r in Results.read(tmp_path / "kernels.json").rows}
     assert (rows["sdpa"].status, rows["sdpa"].median_ms, rows["sdpa"].rounds) == ("wrong", None, 0)
     assert "logits: relative error 1.0e-02" in rows["sdpa"].note
     assert rows["torch"].median_ms > 0
 
     faulty["sdpa"] = replace(real["sdpa"], head=failing)
     bench(*SMALL[:2], "--modes", "forward", "--dtypes", "float32", "--methods", "sdpa,torch")
-    rows = {r.method: r for r in Report.read(tmp_path / "kernels.json").rows}
+    rows = {r.method: r for r in Results.read(tmp_path / "kernels.json").rows}
     assert (rows["sdpa"].status, rows["sdpa"].median_ms) == ("failed", None)
     assert "no kernel image [here]" in rows["sdpa"].note
     assert rows["torch"].median_ms > 0
 
 
 def test_out_of_memory_is_a_row(bench, tmp_path):
-    result = bench(
+    code = bench(
         *("--workloads", "b4-k1000-d16", "--modes", "forward", "--dtypes", "float32"),
         *("--methods", "reference,torch", "--memory", "0.2"),
     )
-    assert result.exit_code == 0, result.output
-    reference, tiled = Report.read(tmp_path / "kernels.json").rows
+    assert code == 0
+    reference, tiled = Results.read(tmp_path / "kernels.json").rows
     assert (reference.status, reference.median_ms) == ("out of memory", None)
     assert reference.note == "needs more than the 0.2 GB that it may take"
     assert tiled.status == "ok"
@@ -228,9 +234,9 @@ def test_ctrl_c_leaves_what_was_measured(bench, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(kernels.Bench, "measure_rates", interrupt)
-    result = bench(*SMALL, "--methods", "torch")
-    assert result.exit_code == kernels.INTERRUPTED
-    made = Report.read(tmp_path / "kernels.json")
+    code = bench(*SMALL, "--methods", "torch")
+    assert code == kernels.INTERRUPTED
+    made = Results.read(tmp_path / "kernels.json")
     assert not made.complete
     assert len(made.rows) == 2
 
@@ -247,7 +253,7 @@ def test_ctrl_c_ends_the_process(tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == kernels.INTERRUPTED
     assert "interrupted" in output
-    (made,) = Report.read(tmp_path / "kernels.json").rows
+    (made,) = Results.read(tmp_path / "kernels.json").rows
     assert made.rounds > 100
 
 
@@ -260,11 +266,13 @@ def test_ctrl_c_ends_the_process(tmp_path):
         (("--device", "tpu"), "tpu", "cpu"),
         (("--suite", "all"), "all", "quick"),
         (("--compare", "nowhere.json"), "nowhere.json", "cannot read"),
+        (("--threads", "0"), "0", "1 or more"),
     ],
 )
-def test_bad_names_are_told_before_anything_runs(bench, arguments, named, listed, tmp_path):
-    result = bench(*arguments)
-    assert result.exit_code == 2
-    assert named in result.output
-    assert listed in result.output
+def test_bad_names_are_told_before_anything_runs(bench, arguments, named, listed, tmp_path, capsys):
+    code = bench(*arguments)
+    assert code == 2
+    told = capsys.readouterr().err
+    assert named in told
+    assert listed in told
     assert not (tmp_path / "kernels.json").exists()
