@@ -59,30 +59,6 @@ def test_exported_names(package, names):
     assert all(hasattr(package, name) for name in names)
 
 
-def imported_by(module: str) -> set[str]:
-    code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-
-
-def test_importing_rada_imports_none_of_its_extras():
-    extras = {
-        "open_clip",
-        "triton",
-        "torchvision",
-        "timm",
-        "PIL",
-        "pyarrow",
-        "safetensors",
-        "transformers",
-        "emoji",
-        "resvg_py",
-    }
-    extras |= {"matplotlib", "typer", "rich", "jinja2"}
-    imported = imported_by("rada")
-    assert {"rada", "rada_kernels", "torch"} <= imported
-    assert not extras & imported
-
-
 @pytest.mark.slow
 def test_the_annotations_hold_and_reach_a_user(tmp_path):
     """mypy takes the packages, and refuses a user's file that takes a head for a string."""
@@ -97,7 +73,3 @@ def test_the_annotations_hold_and_reach_a_user(tmp_path):
         command = [sys.executable, "-m", "mypy", "--cache-dir", tmp_path / "cache", *arguments]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True)
         assert (done.returncode, output in done.stdout) == (status, True), done.stdout + done.stderr
-
-
-def test_the_kernels_do_not_import_rada():
-    assert "rada" not in imported_by("rada_kernels")
