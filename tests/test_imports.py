@@ -155,6 +155,6 @@ def test_importing_a_package_imports_torch_alone(package):
     """No open_clip, no Triton, no extra; and of the kernels' package, not rada."""
     loaded = loaded_by(package)
     assert {package, "torch"} <= loaded
-    extras = {"open_clip", "triton", "torchvision", "timm", "PIL", "pyarrow", "safetensors", "emoji", "resvg_py"}
-    extras |= {"matplotlib", "typer", "rich", "jinja2"} | ({"rada"} if package == "rada_kernels" else set())
+    extras = {"open_clip", "triton", "torchvision", "timm", "PIL", "pyarrow", "safetensors", "transformers", "emoji"}
+    extras |= {"resvg_py", "matplotlib", "typer", "rich", "jinja2"} | ({"rada"} if package == "rada_kernels" else set())
     assert not extras & loaded
