@@ -101,11 +101,16 @@ class RAdaCLIP(FeatureExtractor):
     def feature_dtype(self) -> torch.dtype:
         return self.head.k_proj.weight.dtype
 
-    def forward(self, images: Tensor, return_penalty: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, K] of preprocessed images [B, 3, H, W]; with return_penalty the head's penalty too."""
+    def forward(
+        self, images: Tensor, return_penalty: bool = False, *, class_ids: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, K] of preprocessed images [B, 3, H, W]; with return_penalty the head's penalty too.
+
+        class_ids: against these classes [K'] alone, which may repeat; only their prompts are encoded. Default: all.
+        """
         return self.head(
             self.encode_images(images),
-            self.text_features,
+            self.text_features if class_ids is None else self.encode_classes(self._tokens[class_ids.cpu()]),
             self.logit_scale,
             self.logit_bias,
             return_penalty=return_penalty,

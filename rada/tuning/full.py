@@ -1,0 +1,417 @@
+"""Full fine-tuning: both towers and the head, on images, resumable at any step.
+
+The head gives gradients to the features, and so to the towers. Afterwards `wise_ft` mixes the weights with those of the
+start (WiSE-FT, arXiv 2109.01903).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from rada.clip import RAdaCLIP
+from rada.data.source import Images
+from rada.extras import require
+from rada.files import replacing
+from rada.losses import ContrastiveLoss, CrossEntropy, SigmoidLoss
+
+LOSSES = {"cross-entropy": CrossEntropy, "contrastive": ContrastiveLoss, "sigmoid": SigmoidLoss}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+STATE = "resume.pt"
+FORMAT = "rada-full"
+MAX_LOGIT_SCALE = 100.0  # CLIP's limit of the exponentiated scale
+ALPHAS = tuple(i / 10 for i in range(11))
+
+
+@dataclass(frozen=True)
+class FullTuning:
+    """The settings of full fine-tuning. Defaults: FLYP's for ImageNet (arXiv 2212.00638), but for batch and warm-up.
+
+    epochs: passes over the images. Default 10.
+    batch_size: images per optimizer step. Default 32.
+    accumulate: forward passes per step, each over batch_size / accumulate images. Exact for "cross-entropy";
+        "contrastive" sees the classes of one pass only.
+    lr, head_lr: highest rates of towers and head. Defaults 1e-5 and 1e-3.
+    weight_decay: AdamW's, of weights alone: gains, biases and the logit scale have none. Default 0.1.
+    warmup: share of the steps over which the rates rise linearly; a cosine to 0 follows. Default 0.1.
+    loss: "cross-entropy" over all classes (default), "sigmoid": SigLIP's over all classes, or "contrastive": FLYP's, over
+        the prompts of a batch's own classes. See `rada.losses`.
+    alpha: weight of the head's penalty. Default 0.1.
+    precision: "fp32" (default), or autocast to "bf16" or "fp16", that with a gradient scaler. Weights stay float32.
+    clip_norm: largest norm of the gradient; None (default): no limit.
+    checkpoint_activations: compute the towers' activations again in the backward pass. Default False.
+    crop: least and largest share of an image's area that a random crop keeps. Default (0.08, 1.0).
+    flip: flip half of the images. Default True.
+    """
+
+    epochs: int = 10
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 1e-5
+    head_lr: float = 1e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.1
+    loss: str = "cross-entropy"
+    alpha: float = 0.1
+    precision: str = "fp32"
+    clip_norm: float | None = None
+    checkpoint_activations: bool = False
+    crop: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "accumulate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}; it takes a positive int")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate: got {self.accumulate}; it takes a divisor of batch_size {self.batch_size}")
+        for name in ("lr", "head_lr"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; it takes a positive number")
+        for name in ("weight_decay", "alpha"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; it takes a number that is not negative")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup: got {self.warmup!r}; it takes a share of the steps, 0 to below 1")
+        for name, known in (("loss", tuple(LOSSES)), ("precision", tuple(PRECISIONS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; it takes one of {known}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm: got {self.clip_norm!r}; it takes a positive number or None")
+        if not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError(f"crop: got {self.crop!r}; it takes two shares, 0 < least <= largest <= 1")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The factor of both rates at a step, from 0: linear warm-up, then a cosine to 0."""
+        warmup = round(self.warmup * steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+
+class Augmented(Dataset):
+    """Images under random crops and flips, which depend on (seed, epoch, index) alone: not on workers or resumes."""
+
+    def __init__(self, images: Images, transform: Callable, seed: int) -> None:
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        own = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(own)
+            return self.transform(self.images[index]), index
+
+
+def train_transform(preprocess: Any, crop: tuple[float, float], flip: bool) -> Callable:
+    """Random crops and flips in the place of the resizing and cropping of an evaluation transform.
+
+    preprocess: a torchvision Compose; of its steps those up to the crop are replaced.
+    Raises ValueError for a transform without a crop or a resize of known size.
+    """
+    T = require("torchvision.transforms", "clip", "fine-tuning")
+
+    steps = list(_flat(preprocess))
+    sized = [i for i, step in enumerate(steps) if isinstance(step, T.CenterCrop | T.Resize)]
+    if not sized:
+        raise ValueError("preprocess: got no Resize or CenterCrop; fine-tuning takes a transform to one size")
+    resize = next((step for step in steps if isinstance(step, T.Resize)), None)
+    size = steps[sized[-1]].size
+    interpolation = T.InterpolationMode.BICUBIC if resize is None else resize.interpolation
+    random_crop = T.RandomResizedCrop(size, scale=crop, interpolation=interpolation)
+    kept = [step for i, step in enumerate(steps) if i not in sized]
+    place = sum(i < sized[0] for i in range(len(steps)) if i not in sized)
+    return T.Compose([*kept[:place], random_crop, *([T.RandomHorizontalFlip()] if flip else []), *kept[place:]])
+
+
+def _flat(transform: Any) -> Iterator[Any]:
+    if hasattr(transform, "transforms"):
+        for step in transform.transforms:
+            yield from _flat(step)
+    else:
+        yield transform
+
+
+def parameter_groups(model: RAdaCLIP, tuning: FullTuning) -> list[dict[str, Any]]:
+    """AdamW's groups: towers and head, each with decayed weights and undecayed gains, biases and scalars."""
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith("head."), parameter.dim() >= 2), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": tuning.head_lr if head else tuning.lr,
+            "weight_decay": tuning.weight_decay if decayed else 0.0,
+        }
+        for (head, decayed), parameters in groups.items()
+    ]
+
+
+class FineTuner:
+    """Full fine-tuning of a RAdaCLIP whose towers require gradients.
+
+    model: a RAdaCLIP (`freeze=False`) with an evaluation transform.
+    images, labels: N PIL images, decoded when indexed, and their classes [N].
+    tuning, seed: see `FullTuning`; the seed decides order, crops and flips.
+    folder: keeps the state to resume from, `resume.pt`; None: nothing is kept.
+    save_every: steps between two saved states; 0: at the end of each epoch alone.
+    workers: processes that decode images. Default 0: none.
+    on_epoch: called with each epoch's numbers: epoch, lr, loss, penalty, train_accuracy (while training, in percent).
+
+    On one machine and number of threads a killed and resumed run gives the weights of an uninterrupted one, on the CPU
+    bit for bit.
+    """
+
+    def __init__(
+        self,
+        model: RAdaCLIP,
+        images: Images,
+        labels: Tensor,
+        tuning: FullTuning,
+        *,
+        seed: int = 0,
+        folder: Path | None = None,
+        save_every: int = 0,
+        workers: int = 0,
+        on_epoch: Callable[[dict], None] | None = None,
+    ) -> None:
+        if len(images) != len(labels) or not len(labels):
+            raise ValueError(
+                f"labels: got {len(labels)} for {len(images)} images; it takes one per image, at least one"
+            )
+        if model.preprocess is None:
+            raise ValueError("model: it came without an image transform; fine-tuning takes one")
+        self.model, self.labels, self.tuning, self.seed = model, labels, tuning, seed
+        self.folder, self.save_every, self.workers = folder, save_every, workers
+        self.on_epoch = on_epoch or (lambda numbers: None)
+        self.data = Augmented(images, train_transform(model.preprocess, tuning.crop, tuning.flip), seed)
+        self.device = model.logit_scale.device
+        self.loss = LOSSES[tuning.loss](tuning.alpha)
+        self.steps_per_epoch = math.ceil(len(labels) / tuning.batch_size)
+        self.steps = tuning.epochs * self.steps_per_epoch
+        self.step = 0
+        self.sums = {"loss": 0.0, "penalty": 0.0, "hits": 0.0}
+        self.rows: list[dict] = []
+        if tuning.checkpoint_activations:
+            model.model.set_grad_checkpointing(True)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, tuning))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: tuning.rate(step, self.steps))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=tuning.precision == "fp16")
+
+    def run(self) -> list[dict]:
+        """Train to the end, from where the state is; returns the numbers of every epoch.
+
+        Raises ValueError where the loss is no longer finite, naming the step; the weights are then those of the step
+        before, and the saved state is older.
+        """
+        from tqdm import tqdm
+
+        self.model.train()
+        with tqdm(total=self.steps, initial=self.step, desc="fine-tune", unit="step", leave=False) as bar:
+            while self.step < self.steps:
+                for images, index in self._loader():
+                    self._take_step(images.to(self.device), self.labels[index].to(self.device))
+                    bar.update(1)
+                    if self.step % self.steps_per_epoch == 0:
+                        self._finish_epoch()
+                    if self.folder and self._due():
+                        self.save()
+        self.model.eval()
+        return self.rows
+
+    def _due(self) -> bool:
+        return self.step % self.steps_per_epoch == 0 or bool(self.save_every and self.step % self.save_every == 0)
+
+    def _loader(self) -> DataLoader:
+        """The rest of the epoch that the run is in."""
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        order = torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(len(self.labels)))
+        batches = [[(epoch, i) for i in batch.tolist()] for batch in order.split(self.tuning.batch_size)[done:]]
+        # A generator of its own: the default one would lose a draw with every loader, and a resumed run makes one more.
+        return DataLoader(self.data, batch_sampler=batches, num_workers=self.workers, generator=torch.Generator())
+
+    def _take_step(self, images: Tensor, labels: Tensor) -> None:
+        self._backward(images, labels)
+        if self.tuning.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(
+                [p for group in self.optimizer.param_groups for p in group["params"]], self.tuning.clip_norm
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        scale = self.model.model.logit_scale
+        if scale.requires_grad:
+            with torch.no_grad():
+                scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        self.step += 1
+
+    def _backward(self, images: Tensor, labels: Tensor) -> None:
+        """The gradients of a batch, its parts one after the other."""
+        share = math.ceil(len(labels) / self.tuning.accumulate)
+        dtype = PRECISIONS[self.tuning.precision]
+        for part, own in zip(images.split(share), labels.split(share), strict=True):
+            with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+                loss, penalty, hits = self._loss(part, own)
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"lr: got {self.tuning.lr}; the loss is not finite at step {self.step + 1} of {self.steps}; it "
+                    "takes a smaller one, or images and weights without NaN and infinities"
+                )
+            self.scaler.scale(loss * (len(own) / len(labels))).backward()
+            self.sums["loss"] += loss.item() * len(own)
+            self.sums["penalty"] += penalty.item() * len(own)
+            self.sums["hits"] += hits.item()
+
+    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, its penalty, and how many images are recognised."""
+        if self.tuning.loss == "contrastive":
+            logits, penalty = self.model(images, return_penalty=True, class_ids=labels)  # [B, B]
+            targets = torch.arange(len(labels), device=logits.device)
+            hits = labels[logits.argmax(-1)] == labels
+        else:
+            logits, penalty = self.model(images, return_penalty=True)
+            targets, hits = labels, logits.argmax(-1) == labels
+        return self.loss(logits, targets, penalty), penalty, hits.sum()
+
+    def _finish_epoch(self) -> None:
+        count = len(self.labels)
+        self.rows.append(
+            {
+                "epoch": self.step // self.steps_per_epoch,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "loss": self.sums["loss"] / count,
+                "penalty": self.sums["penalty"] / count,
+                "train_accuracy": 100 * self.sums["hits"] / count,
+            }
+        )
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        self.on_epoch(self.rows[-1])
+
+    def save(self) -> None:
+        """Write the state to the folder; it appears whole or not at all."""
+        state = {
+            "format": FORMAT,
+            "run": self._run(),
+            "step": self.step,
+            "sums": self.sums,
+            "rows": self.rows,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": _random_state(self.device),
+        }
+        with replacing(Path(self.folder or "") / STATE) as partial:
+            torch.save(state, partial)
+
+    def resume(self) -> bool:
+        """Take up the state in the folder; False where there is none.
+
+        Raises ValueError naming the setting that differs from the run that saved it, or a file that is no state.
+        """
+        path = Path(self.folder or "") / STATE
+        if self.folder is None or not path.is_file():
+            return False
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # a broken file may raise anything
+            raise ValueError(f"{path}: not a state to resume from ({type(error).__name__}: {error})") from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a state to resume from, which has the entry format = {FORMAT!r}")
+        for name, value in self._run().items():
+            if state["run"].get(name) != value:
+                raise ValueError(f"{name}: got {value!r}; the run to resume in {path} takes {state['run'].get(name)!r}")
+        self.step, self.sums, self.rows = state["step"], state["sums"], state["rows"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        _set_random_state(state["random"], self.device)
+        return True
+
+    def _run(self) -> dict[str, Any]:
+        """What a run to resume must agree on."""
+        tuning = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.tuning).items()
+        }
+        return {
+            **tuning,
+            "seed": self.seed,
+            "images": len(self.labels),
+            "labels": self.labels.tolist(),
+            "class_names": list(self.model.class_names),
+            "backbone": self.model.backbone,
+        }
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    name, keys, *rest = cast(tuple, np.random.get_state())
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+    }
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the parameters that require a gradient: the start of `wise_ft`, taken before training."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def interpolate(model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> None:
+    """Set parameters to (1 - alpha) · start + alpha · end."""
+    parameters = dict(model.named_parameters())
+    for name in start:
+        parameters[name].copy_(torch.lerp(start[name], end[name], alpha))
+
+
+def wise_ft(
+    model: nn.Module,
+    start: Mapping[str, Tensor],
+    evaluate: Callable[[], Mapping[str, float]],
+    alphas: Sequence[float] = ALPHAS,
+) -> list[dict[str, float]]:
+    """The curve of WiSE-FT: what `evaluate` says of the model at each mixture of start and present weights.
+
+    start: by `snapshot`, before training. alphas: 0 is the start, 1 the trained weights, which the model keeps.
+    Nothing is chosen here: test images must not choose an alpha. Without other images WiSE-FT takes 0.5.
+    """
+    end = snapshot(model)
+    rows = []
+    try:
+        for alpha in alphas:
+            interpolate(model, start, end, alpha)
+            rows.append({"alpha": alpha, **evaluate()})
+    finally:
+        interpolate(model, end, end, 1.0)
+    return rows
