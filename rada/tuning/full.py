@@ -44,8 +44,8 @@ class FullTuning:
     lr, head_lr: highest rates of towers and head. Defaults 1e-5 and 1e-3.
     weight_decay: AdamW's, of weights alone: gains, biases and the logit scale have none. Default 0.1.
     warmup: share of the steps over which the rates rise linearly; a cosine to 0 follows. Default 0.1.
-    loss: "cross-entropy" over all classes (default), "sigmoid": SigLIP's over all classes, or "contrastive": FLYP's, over
-        the prompts of a batch's own classes. See `rada.losses`.
+    loss: "cross-entropy" (default) or SigLIP's "sigmoid" over all classes, or FLYP's "contrastive" over the classes of
+        a batch. See `rada.losses`.
     alpha: weight of the head's penalty. Default 0.1.
     precision: "fp32" (default), or autocast to "bf16" or "fp16", that with a gradient scaler. Weights stay float32.
     clip_norm: largest norm of the gradient; None (default): no limit.

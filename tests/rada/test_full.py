@@ -134,7 +134,7 @@ def test_the_contrastive_loss_is_clips_over_the_batch():
         torch.nn.functional.cross_entropy(logits, pairs) + torch.nn.functional.cross_entropy(logits.T, pairs)
     ) / 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert float(penalty) == 0
+    assert penalty.item() == 0
     assert 0 <= int(hits) <= 6
 
 
