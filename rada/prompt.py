@@ -31,7 +31,7 @@ INIT_STD = 0.02
 class Tower(NamedTuple):
     """Where a tower takes tokens."""
 
-    embedding: nn.Module  # its output is what enters the first block, bar position and norm: [N, L, width]
+    embedding: Any  # a module; its output is what enters the first block, bar position and norm: [N, L, width]
     blocks: Any  # ModuleList or Sequential; each takes [N, L, width], or [L, N, width] without batch_first
     width: int
     batch_first: bool = True
@@ -84,8 +84,7 @@ class PromptLearner(nn.Module):
         self.register_buffer("_ids", alone[self.start : self.start + text_tokens], persistent=False)
         self._ids: Tensor
 
-        embedding: Any = towers[0].embedding
-        embedding = embedding.weight.detach()  # [vocabulary, width]
+        embedding = towers[0].embedding.weight.detach()  # [vocabulary, width]
         dtype = torch.promote_types(embedding.dtype, torch.float32)
         contexts = [
             nn.Parameter(INIT_STD * torch.randn(depth, count, tower.width, dtype=dtype))
@@ -110,7 +109,7 @@ class PromptLearner(nn.Module):
         count = len(self._ids)
         span = slice(self.start, self.start + count)
         if not (tokens[:, span] == self._ids.to(tokens.device)).all():
-            raise ValueError(f"tokens: got a text that does not begin with {self.context!r}; it takes none but such")
+            raise ValueError(f"tokens: got a text without {self.context!r} at its start; it takes texts that begin so")
 
         def put(x, context):  # [N, L, width], [n, width]
             return _splice(x[:, : span.start], context, x[:, span.stop :])
@@ -196,8 +195,9 @@ class PromptedHead(nn.Module):
     class_names: K names, in the order of the text features of a call; `set_classes` changes them.
     regularizer: what a call with return_penalty returns after the head's penalty, such as `PromptSRC()`. Default None.
 
-    The class features are h = ½ (prompted + frozen), of unit-length features each; the head divides by the norm.
-    After training, `class_features` gives them once for all images, and `head` is called with them.
+    The class features are ½ (prompted + frozen), both of unit length, divided by their norm. (The released code takes
+    the mean of features that are not normalized.) After training `class_features` gives them, once for all images, and
+    `head` is called with them.
     """
 
     def __init__(
@@ -238,7 +238,8 @@ class PromptedHead(nn.Module):
     ) -> Tensor | tuple[Tensor, ...]:
         """Logits [B, K], or (logits, penalty), or with a regularizer (logits, penalty, its value).
 
-        images: preprocessed images [B, 3, H, W]; image features [B, D] will do where the prompt has no image tokens.
+        images: preprocessed images [B, 3, H, W], in the dtype that the image tower takes; or image features [B, D],
+            where the prompt has no image tokens.
         text_features: the frozen tower's [K, D], averaged over templates.
         logit_scale, logit_bias: as for RAdaHead.
         """

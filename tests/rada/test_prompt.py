@@ -337,8 +337,14 @@ def test_autocast(kind):
         features = encoder.encode_text(tokens), encoder.encode_image(images)
     for got, expected in zip(features, exact, strict=True):
         assert F.cosine_similarity(got.float(), expected).min() > 0.999
-    sum(f.float().sum() for f in features).backward()
-    assert all(p.grad.dtype == torch.float32 for p in encoder.prompt.parameters())
+    head = PromptedHead(encoder, RAdaHead(16, 4), NAMES, regularizer=PromptSRC())
+    frozen = model.encode_text(tokens)
+    expected = head(images, frozen, 20.0, -3.0, return_penalty=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = head(images, frozen, 20.0, -3.0, return_penalty=True)
+    torch.testing.assert_close(outputs, expected, atol=0.5, rtol=0.05)
+    CrossEntropy()(outputs[0], torch.arange(3), *outputs[1:]).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in encoder.prompt.parameters())
 
 
 def test_half_precision_models_learn_a_float32_prompt():
@@ -383,7 +389,9 @@ def test_wrong_options_are_named(kind, options, message):
 def test_texts_without_the_context_are_refused():
     model, tokenizer = model_of("clip")
     encoder = PromptedEncoder(model, PromptLearner(model, tokenizer))
-    with pytest.raises(ValueError, match=r"tokens: got a text that does not begin with 'a photo of a'"):
+    with pytest.raises(
+        ValueError, match=r"tokens: got a text without 'a photo of a' at its start; it takes texts that begin so"
+    ):
         encoder.encode_text(tokenizer(["a drawing of a fox."]))
 
 
