@@ -45,7 +45,7 @@ class FeatureAdapter(nn.Module):
         self.mix = None if mix is None else nn.Parameter(torch.tensor(float(mix), device=device, dtype=dtype))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Adapted features [N, D] of features [N, D], neither of unit length."""
+        """Adapted features [N, D], not normalized, of features [N, D] of any length."""
         adapted = self.up(self.down(features).relu()).relu()
         return features + adapted if self.mix is None else self.mix * adapted + (1 - self.mix) * features
 
