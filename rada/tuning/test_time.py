@@ -93,7 +93,8 @@ class TestTimeAdapter:
     the zero-shot ones and the views are selected without attention.
 
     Copies, their gradients and AdamW are in float32 (float64 for a float64 head). An episode's parameters and optimizer
-    start afresh, so the reset is exact. NaN in one image's views stays in that image's logits.
+    start afresh, so the reset is exact. NaN in one image's views stays in that image's logits. Entropies are those of
+    the softmax over the classes, for SigLIP too.
 
     Raises ValueError for a name that the head lacks, or a layer of a query kind that is not in use.
     """
@@ -121,9 +122,12 @@ class TestTimeAdapter:
         """The episodes of N images, from features [N, V, D] of their views, the plain one first.
 
         The features have the head's dtype and device. Logits [N, K] are float32, or float64.
-        Raises TypeError or ValueError naming what is wrong with `views`.
+        Views of NaN are kept last. Raises TypeError or ValueError naming what is wrong with `views`.
         """
         self._check(views)
+        if not len(views):
+            none = self._text.new_empty(0, len(self._text))
+            return Adapted(none, none, torch.empty(0, self.adaptation.kept(views.shape[1]), dtype=torch.int64))
         with torch.no_grad():
             chunks = [self._adapt(chunk) for chunk in views.split(self._episodes_at_once(views.shape[1]))]
         return Adapted._make(map(torch.cat, zip(*chunks, strict=True)))

@@ -183,10 +183,15 @@ def test_one_class_and_one_view(classes, views, parameters):
     assert adapted.kept.shape == (5, max(1, views // 10))
 
 
-def test_no_images_give_no_logits():
-    head, classes = head_of(), classes_of()
-    adapted = adapt(head, classes, torch.zeros(0, VIEWS, WIDTH))
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("parameters", [("out_proj",), EVERYTHING], ids=["output layer", "everything"])
+def test_no_images_give_no_logits(parameters, online):
+    head, classes, adaptation = head_of(), classes_of(), Adaptation(parameters=parameters, online=online)
+    adapter, views = test_time.TestTimeAdapter(head, classes, adaptation), views_of(classes)
+    adapted = adapter(views[:0])
     assert adapted.logits.shape == adapted.zero_shot.shape == (0, 11)
+    assert adapted.kept.shape == (0, 2)
+    assert torch.equal(adapter(views).logits, adapt(head, classes, views, adaptation).logits)
 
 
 def test_nan_stays_in_its_image():
