@@ -42,6 +42,7 @@ class Source:
     attribution: str = ""  # licences and authors, printed wherever the data is used
     text_features: Tensor | None = None  # [K, D], only with features computed before
     logit_scale: float | None = None  # the exponentiated scale that goes with text_features
+    drawn: bool = False  # the split is a draw by seed, as the data came without one
     skipped: tuple[str, ...] = ()  # unreadable files left out because the caller asked for it
 
 
