@@ -299,7 +299,7 @@ def model_spec(settings: Settings, source: Source) -> ModelSpec | None:
     """The encoders of a run, None for precomputed features."""
     if source.train.features is not None:
         if settings.model is not None:
-            raise ValueError(f"model: got {settings.model!r} with precomputed features; it takes none")
+            raise ValueError(f"model: got {settings.model!r} with features:PATH; it takes none")
         if source.text_features is None:
             raise ValueError(
                 f"data: {settings.data} holds no 'text_features'; training on features takes one row per class"
