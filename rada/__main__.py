@@ -1,4 +1,4 @@
-"""python -m rada, and the command rada. What a bug report asks for, `info`, needs no package of the command line's."""
+"""Entry point of `python -m rada` and of the command rada. `info`, for bug reports, works without the extra cli."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rada.tune import Classes, Labelled, accuracy, predict_labels
+from rada.classification import Classes, Labelled, accuracy, predict_labels
 
 # CLIP's own probe takes 0.316 for features of norm 10; a norm of 1 asks for 10² as much.
 PROBE_C = 31.6

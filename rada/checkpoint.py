@@ -1,25 +1,82 @@
-"""Checkpoints of a head: `head.safetensors` (the weights) and `head.json` (what they are for)."""
+"""Checkpoints: writer and reader of a trained head with its classes, its split and the name of its encoders.
+
+    head.safetensors, head.json   the head's weights, and what they are for
+    classes.npz                   text_features [K, D], class_names, logit_scale and, where there is one, logit_bias
+    split.json                    the training and test items, see `rada.data.record`
+
+The encoders' weights are not stored; head.json names them. A part, such as the head, is a pair of files,
+PART.safetensors and PART.json, written by `write_part`: another part is another pair, and leaves the rest alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from rada.files import write_bytes
+from rada.classification import Classes
+from rada.data.record import RECORD, SplitRecord
+from rada.encoders import FeatureExtractor, choose_device
+from rada.files import read_json, replacing, write_bytes
 from rada.fused import RAdaHead
+from rada.models import ModelSpec
 from rada.version import __version__
 from rada_kernels import Options
 
 WEIGHTS = "head.safetensors"
-FORMAT = "rada-head"
+CLASSES = "classes.npz"
 FORMAT_VERSION = 1
 OPTIONS = tuple(field.name for field in fields(Options))
+ENTRIES = ("backbone", "embed_dim", *OPTIONS)  # of head.json
+
+
+def write_part(weights: Path, part: str, tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
+    """Write tensors to the file `weights` (.safetensors) and the JSON entries beside it.
+
+    Each file appears whole or not at all, an older one is replaced, and the configuration, written last,
+    holds the weights' SHA-256: an interrupted save cannot be mistaken for a whole one.
+    """
+    import safetensors.torch as safetensors
+
+    data = safetensors.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    header = {"format": f"rada-{part}", "format_version": FORMAT_VERSION, "rada_version": __version__}
+    config = {**header, **entries, "sha256": hashlib.sha256(data).hexdigest()}
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    write_bytes(weights, data)
+    write_bytes(weights.with_suffix(".json"), f"{text}\n".encode())
+
+
+def read_config(weights: Path, part: str, entries: Sequence[str] = ()) -> dict:
+    """The configuration of a part, with at least these entries. Raises as `rada.files.read_json`."""
+    file = weights.with_suffix(".json")
+    return read_json(file, f"a {part}'s configuration", f"rada-{part}", FORMAT_VERSION, (*entries, "sha256"))
+
+
+def read_part(weights: Path, part: str, entries: Sequence[str] = ()) -> tuple[dict, dict[str, Tensor]]:
+    """Configuration and tensors of a part.
+
+    Raises as `read_config`, and ValueError where the tensors' SHA-256 is not that of the configuration.
+    """
+    import safetensors.torch as safetensors
+
+    config = read_config(weights, part, entries)
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: no such file, though its configuration is there")
+    data = weights.read_bytes()
+    if hashlib.sha256(data).hexdigest() != config["sha256"]:
+        raise ValueError(
+            f"{weights}: its SHA-256 is not the one in {weights.with_suffix('.json').name}: the file is "
+            "corrupt, or the two are not from one save"
+        )
+    return config, safetensors.load(data)
 
 
 def save_head(
@@ -33,60 +90,31 @@ def save_head(
 ) -> Path:
     """Write a head's weights and configuration; returns the path of the weights.
 
-    path: a folder, made if need be, which gets head.safetensors and head.json; or a path ending in
-        .safetensors, beside which the .json goes.
+    path: a folder, created if missing, for head.safetensors and head.json; or a path ending in .safetensors, for
+        this file and the .json beside it.
     backbone: the model whose features the head was trained on, for `load_head` to check.
-    class_names, templates, extra: what to keep beside the options; extra is any JSON object.
+    class_names, templates, extra: stored beside the options; extra is any JSON object.
 
-    Each file appears whole or not at all, an older one is replaced, and the configuration, written last,
-    holds the weights' SHA-256: an interrupted save cannot be mistaken for a whole one.
+    `load_head` refuses the files of an interrupted save, see `write_part`.
     """
     if not isinstance(backbone, str) or not backbone:
         raise ValueError(f"backbone: got {backbone!r}; it takes the name of the model")
-    import safetensors.torch as safetensors
-
     weights = _weights_path(path)
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    data = safetensors.save({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()})
-    config = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "rada_version": __version__,
+    entries = {
         "backbone": backbone,
         "embed_dim": head.embed_dim,
         **asdict(head.options),
         "class_names": None if class_names is None else list(class_names),
         "templates": None if templates is None else list(templates),
         "extra": extra or {},
-        "sha256": hashlib.sha256(data).hexdigest(),
     }
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    write_bytes(weights, data)
-    write_bytes(weights.with_suffix(".json"), f"{text}\n".encode())
+    write_part(weights, "head", head.state_dict(), entries)
     return weights
 
 
 def load_config(path: str | os.PathLike) -> dict:
-    """The configuration beside a head's weights, as `save_head` wrote it.
-
-    Raises FileNotFoundError, or ValueError for a file that is no such configuration or of a newer format.
-    """
-    file = _weights_path(path).with_suffix(".json")
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; a checkpoint is a .safetensors file with its .json beside it")
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not a JSON file ({error})") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(f"{file}: not a head's configuration, which has the entry format = {FORMAT!r}")
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{file}: format_version: got {version!r}; this version of rada takes {FORMAT_VERSION}")
-    missing = [field for field in ("backbone", "embed_dim", *OPTIONS, "sha256") if field not in config]
-    if missing:
-        raise ValueError(f"{file}: no entry {missing[0]!r}; it holds {sorted(config)}")
-    return config
+    """The configuration beside a head's weights, as `save_head` wrote it. Raises as `read_config`."""
+    return read_config(_weights_path(path), "head", ENTRIES)
 
 
 def load_head(
@@ -100,29 +128,17 @@ def load_head(
 ) -> RAdaHead:
     """The head that `save_head` wrote to `path`, in the dtype it was saved in.
 
-    backbone, embed_dim, num_heads: what the caller is going to use; each one given must be the checkpoint's.
+    backbone, embed_dim, num_heads: if given, they must equal the checkpoint's.
     device: of the parameters. Default: the CPU. backend: as for RAdaHead.
 
-    Raises FileNotFoundError, or ValueError naming the field that does not match, what it got and what the
-    checkpoint takes, or the file that is corrupt.
+    Raises FileNotFoundError, or ValueError naming the mismatched field or the corrupt file.
     """
-    import safetensors.torch as safetensors
-
-    config = load_config(path)
+    weights = _weights_path(path)
+    config, state = read_part(weights, "head", ENTRIES)
     for field, got in (("backbone", backbone), ("embed_dim", embed_dim), ("num_heads", num_heads)):
         if got is not None and got != config[field]:
             raise ValueError(f"{field}: got {got!r}; the checkpoint {os.fspath(path)} takes {config[field]!r}")
-    weights = _weights_path(path)
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights}: no such file, though its configuration is there")
-    data = weights.read_bytes()
-    if hashlib.sha256(data).hexdigest() != config["sha256"]:
-        raise ValueError(
-            f"{weights}: its SHA-256 is not the one in {weights.with_suffix('.json').name}: the file is "
-            "corrupt, or the two are not from one save"
-        )
     try:
-        state = safetensors.load(data)
         head = RAdaHead(
             config["embed_dim"],
             **{option: config[option] for option in OPTIONS},
@@ -136,6 +152,106 @@ def load_head(
             f"{weights}: not the weights of the head that its configuration describes ({error})"
         ) from error
     return head
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained head with its classes, encoders and split.
+
+    classes: all K, on the head's device. class_names: K names. backbone: the encoders' name.
+    spec: the encoders; None: the head was trained on precomputed features.
+    record: None for a head saved by a user's own training loop.
+    """
+
+    head: RAdaHead
+    classes: Classes
+    class_names: tuple[str, ...]
+    backbone: str
+    spec: ModelSpec | None
+    record: SplitRecord | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.classes.text.device
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint into a folder, created if missing. The head comes last and marks it complete."""
+        if self.record is not None:
+            self.record.write(folder)
+        bias: dict[str, Any] = {} if self.classes.logit_bias is None else {"logit_bias": self.classes.logit_bias}
+        with replacing(folder / CLASSES) as partial, open(partial, "wb") as file:
+            np.savez(
+                file,
+                text_features=self.classes.text.cpu().numpy(),
+                class_names=np.array(self.class_names),
+                logit_scale=self.classes.logit_scale,
+                **bias,
+            )
+        save_head(
+            folder,
+            self.head,
+            backbone=self.backbone,
+            class_names=self.class_names,
+            templates=None if self.spec is None else self.spec.templates,
+            extra={"model": None if self.spec is None else asdict(self.spec)},
+        )
+
+    def check_width(self, features: Tensor) -> None:
+        """Raise ValueError for features [N, D] of another width."""
+        if features.shape[1] != self.head.embed_dim:
+            raise ValueError(
+                f"data: got features of width {features.shape[1]}; the checkpoint takes {self.head.embed_dim}"
+            )
+
+    def open_model(self) -> FeatureExtractor:
+        """The encoders, checked to be the head's. Raises ValueError where it was trained on features."""
+        if self.spec is None:
+            raise ValueError(
+                "checkpoint: its head was trained on precomputed features; it takes features:PATH, not images"
+            )
+        encoders = self.spec.open(self.device)
+        if (encoders.backbone, encoders.embed_dim) != (self.backbone, self.head.embed_dim):
+            raise ValueError(
+                f"checkpoint: got the backbone {encoders.backbone!r} of width {encoders.embed_dim}; it takes "
+                f"{self.backbone!r} of width {self.head.embed_dim}"
+            )
+        return encoders
+
+
+def load_checkpoint(folder: Path, *, device: str = "auto", backend: str = "auto") -> Checkpoint:
+    """The checkpoint in a folder, as `Checkpoint.save` writes it; of a run's folder that of its first seed.
+
+    Raises FileNotFoundError or ValueError for a folder without a whole checkpoint.
+    """
+    folder = Path(folder)
+    if not (folder / WEIGHTS).with_suffix(".json").exists():
+        folder = next(iter(seed_folders(folder)), folder)
+    config = load_config(folder)
+    where = choose_device(device)
+    head = load_head(folder, device=where, backend=backend).eval()
+    path = folder / CLASSES
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it holds the classes that the head was trained with")
+    with np.load(path) as stored:
+        text = torch.from_numpy(stored["text_features"]).to(where, head.k_proj.weight.dtype)
+        bias = float(stored["logit_bias"]) if "logit_bias" in stored.files else None
+        classes = Classes(text, float(stored["logit_scale"]), bias)
+        names = tuple(stored["class_names"].tolist())
+    model = config["extra"].get("model")
+    spec = None if model is None else ModelSpec(model["name"], model["pretrained"], tuple(model["templates"]))
+    record = SplitRecord.read(folder) if (folder / RECORD).exists() else None
+    return Checkpoint(head, classes, names, config["backbone"], spec, record)
+
+
+def seed_folder(run: Path, seed: int) -> Path:
+    """The folder of one seed's checkpoint in a run's folder."""
+    return run / f"seed-{seed}"
+
+
+def seed_folders(run: Path) -> list[Path]:
+    """The folders of the whole checkpoints in a run's folder, by seed."""
+    folders = [path.parent for path in run.glob("seed-*/head.json")]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("seed-")))
 
 
 def _weights_path(path: str | os.PathLike) -> Path:

@@ -6,16 +6,14 @@ import os
 import sys
 import traceback as tracebacks
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from rada.data.emoji import RECOMMENDED as EMOJI
 from rada.templates import DEFAULT_TEMPLATES
-from rada.tune import SCHEDULES, Tuning
+from rada.tuning import SCHEDULES, Tuning
 from rada_kernels import BACKENDS, PENALTIES, QUERIES, Options
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
@@ -50,6 +48,10 @@ def _show_traceback(wanted: bool) -> None:
         os.environ["RADA_TRACEBACK"] = "1"
 
 
+def _default(setting: str) -> str:
+    return f"{EMOJI.tuning[setting]:g} for emoji, else {getattr(Tuning, setting):g}"
+
+
 Data = Annotated[str, typer.Option(help="emoji, folder:PATH or features:PATH.")]
 Checkpoint = Annotated[
     Path, typer.Option(help="The folder of a head (runs/emoji/seed-1), or of a run: its first seed.")
@@ -75,18 +77,22 @@ def train(
         list[str] | None, typer.Option(help=f"A prompt template, may be repeated. [default: {DEFAULT_TEMPLATES[0]}]")
     ] = None,
     class_names: Annotated[
-        Path | None, typer.Option(help="A file with a line per class: what the data call it, or that, a TAB, its name.")
+        Path | None,
+        typer.Option(help="A file with a line per class: its name in the data, optionally a TAB and another name."),
     ] = None,
     max_classes: Annotated[
-        int | None, typer.Option(help="So many classes, evenly spaced; 0: all. [default: 300 of emoji, else all]")
+        int | None,
+        typer.Option(
+            help=f"Number of classes, evenly spaced; 0: all. [default: {EMOJI.max_classes} of emoji, else all]"
+        ),
     ] = None,
     shots: Annotated[int, typer.Option(min=1, help="Training images per base class.")] = 16,
     seeds: Annotated[str, typer.Option(help="One training run each, separated by commas.")] = "1,2,3",
     epochs: Annotated[int, typer.Option(min=1)] = Tuning.epochs,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate of Adam after warm-up. [default: 3e-3 for emoji, else 1e-3]")
+        float | None, typer.Option(help=f"Learning rate of Adam after warm-up. [default: {_default('lr')}]")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Weight of the penalty. [default: 3 for emoji, else 0.1]")] = None,
+    alpha: Annotated[float | None, typer.Option(help=f"Weight of the penalty. [default: {_default('alpha')}]")] = None,
     schedule: Annotated[
         str, typer.Option(help=f"Of the learning rate: {', '.join(SCHEDULES)} (the released code's, per epoch).")
     ] = Tuning.schedule,
@@ -108,31 +114,38 @@ def train(
     traceback: Traceback = False,
 ) -> None:
     """Train heads on a few shots of the base classes; test base and new classes; write a report folder."""
-    from rada.train import EMOJI_TUNING, Settings, free_output, run
+    from rada.experiment import Settings, run, tuning_for
+    from rada.report.tables import print_run
+    from rada.runs import free_output
 
-    tuning = replace(EMOJI_TUNING if data == "emoji" else Tuning(), epochs=epochs, batch_size=batch_size)
-    tuning = replace(tuning, schedule=schedule, weight_decay=weight_decay, **_given(lr=lr, alpha=alpha))
     settings = Settings(
         data=data,
         model=model,
         pretrained=pretrained,
         templates=tuple(template) if template else DEFAULT_TEMPLATES,
         class_names=None if class_names is None else str(class_names),
-        max_classes=max_classes,
         shots=shots,
         seeds=_integers("seeds", seeds),
-        tuning=tuning,
+        tuning=tuning_for(
+            data,
+            epochs=epochs,
+            batch_size=batch_size,
+            schedule=schedule,
+            weight_decay=weight_decay,
+            **_given(lr=lr, alpha=alpha),
+        ),
         head=Options(heads, temperature, tuple(queries.split(",")), penalty),
         device=device,
         backend=backend,
         seed=seed,
         skip_bad=skip_bad,
+        **_given(max_classes=max_classes),
     )
     if output is None:
         name = data.partition(":")[2] or data
         output = free_output(Path("runs") / Path(name).resolve().stem)
     results = run(settings, output, overwrite=overwrite, tensorboard=tensorboard)
-    print_results(results)
+    print_run(results)
     _draw(output)
 
 
@@ -141,10 +154,11 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder.")],
     traceback: Traceback = False,
 ) -> None:
-    """Print a run's table and draw its figures and page again, from what it stored."""
-    from rada.report import load_results
+    """Print a run's tables and draw its figures and page again, from its stored results."""
+    from rada.report.tables import print_run
+    from rada.runs import load_results
 
-    print_results(load_results(folder))
+    print_run(load_results(folder))
     _draw(folder)
 
 
@@ -160,22 +174,15 @@ def evaluate(
 ) -> None:
     """Test a head: base among base classes, new among new classes, and all among all; zero-shot beside it.
 
-    On what it was trained on, the items are those that the training run tested; other data give their test split
-    without the items that the head was trained on.
+    On its own training data, the test items are those of the training run; other data are tested without the items
+    that the head was trained on.
     """
     from rada.evaluate import evaluate_checkpoint
     from rada.files import write_json
+    from rada.report.tables import print_evaluation
 
     results = evaluate_checkpoint(checkpoint, data, device=device, backend=backend, skip_bad=skip_bad)
-    table = Table(title=f"{results['data']}: accuracy in % (device {results['device']}, backend {results['backend']})")
-    for heading in ("", "base", "new", "H", "all"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, label in (("zero_shot", "zero-shot"), ("rada", "RAda")):
-        table.add_row(label, *(f"{results[name][column]:.2f}" for column in ("base", "new", "h", "all")))
-    Console().print(table)
-    print("test items: " + ", ".join(f"{count} {half}" for half, count in results["test_items"].items()))
-    if results["attribution"]:
-        Console().print(results["attribution"], style="dim", highlight=False)
+    print_evaluation(results)
     if output is not None:
         write_json(output, results)
 
@@ -223,70 +230,10 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Print versions, devices, backends and environment variables: what a bug report asks for."""
+    """Print versions, devices, backends and environment variables, for bug reports."""
     from rada.info import describe
 
     print(describe(as_json))
-
-
-def print_results(results: dict) -> None:
-    """The tables of a run: accuracies, and what a step costs."""
-    console = Console()
-    data, summary = results["data"], results["summary"]
-    console.print(
-        f"{data['name']}: {data['base_classes']} base and {data['new_classes']} new classes, "
-        f"{data['train_images']} training images, tested on {data['base_test_images']} + {data['new_test_images']}; "
-        f"{results['model']['backbone']} on {results['device']}, backend {results['backend']}",
-        highlight=False,
-    )
-    if data["skipped"]:
-        console.print(f"{len(data['skipped'])} unreadable images left out, the first {data['skipped'][0]}")
-    table = Table(title="accuracy in % (H = harmonic mean of base and new)")
-    for heading in ("", "base", "new", "H"):
-        table.add_column(heading, justify="right" if heading else "left")
-    columns = ("base", "new", "h")
-    table.add_row("zero-shot", *(f"{results['zero_shot'][c]:.2f}" for c in columns), end_section=True)
-    for row in results["seeds"]:
-        table.add_row(f"RAda, seed {row['seed']}", *(f"{row[c]:.2f}" for c in columns))
-    if summary:
-        table.add_section()
-        table.add_row("RAda, mean ± std", *(_mean_std(summary[c]) for c in columns), style="bold")
-        table.add_row("RAda, H of the means", "", "", f"{summary['h_of_means']:.2f}")
-        table.add_section()
-        delta = summary["delta"]
-        table.add_row("RAda, Δ to zero-shot", *(f"{delta[c]['mean']:+.2f}" for c in columns), style="bold")
-        table.add_row(f"its {delta['level']:.0%} interval", *(_interval(delta[c]) for c in columns))
-    console.print(table)
-    console.print("H of a row is that row's own; its mean ± std is over the seeds' H.", style="dim")
-    if summary:
-        console.print(f"Interval: bootstrap over {delta['over']}, a class with all its test images.", style="dim")
-    if results["step"]:
-        step = results["step"]
-        title = (
-            f"one head step (forward, loss, backward): B={step['batch']}, K={step['classes']}, D={step['embed_dim']}, "
-            f"H={step['num_heads']}, {step['dtype']}, {results['device']}, {step['threads']} threads"
-        )
-        table = Table(title=title)
-        for heading in ("backend", "median ms", "20-80% ms", "peak MB"):
-            table.add_column(heading, justify="left" if heading == "backend" else "right")
-        for cost in step["costs"]:
-            if cost["failure"]:
-                table.add_row(cost["backend"], cost["failure"], "", "")
-            else:
-                peak = "unknown" if cost["peak_mb"] is None else f"{cost['peak_mb']:.0f}"
-                spread = f"{cost['q20_ms']:.1f}-{cost['q80_ms']:.1f}"
-                table.add_row(cost["backend"], f"{cost['median_ms']:.1f}", spread, peak)
-        console.print(table)
-    if data["attribution"]:
-        console.print(data["attribution"], style="dim", highlight=False)
-
-
-def _mean_std(value: dict) -> str:
-    return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
-
-
-def _interval(value: dict) -> str:
-    return "unknown" if value["low"] is None else f"{value['low']:+.2f} to {value['high']:+.2f}"
 
 
 def _draw(folder: Path) -> None:
@@ -299,7 +246,7 @@ def _draw(folder: Path) -> None:
 
 
 def _given(**values) -> dict:
-    """The options that were given on the command line."""
+    """The options given on the command line."""
     return {name: value for name, value in values.items() if value is not None}
 
 

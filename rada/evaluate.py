@@ -3,96 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rada.checkpoint import load_config, load_head
-from rada.clip import RAdaCLIP
-from rada.data import Source, Split, base_new, harmonic_mean, load_source, select_classes
-from rada.data.record import RECORD, SplitRecord, content_of
-from rada.encode import ModelSpec, choose_device, split_features
+from rada.checkpoint import Checkpoint, load_checkpoint
+from rada.classification import Classes, accuracy, predict_labels
+from rada.data import Source, base_new, load_source, select_classes
+from rada.data.record import RECORD, content_of
+from rada.encoders import split_features
 from rada.fused import RAdaHead
-from rada.tune import Classes, accuracy, predict_labels
+from rada.results import scores
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A stored head with all that it takes to use it."""
+def load_test(trained: Checkpoint, data: str | None = None, *, skip_bad: bool = False) -> Source:
+    """A data set with the test items of a stored head, and its class names; the train split is unchanged.
 
-    head: RAdaHead
-    classes: Classes  # all K, on the head's device
-    class_names: tuple[str, ...]
-    spec: ModelSpec | None  # None: trained on features computed before
-    config: dict
-    device: torch.device
-    record: SplitRecord | None  # None: a head that `rada.train` did not write
+    data: the head's training data (default): the test items of the training run, unchanged, among the classes of the
+        head. Other data: their test split, drawn by the seed of the training run where they come without one, without
+        the head's training items (by content), counted in a warning.
 
-    def open_model(self) -> RAdaCLIP:
-        """The encoders, checked to be the head's. Raises ValueError where it was trained on features."""
-        if self.spec is None:
-            raise ValueError(
-                "checkpoint: its head was trained on features computed before; it takes features:PATH, not images"
-            )
-        clip = self.spec.open(self.class_names[:1], self.device, num_heads=1)
-        if (clip.backbone, clip.head.embed_dim) != (self.config["backbone"], self.head.embed_dim):
-            raise ValueError(
-                f"checkpoint: got the backbone {clip.backbone!r} of width {clip.head.embed_dim}; it takes "
-                f"{self.config['backbone']!r} of width {self.head.embed_dim}"
-            )
-        return clip
-
-
-def load_trained(checkpoint: Path, *, device: str = "auto", backend: str = "auto") -> Trained:
-    """The head in the folder `checkpoint`, as `rada.train` writes it; of a run's folder its first seed.
-
-    Raises FileNotFoundError or ValueError for a folder without a whole checkpoint.
-    """
-    folder = Path(checkpoint)
-    if not (folder / "head.json").exists() and (folder / "results.json").exists():
-        seeds = sorted(folder.glob("seed-*/head.json"), key=lambda path: int(path.parent.name[5:]))
-        if seeds:
-            folder = seeds[0].parent
-    config = load_config(folder)
-    where = choose_device(device)
-    head = load_head(folder, device=where, backend=backend).eval()
-    path = folder / "classes.npz"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it holds the classes that the head was trained with")
-    with np.load(path) as stored:
-        text = torch.from_numpy(stored["text_features"]).to(where, head.k_proj.weight.dtype)
-        bias = float(stored["logit_bias"]) if "logit_bias" in stored.files else None
-        classes = Classes(text, float(stored["logit_scale"]), bias)
-        names = tuple(stored["class_names"].tolist())
-    model = config["extra"].get("model")
-    spec = None if model is None else ModelSpec(model["name"], model["pretrained"], tuple(model["templates"]))
-    record = SplitRecord.read(folder) if (folder / RECORD).exists() else None
-    return Trained(head, classes, names, spec, config, where, record)
-
-
-class EvaluationData(NamedTuple):
-    """What a stored head may be tested on."""
-
-    name: str
-    class_names: tuple[str, ...]  # of the classes that the items' labels count; the head's own have the head's names
-    items: Split
-    attribution: str
-    skipped: tuple[str, ...]
-
-
-def load_test(trained: Trained, data: str | None = None, *, skip_bad: bool = False) -> EvaluationData:
-    """The items of a data set that a stored head may be tested on.
-
-    data: default, or where it is what the head was trained on: the items that the training run tested, all of them as
-        they were, among the classes of the head. Other data: their test split, drawn by the seed of the training run
-        where they come without one, without the items (by content) that the head was trained on, counted in a warning.
-
-    Raises FileNotFoundError without data and without split.json; ValueError where the data have changed since the
-    training, or where the head was trained on all of the test items.
+    Raises FileNotFoundError without data and split.json; ValueError for data changed since the training, and for test
+    items that are all training items.
     """
     record = trained.record
     if record is None:
@@ -102,12 +36,11 @@ def load_test(trained: Trained, data: str | None = None, *, skip_bad: bool = Fal
             f"checkpoint: it has no {RECORD}, so nothing tells whether the head was trained on these test items",
             stacklevel=2,
         )
-        source = load_source(data, skip_bad=skip_bad)
-        return _evaluation_data(source, source.class_names, source.test)
+        return load_source(data, skip_bad=skip_bad)
     own = data in (None, record.data)
     source = load_source(data or record.data, seed=record.data_seed, skip_bad=skip_bad or (own and record.skip_bad))
     if own:
-        return _evaluation_data(source, record.class_names, record.restore_test(source))
+        return replace(source, class_names=record.class_names, test=record.restore_test(source))
     if content_of(source.test) != record.content:
         warnings.warn(
             f"data: {data} holds {content_of(source.test)} and the head was trained on {record.content}, so nothing "
@@ -124,11 +57,7 @@ def load_test(trained: Trained, data: str | None = None, *, skip_bad: bool = Fal
     if not len(test):
         raise ValueError(f"data: the head was trained on every test item of {data}; it takes data with others")
     name_of = dict(zip(record.origins, record.class_names, strict=True))
-    return _evaluation_data(source, tuple(name_of.get(name, name) for name in source.class_names), test)
-
-
-def _evaluation_data(source: Source, class_names: tuple[str, ...], items: Split) -> EvaluationData:
-    return EvaluationData(source.name, class_names, items, source.attribution, source.skipped)
+    return replace(source, class_names=tuple(name_of.get(name, name) for name in source.class_names), test=test)
 
 
 def evaluate_checkpoint(
@@ -139,51 +68,49 @@ def evaluate_checkpoint(
     backend: str = "auto",
     skip_bad: bool = False,
 ) -> dict:
-    """Accuracies in percent of a stored head and of zero-shot on the test items that `load_test` gives.
+    """Accuracies in percent of a stored head and of zero-shot on the test items of `load_test`.
 
-    data: default: what the head was trained on.
+    data: default: the head's training data.
 
     Returns data, attribution, device, backend, test_items (numbers: base, new), and under zero_shot and rada: base, new
     (each among its own classes), h, all (among all classes). Raises as `load_test`, and ValueError where the data lack
     a class of the checkpoint, or test items of base or new classes.
     """
-    trained = load_trained(checkpoint, device=device, backend=backend)
-    data_set = load_test(trained, data, skip_bad=skip_bad)
-    position = {name: i for i, name in enumerate(data_set.class_names)}
+    trained = load_checkpoint(checkpoint, device=device, backend=backend)
+    source = load_test(trained, data, skip_bad=skip_bad)
+    position = {name: i for i, name in enumerate(source.class_names)}
     missing = [name for name in trained.class_names if name not in position]
     if missing:
-        raise ValueError(f"data: {data_set.name} has no class {missing[0]!r}; it takes the checkpoint's classes")
-    test = select_classes(data_set.items, [position[name] for name in trained.class_names])
+        raise ValueError(f"data: {source.name} has no class {missing[0]!r}; it takes the checkpoint's classes")
+    test = select_classes(source.test, [position[name] for name in trained.class_names])
     base, new = base_new(len(trained.class_names))
     halves = {"base": base, "new": new, "all": torch.arange(len(trained.class_names))}
     counts = {half: int(torch.isin(test.labels, halves[half]).sum()) for half in ("base", "new")}
     for half, count in counts.items():
         if not count:
-            raise ValueError(f"data: {data_set.name} has no test item of the {half} classes; it takes at least one")
-    clip = trained.open_model() if test.features is None else None
-    features = split_features(clip, test, torch.arange(len(test)), "encode test images")
-    if features.shape[1] != trained.head.embed_dim:
-        raise ValueError(
-            f"data: got features of width {features.shape[1]}; the checkpoint takes {trained.head.embed_dim}"
+            raise ValueError(f"data: {source.name} has no test item of the {half} classes; it takes at least one")
+    encoders = trained.open_model() if test.features is None else None
+    features = split_features(encoders, test, torch.arange(len(test)), "encode test images")
+    trained.check_width(features)
+
+    def tested(head: RAdaHead | None) -> dict[str, float]:
+        return scores(
+            {name: _accuracy(features, test.labels, trained.classes, ids, head) for name, ids in halves.items()}
         )
 
-    def scores(head: RAdaHead | None) -> dict[str, float]:
-        values = {name: _accuracy(features, test.labels, trained.classes, ids, head) for name, ids in halves.items()}
-        return {**values, "h": harmonic_mean(values["base"], values["new"])}
-
     return {
-        "data": data_set.name,
-        "attribution": data_set.attribution,
+        "data": source.name,
+        "attribution": source.attribution,
         "device": str(trained.device),
         "backend": str(trained.head.backend_for(trained.classes.text)),
         "test_items": counts,
-        "zero_shot": scores(None),
-        "rada": scores(trained.head),
+        "zero_shot": tested(None),
+        "rada": tested(trained.head),
     }
 
 
 def _accuracy(features: Tensor, labels: Tensor, classes: Classes, ids: Tensor, head: RAdaHead | None) -> float:
-    """Of the items of the classes `ids`, which ascend, among these classes."""
+    """Accuracy of the items of the classes `ids` (ascending) among these classes."""
     mine = torch.isin(labels, ids)
     predicted = ids[predict_labels(features[mine], classes.select(ids), head)]
     return accuracy(predicted, labels[mine])

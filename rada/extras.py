@@ -1,4 +1,4 @@
-"""Packages that only some of the library needs. The extras of pyproject.toml name them."""
+"""Optional packages, by the extras of pyproject.toml."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def require(module: str, extra: str, user: str) -> ModuleType:
-    """Import a module of an extra's package; without it raise an ImportError that says who needs what."""
+    """Import an optional module, or raise an ImportError naming its user and its extra."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

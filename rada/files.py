@@ -1,10 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files, and reading of this library's JSON files."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file and have it on the disk before it takes its place."""
+    """Write a file, flushed to the disk before it takes its place."""
     with replacing(path) as partial, open(partial, "wb") as file:
         file.write(data)
         file.flush()
@@ -37,3 +37,24 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str, format: str, version: int, entries: Iterable[str] = ()) -> dict:
+    """The object in one of this library's JSON files, with the entries format, format_version and `entries`.
+
+    what: the file's content in words, for errors. Raises FileNotFoundError, or ValueError for any other content.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it holds {what}")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(value, dict) or value.get("format") != format:
+        raise ValueError(f"{path}: not {what}, which has the entry format = {format!r}")
+    if (got := value.get("format_version")) != version:
+        raise ValueError(f"{path}: format_version: got {got!r}; this version of rada takes {version}")
+    missing = [name for name in entries if name not in value]
+    if missing:
+        raise ValueError(f"{path}: no entry {missing[0]!r}; it holds {sorted(value)}")
+    return value

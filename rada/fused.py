@@ -1,4 +1,4 @@
-"""RAdaHead: the module to drop into a training loop."""
+"""RAdaHead: the head as a module."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class RAdaHead(nn.Module):
     num_heads: H, must divide embed_dim. Default 8.
     temperature: τ, divides the attention scores. Default 1.0.
     queries: any non-empty subset of ("image", "text", "rational"). Default: all three.
-    penalty: "linf" (default), "l1" or "mse": what of |M - 1| the penalty measures.
+    penalty: "linf" (default), "l1" or "mse": the measure of |M - 1| that is penalised.
     normalize: divide the features by their L2 norm first. Default True; a zero row stays zero, with zero gradient.
     backend: "auto" (default, or what RADA_BACKEND names), "torch", "reference", ...: see `rada_kernels.BACKENDS`.
     device, dtype: of the parameters. Features must have the same; under torch.autocast, any floating dtype but float64.
 
     Parameters carry the released names: q_proj1, q_proj2, q_proj3 (image, text, rational query), k_proj, v_proj,
-    out_proj, each with weight [D, D] and bias [D]. Layers of query kinds that are not in use do not require a
-    gradient, so that DistributedDataParallel finds none unused.
+    out_proj, each with weight [D, D] and bias [D]. Layers of unused query kinds do not require a gradient, so
+    that DistributedDataParallel finds none unused.
 
     Source: One Last Attention for Your Vision-Language Model, ICCV 2025, arXiv 2507.15480.
     """
@@ -83,8 +83,8 @@ class RAdaHead(nn.Module):
     ) -> RAdaHead:
         """A head from a checkpoint of the released training code, {"state_dict": {"mha.q_proj1.weight": ...}}.
 
-        checkpoint: its path, such as model.pth.tar-5, or the loaded dict; a bare state dict, with or without the "mha."
-            prefix, will do. A file's state dict is read without running anything else that the file holds.
+        checkpoint: its path, such as model.pth.tar-5, or the loaded dict; or a bare state dict, with or without the
+            "mha." prefix. Nothing in a file is run.
         num_heads, temperature: those of the run, which no checkpoint holds. Default: 8, written into the released code,
             and 1.0, which its runs set by experiment (TEMP); a UserWarning says what was assumed.
         options: as for RAdaHead. dtype defaults to the checkpoint's.

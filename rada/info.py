@@ -1,4 +1,4 @@
-"""The environment: what a report states and what a bug report asks for."""
+"""Versions, devices and backends, for reports and bug reports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EMBED_DIM, NUM_HEADS = 512, 8
 
 
 def environment() -> dict:
-    """Versions, devices, processor cores and the environment variables in force; None for what is missing."""
+    """Versions, devices, processor cores and environment variables; None where missing."""
     return {
         "rada": __version__,
         "python": platform.python_version(),
@@ -72,7 +72,7 @@ def backends() -> list[dict]:
 
 
 def describe(as_json: bool = False) -> str:
-    """All of this as text, in columns, or as JSON."""
+    """Environment and backends as text in columns, or as JSON."""
     facts, served = environment(), backends()
     if as_json:
         return json.dumps({**facts, "backends": served}, indent=2)

@@ -15,7 +15,7 @@ NUM_HEADS = 8
 
 
 class _Inert:
-    """Stands in for a class or function that a file names: it takes any arguments and state and does nothing."""
+    """Stand-in for a class or function named in a file: it takes any arguments and state and does nothing."""
 
     def __init__(self, *args):
         pass
@@ -28,16 +28,16 @@ class _Inert:
 
 
 def _inert_dict(*args) -> dict:
-    """Stands in for collections.defaultdict, whose entries follow: torch's reader fills plain dicts only."""
+    """Stand-in for collections.defaultdict: torch's reader fills plain dicts only."""
     return {}
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """What a file written by torch.save holds, on the CPU; foreign objects in it are replaced by inert ones.
+    """The content of a file written by torch.save, on the CPU, with inert stand-ins for foreign objects.
 
     Dassl saves its scheduler's state, in it a scheduler of torch's with the optimizer. torch's reader of plain data
-    (weights_only) refuses those. Here it gets a stand-in for every name that it would refuse, so that no class or
-    function of the file's choice is ever imported or called.
+    (weights_only) refuses those. Here every refused name gets a stand-in, so that no class or function of the file's
+    choice is imported or called.
 
     Raises FileNotFoundError, or ValueError for a file that cannot be read this way.
     """

@@ -22,6 +22,7 @@ import rada_kernels
             [
                 "SOURCES",
                 "HarmonicMeans",
+                "Recommended",
                 "Source",
                 "Split",
                 "base_new",
@@ -29,6 +30,7 @@ import rada_kernels
                 "harmonic_mean",
                 "harmonic_means",
                 "load_source",
+                "recommended",
                 "select_classes",
                 "subset",
             ],

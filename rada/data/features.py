@@ -1,4 +1,4 @@
-"""Features computed before: `features:PATH`.
+"""Precomputed features: `features:PATH`.
 
 One file, `.npz`, `.safetensors` or `.pt` (a dict, read with weights_only=True), with the entries
 
@@ -21,12 +21,11 @@ or a folder in clip-retrieval's layout
   logit_scale `Source.logit_scale` is None. In a folder `classes.npz` may be missing where the labels are
   names: the classes are then the sorted names that occur. Other entries and columns are ignored.
 - Item names are rows of the file, from 0: "17", or "train/17" and "test/17" of entries that come apart.
-- Labels lie in 0..K-1. Features are what the towers' projections give out, normalised or not; the head
-  normalises.
+- Labels lie in 0..K-1. Features are the outputs of the towers' projections, normalised or not; the head normalises.
 - Whatever the stored dtype, `load_features` returns float32: the dtype of the head's parameters. Shards are
   mapped and cast one by one, so that a folder needs no more memory than the result and one shard.
-- `feature_shards` opens the shards of a folder, or of one `.npy` file, without labels and without reading
-  them: for inference over more rows than fit in memory.
+- `feature_shards` maps the shards of a folder, or one `.npy` file, without labels: for inference over more rows
+  than fit in memory.
 """
 
 from __future__ import annotations
@@ -165,7 +164,7 @@ def _rows_of(half: str, labels: Tensor) -> tuple[str, ...]:
 
 
 def _gather(shards: list[Tensor], indices: Tensor) -> Tensor:
-    """The rows of the shards, counted through, at ascending indices [M]: [M, D] float32."""
+    """Rows [M, D], float32, of the concatenated shards at ascending indices [M]."""
     rows = torch.empty(len(indices), shards[0].shape[1])
     start = 0
     for shard in shards:
@@ -314,7 +313,7 @@ def _read_folder(path: Path) -> dict:
 
 
 def _numbered(folder: Path, stem: str, suffix: str) -> list[Path]:
-    """folder/<stem>_<number><suffix> in the order of the numbers, which must leave none out."""
+    """folder/<stem>_<number><suffix> in the order of the numbers, which must be consecutive."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; it takes {stem}_0{suffix}, {stem}_1{suffix}, ...")
     pattern = re.compile(rf"{stem}_(\d+){re.escape(suffix)}")

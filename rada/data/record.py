@@ -1,4 +1,4 @@
-"""What a head was trained on and is tested on: the file `split.json` of a checkpoint."""
+"""The record of a head's training and test items: the file `split.json` of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from rada.data.source import Source, Split, digest
 from rada.data.splits import join, subset
-from rada.files import write_text
+from rada.files import read_json, write_text
 
 RECORD = "split.json"
 FORMAT = "rada-split"
@@ -23,11 +23,11 @@ Items = dict[str, dict[str, str]]  # class -> item name -> digest
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """All that decided a split, and the split itself, item by item.
+    """The settings of a split and its items.
 
     data, data_seed, skip_bad: source, seed and skip_bad as `rada.data.load_source` took them.
-    max_classes: so many classes were used at most; 0: all. shots, seed: of the few-shot sample.
-    content: what the digests are of: "images" or "features".
+    max_classes: the limit of the number of classes; 0: none. shots, seed: of the few-shot sample.
+    content: the kind of content digested: "images" or "features".
     origins: K classes as the data call them, in the order of the labels. class_names: the names they got.
     train, val, test: the items, by the class as the data call it.
     """
@@ -53,30 +53,14 @@ class SplitRecord:
 
     @staticmethod
     def read(folder: Path) -> SplitRecord:
-        """The record in a checkpoint's folder. Raises FileNotFoundError, or ValueError for a file that is none."""
-        path = folder / RECORD
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; it holds the items that the head was trained and tested on")
-        try:
-            values = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
+        """Read split.json from a checkpoint's folder. Raises as `rada.files.read_json`."""
         names = [field.name for field in fields(SplitRecord)]
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a record of a split, which has the entry format = {FORMAT!r}")
-        if values.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: format_version: got {values.get('format_version')!r}; this version of rada takes "
-                f"{FORMAT_VERSION}"
-            )
-        missing = [name for name in names if name not in values]
-        if missing:
-            raise ValueError(f"{path}: no entry {missing[0]!r}; it holds {sorted(values)}")
+        values = read_json(folder / RECORD, "a record of a split", FORMAT, FORMAT_VERSION, names)
         record = SplitRecord(**{name: values[name] for name in names})
         return replace(record, origins=tuple(record.origins), class_names=tuple(record.class_names))
 
     def restore_test(self, source: Source) -> Split:
-        """The test items among the items of `source`, the data as they are today, with this record's labels.
+        """The recorded test items in `source`, the data as loaded now, with this record's labels.
 
         Raises ValueError, naming the first, where items are missing or have changed.
         """
@@ -99,7 +83,7 @@ class SplitRecord:
         return replace(test, labels=torch.tensor([label_of[origin] for origin, _, _ in found]))
 
     def drop_trained(self, split: Split) -> tuple[Split, list[str]]:
-        """The items of a split that the head was not trained on, whatever their names, and the names of the others."""
+        """The items of a split outside the training items (by content), and the names of the others."""
         trained = contents(self.train)
         names = _names(split)
         seen = [i for i, now in enumerate(digests_of(split)) if now in trained]
@@ -109,7 +93,7 @@ class SplitRecord:
 
 
 def content_of(split: Split) -> str:
-    """What the digests of a split are of."""
+    """The kind of content that a split's digests stand for."""
     return "images" if split.features is None else "features"
 
 

@@ -1,9 +1,9 @@
-"""What every data source looks like: labelled splits of images, or of features computed before."""
+"""The interface of data sources: labelled splits of images or of precomputed features."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -25,7 +25,7 @@ class Split:
     images: Images | None = None
     features: Tensor | None = None  # [N, D] image features
     names: tuple[str, ...] | None = None  # N names, each once: a file path, a code point, a row
-    digests: tuple[str, ...] | None = None  # N digests of what the items are, whatever their names
+    digests: tuple[str, ...] | None = None  # N digests of the items' content
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,12 +40,21 @@ class Source:
     train: Split
     test: Split
     attribution: str = ""  # licences and authors, printed wherever the data is used
-    text_features: Tensor | None = None  # [K, D], only with features computed before
+    text_features: Tensor | None = None  # [K, D], only with precomputed features
     logit_scale: float | None = None  # the exponentiated scale that goes with text_features
-    drawn: bool = False  # the split is a draw by seed, as the data came without one
-    skipped: tuple[str, ...] = ()  # unreadable files left out because the caller asked for it
+    drawn: bool = False  # whether the split is a draw by seed, for data without one
+    skipped: tuple[str, ...] = ()  # unreadable files left out on request
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """Recommended settings for a data set: the name of the encoders, the number of classes, entries of `Tuning`."""
+
+    model: str | None = None
+    max_classes: int = 0  # all
+    tuning: dict[str, float] = field(default_factory=dict)
 
 
 def digest(content: bytes) -> str:
-    """16 hexadecimal digits by which equal contents are known; two of 10⁶ others agree with a probability of 3e-8."""
+    """64-bit BLAKE2b digest in hexadecimal. Among 10⁶ contents the probability of a collision is 3e-8."""
     return hashlib.blake2b(content, digest_size=8).hexdigest()

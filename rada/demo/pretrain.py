@@ -31,10 +31,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from rada.clip import OpenCLIP
 from rada.data.emoji import ATTRIBUTION, draw_source, emoji_classes
 from rada.demo import CHECKPOINT, MODEL_DIR, VOCABULARY
 from rada.demo.vocabulary import learn_merges, write_merges
+from rada.models import OpenCLIP
 
 TEMPLATES = (
     "a photo of a {}.",

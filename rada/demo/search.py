@@ -1,4 +1,4 @@
-"""Chooses the learning rate and α of the demo, `rada.train.EMOJI_TUNING`, without its test images and its new classes.
+"""Chooses the demo's learning rate and α, `rada.data.emoji.RECOMMENDED`, without its test images and new classes.
 
     python -m rada.demo.search
 
@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rada.data import Split, base_new, few_shot, harmonic_mean, load_source, select_classes, subset
-from rada.encode import DEMO_MODEL, ModelSpec, split_features
+from rada.classification import Classes, Labelled, accuracy, predict_labels
+from rada.data import Split, base_new, few_shot, harmonic_mean, load_source, recommended, select_classes, subset
+from rada.data.classes import limit_classes
+from rada.encoders import split_features
+from rada.experiment import Settings
 from rada.fused import RAdaHead
-from rada.train import EMOJI_CLASSES, Settings, restrict
-from rada.tune import Classes, Labelled, Tuning, accuracy, predict_labels, tune_head
+from rada.models import DEMO_MODEL, ModelSpec
+from rada.tuning import Tuning, tune_head
 
 LRS = (1e-3, 3e-3, 1e-2)
 ALPHAS = (0.0, 0.3, 1.0, 3.0, 10.0)
@@ -56,12 +59,12 @@ def main() -> None:
 
 def base_classes() -> tuple[Split, Classes]:
     """The training images of the default run's base classes, with their features [N, D], and these classes."""
-    source = restrict(load_source("emoji"), EMOJI_CLASSES)
+    source = limit_classes(load_source("emoji"), recommended("emoji").max_classes)
     base, _ = base_new(len(source.class_names))
     images = select_classes(source.train, base)
-    clip = ModelSpec(DEMO_MODEL).open([source.class_names[i] for i in base], torch.device("cpu"), num_heads=1)
-    features = split_features(clip, images, torch.arange(len(images)), "encode training images")
-    return replace(images, features=features), Classes(clip.text_features.detach(), float(clip.logit_scale))
+    encoders = ModelSpec(DEMO_MODEL).open(torch.device("cpu"))
+    features = split_features(encoders, images, torch.arange(len(images)), "encode training images")
+    return replace(images, features=features), encoders.classes([source.class_names[i] for i in base])
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from rada.files import replacing
+from rada.runs import FIGURES
 
 ZERO_SHOT, RADA, TRAIN, INK = "#9aa3ad", "#1f6f8b", "#d98a29", "#22303c"
 STYLE: dict[Any, Any] = {
@@ -45,10 +46,10 @@ def draw_figures(folder: Path, results: dict) -> list[dict]:
     figures = []
 
     def keep(name: str, figure: Figure, title: str, caption: str) -> None:
-        with replacing(folder / "figures" / name) as partial:
+        with replacing(folder / FIGURES / name) as partial:
             FigureCanvasAgg(figure)
             figure.savefig(partial, format="png", dpi=150, facecolor="white")
-        figures.append({"file": f"figures/{name}", "title": title, "caption": caption})
+        figures.append({"file": f"{FIGURES}/{name}", "title": title, "caption": caption})
 
     with matplotlib.rc_context(STYLE):
         if results["summary"]:

@@ -18,7 +18,7 @@ from rada.baselines import (
     logistic_regression,
     lp_plus_plus_steps,
 )
-from rada.tune import Classes, Labelled, accuracy, predict_labels
+from rada.classification import Classes, Labelled, accuracy, predict_labels
 
 CLASSES, WIDTH, SCALE = 6, 16, 20.0
 OF_ITS_CLASSES = [name for name, baseline in BASELINES.items() if not baseline.unseen]

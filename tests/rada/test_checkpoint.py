@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from rada import RAdaHead, load_head, save_head
-from rada.checkpoint import load_config
+from rada.checkpoint import load_config, read_part, write_part
 
 OPTIONS = {"temperature": 0.5, "queries": ("text", "rational"), "penalty": "l1", "normalize": False}
 
@@ -149,3 +149,23 @@ def test_a_head_without_backbone_is_not_saved(tmp_path, backbone):
     with pytest.raises(ValueError, match=r"backbone: got .*; it takes the name of the model"):
         save_head(tmp_path, trained_head(), backbone=backbone)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_part_stands_beside_the_head(tmp_path):
+    head, adapter = trained_head(), {"down.weight": torch.randn(3, 12)}
+    save_head(tmp_path, head, backbone="x")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    weights = tmp_path / "adapter.safetensors"
+    write_part(weights, "adapter", adapter, {"mix": 0.2})
+    config, tensors = read_part(weights, "adapter", ("mix",))
+    assert config["mix"] == 0.2
+    assert torch.equal(tensors["down.weight"], adapter["down.weight"])
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert torch.equal(load_head(tmp_path).k_proj.weight, head.k_proj.weight)
+    with pytest.raises(ValueError, match=r"adapter\.json: not a head's configuration"):
+        load_head(weights)
+    with pytest.raises(ValueError, match=r"adapter\.json: no entry 'rank'"):
+        read_part(weights, "adapter", ("rank",))
+    weights.write_bytes((tmp_path / "head.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"adapter\.safetensors: its SHA-256 is not the one in adapter\.json"):
+        read_part(weights, "adapter")

@@ -10,7 +10,7 @@ import torch
 
 from rada.cli import main
 from rada.data import Source, Split
-from rada.data.classes import name_classes, prompt_names, read_class_names
+from rada.data.classes import limit_classes, name_classes, prompt_names, read_class_names
 
 ORIGINS = ("n01", "n02", "n03", "n04")
 
@@ -171,16 +171,16 @@ def test_named_classes_go_with_the_checkpoint(tmp_path):
 
 def test_prompts_say_words_and_outputs_the_folders_names(tmp_path):
     pytest.importorskip("open_clip")
-    from rada.encode import DEMO_MODEL, ModelSpec
-    from rada.train import Settings, prepare
+    from rada.experiment import Settings, prepare
+    from rada.models import DEMO_MODEL, ModelSpec
 
     folders = ("golden_retriever", "hot_dog", "ice_cream", "pizza")
     data = write_photos(tmp_path, folders)
-    problem = prepare(Settings(data=data, model=DEMO_MODEL, shots=1, seeds=(1,)), torch.device("cpu"))
+    problem = prepare(Settings(data=data, model=DEMO_MODEL, shots=1, seeds=(1,), device="cpu"))
     assert problem.source.class_names == problem.records[1].origins == folders
     spec = ModelSpec(DEMO_MODEL)
     words, raw = (
-        spec.open(names, torch.device("cpu"), num_heads=1).text_features
+        spec.open(torch.device("cpu")).classes(names).text
         for names in (["golden retriever", "hot dog", "ice cream", "pizza"], folders)
     )
     assert torch.equal(problem.classes.text, words)
@@ -211,3 +211,13 @@ def test_a_name_twice_in_features_is_refused(tmp_path, capsys):
     data = write_features(tmp_path / "data.npz", ("crane", "hen", "crane", "cat"))
     assert call("train", "--data", data, "--output", tmp_path / "run", *TINY) == 2
     assert "class_names: got 'crane' more than once; it takes each name once" in capsys.readouterr().err
+
+
+def test_a_limit_takes_classes_evenly_spaced():
+    split = Split(labels=torch.arange(10).repeat(2), features=torch.arange(20.0)[:, None])
+    names = tuple(map(str, range(10)))
+    source = limit_classes(Source("ten", names, split, split, text_features=torch.arange(10.0)[:, None]), 4)
+    assert source.class_names == ("0", "2", "5", "7")
+    assert source.train.labels.tolist() == [0, 1, 2, 3] * 2
+    assert source.train.features.flatten().tolist() == [0, 2, 5, 7, 10, 12, 15, 17]
+    assert source.text_features.flatten().tolist() == [0, 2, 5, 7]

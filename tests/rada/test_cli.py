@@ -97,15 +97,15 @@ def test_train_on_features_writes_a_whole_run(feature_run):
 
 
 def test_the_gain_is_stored_and_printed(feature_run, features, capsys):
+    from rada.checkpoint import load_checkpoint
+    from rada.classification import predict_labels
     from rada.data import base_new, load_source, select_classes
-    from rada.delta import count_hits, delta
-    from rada.evaluate import load_trained
-    from rada.tune import predict_labels
+    from rada.results import count_hits, delta
 
     results = json.loads((feature_run / "results.json").read_text())
     test, hits = load_source(f"features:{features}").test, []
     for ids in base_new(CLASSES):
-        half, heads = select_classes(test, ids), [load_trained(feature_run / f"seed-{seed}") for seed in (1, 2)]
+        half, heads = select_classes(test, ids), [load_checkpoint(feature_run / f"seed-{seed}") for seed in (1, 2)]
         classes = heads[0].classes.select(ids)
         predicted = [predict_labels(half.features, classes, head) for head in (None, *(h.head for h in heads))]
         hits.append(count_hits(half.labels, predicted[0], predicted[1:]))
@@ -251,16 +251,16 @@ def test_info_tells_of_every_backend(capsys):
 
 
 def test_ctrl_c_keeps_what_was_finished(features, tmp_path, monkeypatch, capsys):
-    import rada.train
+    import rada.experiment
 
-    tune = rada.train.tune_head
+    tune = rada.experiment.tune_head
 
     def stopped_in_the_second_seed(*args, seed, **kwargs):
         if seed == 2:
             raise KeyboardInterrupt
         return tune(*args, seed=seed, **kwargs)
 
-    monkeypatch.setattr(rada.train, "tune_head", stopped_in_the_second_seed)
+    monkeypatch.setattr(rada.experiment, "tune_head", stopped_in_the_second_seed)
     output = tmp_path / "run"
     assert call("train", "--data", f"features:{features}", "--output", output, *TINY) == 130
     results = json.loads((output / "results.json").read_text())

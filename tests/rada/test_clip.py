@@ -230,7 +230,7 @@ def test_many_prompts_are_encoded_in_batches(monkeypatch):
     sizes = []
     encode = rada.model.encode_text
     monkeypatch.setattr(rada.model, "encode_text", lambda tokens: sizes.append(len(tokens)) or encode(tokens))
-    monkeypatch.setattr("rada.clip.PROMPTS_PER_BATCH", 4)
+    monkeypatch.setattr("rada.encoders.PROMPTS_PER_BATCH", 4)
     rada.set_classes(NAMES)
     assert sizes == [4, 4, 2]  # two templates of two classes at a time
     torch.testing.assert_close(rada.text_features, whole)

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rada.classification import Classes
 from rada.data import Split
 from rada.demo import search
-from rada.tune import Classes, Tuning
+from rada.tuning import Tuning
 
 CLASSES, ITEMS, SHOTS = 11, 6, 4
 
@@ -77,11 +78,11 @@ def test_the_demo_is_chosen_without_test_images_and_new_classes(monkeypatch):
 
     monkeypatch.setattr(search, "split_features", split_features)
     from rada.data import base_new, load_source
-    from rada.data.emoji import emoji_classes
-    from rada.train import EMOJI_CLASSES, restrict
+    from rada.data.classes import limit_classes
+    from rada.data.emoji import RECOMMENDED, emoji_classes
 
     images, classes = search.base_classes()
-    source = restrict(load_source("emoji"), EMOJI_CLASSES)
+    source = limit_classes(load_source("emoji"), RECOMMENDED.max_classes)
     base, _ = base_new(len(source.class_names))
     codes = {emoji.name: emoji.code for emoji in emoji_classes()}
     allowed = {f"U+{codes[source.class_names[i]]}" for i in base}

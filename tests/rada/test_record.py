@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from rada.checkpoint import load_checkpoint
 from rada.data import Split, load_source
 from rada.data.record import SplitRecord, contents, digests_of, items_of
 from rada.data.splits import join
-from rada.evaluate import load_test, load_trained
+from rada.evaluate import load_test
 
 pytest.importorskip("open_clip")
 Image = pytest.importorskip("PIL.Image")
@@ -92,7 +93,7 @@ def test_a_default_evaluation_and_prediction_see_nothing_that_was_trained_on(run
 
 def test_the_items_evaluated_are_those_of_the_run(run, sides):
     trained, tested = sides
-    head = load_trained(run, device="cpu")
+    head = load_checkpoint(run, device="cpu")
     record = head.record
     assert (record.data_seed, record.shots, record.seed, record.max_classes) == (5, 16, 1, 0)
     assert record.origins == record.class_names == CLASSES
@@ -100,9 +101,9 @@ def test_the_items_evaluated_are_those_of_the_run(run, sides):
     assert names["test"] == tested
     assert names["train"] == {name for name in trained if name.startswith(CLASSES[:2])}
     test = load_test(head)
-    assert set(test.items.names) == tested
-    classes = [test.class_names[label] for label in test.items.labels]
-    assert [name.split("/")[0] for name in test.items.names] == classes
+    assert set(test.test.names) == tested
+    classes = [test.class_names[label] for label in test.test.labels]
+    assert [name.split("/")[0] for name in test.test.names] == classes
 
 
 def test_data_that_changed_after_the_training_are_refused(run, changed, sides):
@@ -123,8 +124,8 @@ def test_data_that_changed_after_the_training_are_refused(run, changed, sides):
         for i in range(3):
             shutil.move(changed / "more" / name / f"{i}.png", changed / name / f"new {i}.png")
     shutil.rmtree(changed / "more")
-    test = load_test(load_trained(run, device="cpu"))
-    assert set(test.items.names) == sides[1], "items that came later are not tested"
+    test = load_test(load_checkpoint(run, device="cpu"))
+    assert set(test.test.names) == sides[1], "items that came later are not tested"
 
 
 def test_other_data_are_tested_without_what_was_trained_on(run, photos, sides, tmp_path):
@@ -137,16 +138,16 @@ def test_other_data_are_tested_without_what_was_trained_on(run, photos, sides, t
                 shutil.copy(file, other / split / name / f"{split} {i}.png")
     for i, name in enumerate(sorted(sides[0])):  # by other names, in the test split
         shutil.copy(photos / name, other / "test" / name.split("/")[0] / f"copy {i}.png")
-    head = load_trained(run, device="cpu")
+    head = load_checkpoint(run, device="cpu")
     trained = sum(map(len, head.record.train.values()))
     assert trained == 14
     with pytest.warns(
         UserWarning, match=rf"the head was trained on 14 of 44 test items of folder:{other}; they are left"
     ):
         test = load_test(head, f"folder:{other}")
-    assert len(test.items) == len(test.items.images) == 16 + len(sides[0]) - 14
+    assert len(test.test) == len(test.test.images) == 16 + len(sides[0]) - 14
     seen = contents(head.record.train)
-    assert not set(digests_of(test.items)) & seen
+    assert not set(digests_of(test.test)) & seen
     done = rada("evaluate", "--checkpoint", run, "--data", f"folder:{other}")
     assert done.returncode == 0, done.stderr
     assert "rada: warning: data: the head was trained on 14 of 44 test items" in done.stderr
@@ -154,8 +155,8 @@ def test_other_data_are_tested_without_what_was_trained_on(run, photos, sides, t
 
 
 def test_the_same_folder_by_another_name_is_no_way_round(run, photos, sides):
-    test = load_test(load_trained(run, device="cpu"), f"folder:{photos}/../photos")
-    assert set(test.items.names) == sides[1]
+    test = load_test(load_checkpoint(run, device="cpu"), f"folder:{photos}/../photos")
+    assert set(test.test.names) == sides[1]
 
 
 def write_features(path, labels=None, seed: int = 0, **changes):
@@ -174,21 +175,21 @@ def write_features(path, labels=None, seed: int = 0, **changes):
 
 @pytest.fixture
 def feature_head(tmp_path):
-    from rada.train import Settings, run
-    from rada.tune import Tuning
+    from rada.experiment import Settings, run
+    from rada.tuning import Tuning
     from rada_kernels import Options
 
     data = write_features(tmp_path / "data.npz")
     settings = Settings(data=data, shots=3, seeds=(2,), seed=7, tuning=Tuning(epochs=1), head=Options(num_heads=4),
                         device="cpu", backend="torch")  # fmt: skip
     run(settings, tmp_path / "run")
-    return load_trained(tmp_path / "run", device="cpu")
+    return load_checkpoint(tmp_path / "run", device="cpu")
 
 
 def test_features_are_known_by_their_rows_and_values(feature_head, tmp_path):
     record, path = feature_head.record, tmp_path / "data.npz"
     source = load_source(f"features:{path}", seed=7)
-    assert set(load_test(feature_head).items.names) == set(source.test.names)
+    assert set(load_test(feature_head).test.names) == set(source.test.names)
     assert source.test.names != load_source(f"features:{path}").test.names
     with np.load(path) as file:
         rows = file["image_features"]
@@ -235,16 +236,16 @@ def test_what_cannot_be_told_is_said(feature_head, photos):
 
 
 def test_training_on_copies_of_test_items_is_said(tmp_path):
-    from rada.train import Settings, prepare
+    from rada.experiment import Settings, prepare
 
     with np.load(write_features(tmp_path / "a.npz").partition(":")[2]) as file:
         entries = dict(file)
     arrays = {key: entries.pop(key) for key in ("image_features", "labels")}
     twice = {f"{half}_{key}": value for half in ("train", "test") for key, value in arrays.items()}
     np.savez(tmp_path / "twice.npz", **entries, **twice)
-    settings = Settings(data=f"features:{tmp_path / 'twice.npz'}", shots=2, seeds=(1,))
+    settings = Settings(data=f"features:{tmp_path / 'twice.npz'}", shots=2, seeds=(1,), device="cpu")
     with pytest.warns(UserWarning, match="seed 1 is trained on 6 items that are in the test split too"):
-        prepare(settings, torch.device("cpu"))
+        prepare(settings)
 
 
 def test_a_record_is_read_as_it_was_written(feature_head, tmp_path):

@@ -11,9 +11,10 @@ import pytest
 pytest.importorskip("jinja2")
 pyplot = pytest.importorskip("matplotlib.image")
 
-from rada.report import load_results, write_report  # noqa: E402
-from rada.train import Settings, run  # noqa: E402
-from rada.tune import Tuning  # noqa: E402
+from rada.experiment import Settings, run  # noqa: E402
+from rada.report import write_report  # noqa: E402
+from rada.runs import load_results  # noqa: E402
+from rada.tuning import Tuning  # noqa: E402
 from rada_kernels import Options  # noqa: E402
 
 
@@ -101,7 +102,7 @@ def test_a_run_of_another_format_is_refused(folder, tmp_path):
     results = load_results(folder)
     results["format_version"] = 1
     (tmp_path / "results.json").write_text(json.dumps(results))
-    with pytest.raises(ValueError, match="format_version 1"):
+    with pytest.raises(ValueError, match="format_version: got 1"):
         write_report(tmp_path)
 
 
@@ -118,13 +119,13 @@ def test_the_stored_mask_explains_the_logit(folder):
     """The strips of an example add up to the head's own logits."""
     import torch
 
-    from rada.evaluate import load_trained
-    from rada.train import prepare
+    from rada.checkpoint import load_checkpoint
+    from rada.experiment import prepare
 
     results = load_results(folder)
-    trained = load_trained(folder / "seed-1", device="cpu", backend="reference")
+    trained = load_checkpoint(folder / "seed-1", device="cpu", backend="reference")
     settings = Settings(data=results["settings"]["data"], shots=8, seeds=(1,), device="cpu")
-    problem = prepare(settings, torch.device("cpu"))
+    problem = prepare(settings)
     classes = problem.classes.select(problem.halves["base"])
     with torch.no_grad():
         logits = trained.head(problem.tests["base"].features, *classes)

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-import rada.train
+import rada.experiment
 from rada.cli import main
+from rada.experiment import tuning_for
+from rada.runs import free_output
+from rada.tuning import Tuning
 
 TINY = ("--heads", "4", "--shots", "4", "--epochs", "1", "--device", "cpu", "--backend", "torch")
 
@@ -40,14 +43,14 @@ def contents(folder) -> dict:
 
 
 def fail_in(seed: int, error: BaseException, monkeypatch):
-    tune = rada.train.tune_head
+    tune = rada.experiment.tune_head
 
     def tune_head(*args, **options):
         if options["seed"] == seed:
             raise error
         return tune(*args, **options)
 
-    monkeypatch.setattr(rada.train, "tune_head", tune_head)
+    monkeypatch.setattr(rada.experiment, "tune_head", tune_head)
 
 
 @pytest.fixture
@@ -147,12 +150,11 @@ def test_a_seeded_head_leaves_every_generator_alone(data, monkeypatch):
     for device in ("cuda", "mps", "xpu"):
         monkeypatch.setattr(getattr(torch, device), "manual_seed_all" if device != "mps" else "manual_seed",
                             lambda seed, device=device: seeded.append(device), raising=False)  # fmt: skip
-    settings = rada.train.Settings(data=data, shots=2, seeds=(1,), device="cpu")
-    device = torch.device("cpu")
-    problem = rada.train.prepare(settings, device)
+    settings = rada.experiment.Settings(data=data, shots=2, seeds=(1,), device="cpu")
+    problem = rada.experiment.prepare(settings)
     queue = list(torch.cuda._queued_calls)
     before = torch.get_rng_state()
-    first, again, other = (rada.train._new_head(problem, settings, device, seed) for seed in (1, 1, 2))
+    first, again, other = (problem.new_head(seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert seeded == []
     assert torch.cuda._queued_calls == queue
@@ -161,3 +163,29 @@ def test_a_seeded_head_leaves_every_generator_alone(data, monkeypatch):
     torch.manual_seed(1)
     assert "cuda" in seeded  # so the test can fail
     torch.set_rng_state(before)
+
+
+def test_a_free_folder_is_numbered(tmp_path):
+    assert free_output(tmp_path / "run") == tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run-2").mkdir()
+    assert free_output(tmp_path / "run") == tmp_path / "run-3"
+
+
+def test_python_and_the_command_line_take_the_same_settings_of_the_data(monkeypatch):
+    taken = []
+
+    def run(settings, output, **options):
+        taken.append(settings)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(rada.experiment, "run", run)
+    assert train("--output", "nowhere") == 2
+    assert train("--data", "folder:photos", "--epochs", "7", "--lr", "0.5", "--output", "nowhere") == 2
+    settings = rada.experiment.Settings()
+    assert (settings.model, settings.max_classes) == ("demo", 300)
+    assert settings.tuning == Tuning(lr=3e-3, alpha=3.0)
+    photos = rada.experiment.Settings(data="folder:photos", tuning=tuning_for("folder:photos", epochs=7, lr=0.5))
+    assert (photos.model, photos.max_classes, photos.tuning) == (None, 0, Tuning(epochs=7, lr=0.5))
+    assert taken == [settings, photos]
+    assert tuning_for("emoji", alpha=0.5) == Tuning(lr=3e-3, alpha=0.5)

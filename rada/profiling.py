@@ -1,4 +1,4 @@
-"""What one training step of a head takes: time and peak memory, per backend, at given shapes."""
+"""Time and peak memory of one training step of a head, per backend, at given shapes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from rada.fused import RAdaHead
 from rada_kernels import Options
 
 SELF = Path("/proc/self")
-# The reference keeps about this many tensors [B, H, K, K] alive; a machine is not filled for a comparison.
+# Tensors [B, H, K, K] alive in the reference: it is not measured where they would fill the machine.
 REFERENCE_SCORE_TENSORS = 12
 BUDGET_S = 8.0
 # glibc keeps freed blocks; from this size on, a measured process gives them back at once.
@@ -38,8 +38,8 @@ class StepShape:
 class StepCost:
     """One backend's step: forward, loss and backward of the head on frozen features, without the optimizer.
 
-    Times are the median and the 20% and 80% quantiles. peak_mb is what the step adds at its highest, in 10^6 bytes,
-    None where the system does not tell. `failure` says why there are no figures.
+    Times are the median and the 20% and 80% quantiles. peak_mb: peak memory above the level before the step, in 10^6
+    bytes, None where the system does not report it. failure: why there are no figures.
     """
 
     backend: str
@@ -59,46 +59,50 @@ def measure_step(
     Memory on the CPU is the high-water mark of a child process that makes one step; on other devices, what
     their allocator counts.
     """
-    failures = {}
-    if "reference" in backends:
-        needed = REFERENCE_SCORE_TENSORS * 4 * shape.batch * options.num_heads * shape.classes**2
-        free = _free_bytes(device)
-        if free is not None and needed > free / 2:
-            failures["reference"] = (
-                f"not measured: it needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
-            )
+    failures = _too_large(backends, shape, options, device)
     steps = {b: make_step(b, shape, options, alpha, device) for b in backends if b not in failures}
-    times: dict[str, list[float]] = {backend: [] for backend in steps}
-    for step in steps.values():
-        step()
-        _synchronize(device)
-    started = time.perf_counter()
-    for done in range(ROUNDS[1]):
-        if done >= ROUNDS[0] and time.perf_counter() - started > BUDGET_S:
-            break
-        for backend, step in steps.items():
-            start = time.perf_counter()
-            step()
-            _synchronize(device)
-            times[backend].append(1e3 * (time.perf_counter() - start))
+    times = _times(steps, device)
     costs = []
     for backend in backends:
         if backend in failures:
             costs.append(StepCost(backend, failure=failures[backend]))
             continue
         q20, _, _, q80 = statistics.quantiles(times[backend], n=5, method="inclusive")
+        median, rounds = statistics.median(times[backend]), len(times[backend])
         peak = _peak_bytes(backend, shape, options, alpha, device, steps[backend])
-        costs.append(
-            StepCost(
-                backend,
-                statistics.median(times[backend]),
-                q20,
-                q80,
-                len(times[backend]),
-                None if peak is None else peak / 1e6,
-            )
-        )
+        costs.append(StepCost(backend, median, q20, q80, rounds, None if peak is None else peak / 1e6))
     return [asdict(cost) for cost in costs]
+
+
+def _too_large(backends: tuple[str, ...], shape: StepShape, options: Options, device: torch.device) -> dict[str, str]:
+    """The reference, with a reason, where its scores would fill the machine."""
+    needed = REFERENCE_SCORE_TENSORS * 4 * shape.batch * options.num_heads * shape.classes**2
+    free = _free_bytes(device)
+    if "reference" not in backends or free is None or needed <= free / 2:
+        return {}
+    gib, free_gib = needed / 2**30, free / 2**30
+    return {"reference": f"not measured: it needs about {gib:.0f} GiB, {free_gib:.0f} GiB are free"}
+
+
+def _times(steps: Mapping[str, Callable[[], None]], device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds of each step, round after round, after one that does not count."""
+
+    def timed(step: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        step()
+        _synchronize(device)
+        return 1e3 * (time.perf_counter() - start)
+
+    for step in steps.values():
+        timed(step)
+    times: dict[str, list[float]] = {backend: [] for backend in steps}
+    started = time.perf_counter()
+    for done in range(ROUNDS[1]):
+        if done >= ROUNDS[0] and time.perf_counter() - started > BUDGET_S:
+            break
+        for backend, step in steps.items():
+            times[backend].append(timed(step))
+    return times
 
 
 def make_step(
@@ -111,10 +115,7 @@ def make_step(
     labels = torch.randint(shape.classes, (shape.batch,), generator=rng).to(device)
     head = RAdaHead(
         shape.embed_dim,
-        options.num_heads,
-        temperature=options.temperature,
-        queries=options.queries,
-        penalty=options.penalty,
+        **asdict(options),
         backend=backend,
         device=device,
     )
@@ -139,7 +140,7 @@ def _peak_bytes(backend, shape, options, alpha, device, step) -> int | None:
     if device.type != "cpu" or not (SELF / "clear_refs").exists():
         return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "rada.measure"])
+    context.set_forkserver_preload(["torch", "rada.profiling"])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(sender, backend, shape, options, alpha, torch.get_num_threads()))
     child.start()

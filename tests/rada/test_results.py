@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rada.data import harmonic_mean
-from rada.delta import Hits, count_hits, delta
+from rada.results import Hits, Predictions, count_hits, delta, gain, summarise
 
 VIEWS = 4  # test images of a class
 
@@ -113,3 +113,27 @@ def test_hits_are_counted_by_class_and_classes_without_images_left_out():
     assert found.images.tolist() == [2, 3]
     assert found.zero_shot.tolist() == [1, 2]
     assert found.rada.tolist() == [[2, 3], [0, 2]]
+
+
+def test_the_summary_has_both_forms_of_h():
+    rows = [{"base": 80.0, "new": 40.0, "h": 160 / 3}, {"base": 40.0, "new": 80.0, "h": 160 / 3}]
+    summary = summarise(rows)
+    assert summary["h_of_means"] == pytest.approx(60)
+    assert summary["h"] == {"mean": pytest.approx(160 / 3), "std": pytest.approx(0)}
+    assert summary["base"]["std"] == pytest.approx(800**0.5)
+    assert summarise(rows[:1])["base"]["std"] is None
+
+
+def test_repaired_and_broken_images_count_by_half():
+    names = {"base": ("a", "b"), "new": ("c", "d")}
+    labels = torch.tensor([0, 0, 1, 1])
+    wrong = 1 - labels
+    base = Predictions(labels, torch.tensor([0, 1, 0, 1]), [labels, wrong])
+    new = Predictions(labels, wrong, [torch.tensor([0, 0, 0, 0]), wrong])
+    found = gain(names, {"base": base, "new": new})
+    assert found["repaired_images"] == {"base": 1.0, "new": 1.0}  # 2 + 0 of base, 2 + 0 of new, over two seeds
+    assert found["broken_images"] == {"base": 1.0, "new": 0.0}
+    assert {(row["half"], row["name"], row["taken_for"]) for row in found["broken"]} == {
+        ("base", "a", "b"),
+        ("base", "b", "a"),
+    }

@@ -1,0 +1,269 @@
+"""Encoders of images and text, with or without a head on top: class features, image features, freezing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from rada.classification import Classes
+from rada.data.source import Images, Split
+from rada.templates import DEFAULT_TEMPLATES, check_templates, fill
+
+# Prompts per call of the text tower: large enough to keep a device busy, small enough for any memory.
+PROMPTS_PER_BATCH = 256
+IMAGES_PER_BATCH = 128
+# Fewer images than this are decoded sooner than worker processes start.
+IMAGES_FOR_WORKERS = 512
+
+Extractor = TypeVar("Extractor", bound="FeatureExtractor")
+
+
+class Encoder(Protocol):
+    """The members of an encoder, by open_clip's names. It is a module; its image tower is `visual`.
+
+    visual.image_size: an int, or height and width. encode_image: images [B, 3, H, W] to features [B, D].
+    encode_text: token ids [N, L] to features [N, D]. logit_scale: 0-d or [1], a logarithm.
+    logit_bias: SigLIP's, 0-d or [1]; it may be None or missing.
+    """
+
+    visual: Any
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+
+    def encode_image(self, image: Tensor, /) -> Tensor: ...
+
+    def encode_text(self, text: Tensor, /) -> Tensor: ...
+
+
+class FeatureExtractor(nn.Module):
+    """An encoder with its image transform, tokenizer and prompt templates. `rada.models` opens one by its name.
+
+    model: the `Encoder`.
+    tokenizer: strings -> token ids.
+    templates: T format strings with "{}" or "{class}".
+    preprocess: the evaluation transform, PIL image -> [3, H, W], or None where the model came without one.
+    backbone: the name that checkpoints store. Default: the model's class.
+
+    A tower is frozen if none of its parameters requires a gradient: it runs without gradients and stays in eval mode
+    even after `train()`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Callable,
+        templates: str | Sequence[str] = DEFAULT_TEMPLATES,
+        preprocess: Callable | None = None,
+        backbone: str | None = None,
+    ):
+        super().__init__()
+        self.model: Any = model  # an Encoder and a module; Python has no intersection types
+        self.tokenizer = tokenizer
+        self.preprocess = preprocess
+        self.templates = check_templates(templates)
+        self.backbone = type(model).__name__ if backbone is None else backbone
+        self.train()
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Unit-length image features [B, D], in the dtype of features, of preprocessed images [B, 3, H, W]."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: got {type(images).__name__}; it takes a tensor [B, 3, H, W], as preprocess makes")
+        if images.dim() != 4 or not images.is_floating_point():
+            raise ValueError(f"images: got {images.dtype} {list(images.shape)}; it takes floating [B, 3, H, W]")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.visual_trains):
+            features = self.model.encode_image(images.to(self._input_dtype))
+            return F.normalize(features.to(self.feature_dtype), dim=-1)
+
+    def tokenize_classes(self, class_names: Sequence[str]) -> Tensor:
+        """Token ids [K, T, L] of the K names in the T templates. Raises TypeError or ValueError for bad names."""
+        if isinstance(class_names, str):
+            raise TypeError(f"class_names: got the string {class_names!r}; it takes a sequence of names")
+        class_names = tuple(class_names)
+        bad = [name for name in class_names if not isinstance(name, str) or not name.strip()]
+        if bad or not class_names:
+            raise ValueError(f"class_names: got {bad[:8] or 'none'}; it takes at least one name, none empty")
+        tokens = self.tokenizer([fill(template, name) for name in class_names for template in self.templates])
+        size = vocabulary_size(self.model)
+        if size is not None and int(tokens.max()) >= size:
+            raise ValueError(
+                f"tokenizer: got token id {int(tokens.max())}; the model takes ids below {size}: pass its own tokenizer"
+            )
+        return tokens.unflatten(0, (len(class_names), len(self.templates)))
+
+    def encode_classes(self, tokens: Tensor) -> Tensor:
+        """Class features [K, D] of unit length, in the dtype of features, of token ids [K, T, L].
+
+        The mean of the templates' unit vectors, normalised; with gradients only while the text tower trains.
+        """
+        keep, device = not self.text_trains, self.logit_scale.device
+        batches = tokens.split(max(1, PROMPTS_PER_BATCH // len(self.templates)))
+        # A bar where it is long: once per set of classes, not in every step of a tower that trains.
+        quiet = not keep or len(batches) < 4
+        rows = []
+        # Features to be kept must serve any later call: no inference tensor, nothing rounded by an autocast.
+        with (
+            torch.inference_mode(torch.is_inference_mode_enabled() and not keep),
+            torch.set_grad_enabled(torch.is_grad_enabled() and not keep),
+            torch.autocast(device.type, enabled=torch.is_autocast_enabled(device.type) and not keep),
+        ):
+            for batch in tqdm(batches, "encode classes", unit="batch", leave=False, disable=quiet):
+                embeddings = self.model.encode_text(batch.flatten(0, 1).to(device))  # [n·T, D]
+                embeddings = F.normalize(embeddings.to(self.feature_dtype), dim=-1).unflatten(0, batch.shape[:2])
+                rows.append(F.normalize(embeddings.mean(1), dim=-1))
+            features = torch.cat(rows)
+        if features.shape[1] != self.embed_dim:
+            raise ValueError(
+                f"model: got text features of width {features.shape[1]} but image features of width "
+                f"{self.embed_dim}; both towers must agree"
+            )
+        return features
+
+    def classes(self, class_names: Sequence[str]) -> Classes:
+        """The classes of these names, without gradients."""
+        features = self.encode_classes(self.tokenize_classes(class_names)).detach()
+        return Classes(features, float(self.logit_scale), None if self.logit_bias is None else float(self.logit_bias))
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The exponentiated scale, 0-d float32."""
+        return self.model.logit_scale.float().exp().reshape(())
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """SigLIP's bias, 0-d float32, or None."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else bias.float().reshape(())
+
+    @property
+    def feature_dtype(self) -> torch.dtype:
+        """The dtype that features are cast to."""
+        return torch.float32
+
+    @cached_property
+    def embed_dim(self) -> int:
+        """D, by encoding one black image: the towers do not agree on an attribute that holds it."""
+        size = self.model.visual.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        image = torch.zeros(1, 3, height, width, dtype=self._input_dtype, device=self.logit_scale.device)
+        mode = self.training
+        self.eval()
+        with torch.no_grad():
+            features = self.model.encode_image(image)
+        self.train(mode)
+        return features.shape[-1]
+
+    @property
+    def visual_trains(self) -> bool:
+        """Whether a parameter of the image tower requires a gradient."""
+        return any(p.requires_grad for p in self.model.visual.parameters())
+
+    @property
+    def text_trains(self) -> bool:
+        """Whether a parameter outside the image tower does, apart from the scale and the bias."""
+        return any(
+            p.requires_grad
+            for name, p in self.model.named_parameters()
+            if not name.startswith("visual.") and name not in ("logit_scale", "logit_bias")
+        )
+
+    def train(self: Extractor, mode: bool = True) -> Extractor:
+        """Set the training mode; frozen towers stay in eval mode."""
+        super().train(mode)
+        visual, text = mode and self.visual_trains, mode and self.text_trains
+        self.model.training = visual or text
+        for name, child in self.model.named_children():
+            child.train(visual if name == "visual" else text)
+        return self
+
+    @property
+    def _input_dtype(self) -> torch.dtype:
+        """The dtype that the image tower takes: its first layer's. (Norms may keep float32 beside half precision.)"""
+        layers = (module for module in self.model.visual.modules() if isinstance(module, nn.Conv2d | nn.Linear))
+        return next(layers).weight.dtype
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """The number of token ids that a model takes, or None if unknown."""
+    return getattr(model, "vocab_size", getattr(getattr(model, "text", None), "vocab_size", None))
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of that name; "auto" takes an accelerator that is there, else the CPU.
+
+    Raises ValueError for a name that torch does not know and for a device that is not there.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: got {name!r}, which is not usable here ({reason}); 'auto' and 'cpu' are") from error
+    return device
+
+
+class Preprocessed(Dataset):
+    """Preprocessed images [3, H, W] of a sequence."""
+
+    def __init__(self, images: Images, preprocess: Callable) -> None:
+        self.images, self.preprocess = images, preprocess
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.preprocess(self.images[index])
+
+
+def feature_batches(
+    extractor: FeatureExtractor,
+    images: Images,
+    indices: Tensor | None = None,
+    *,
+    description: str = "encode images",
+    batch_size: int = IMAGES_PER_BATCH,
+    quiet: bool = False,
+) -> Iterator[Tensor]:
+    """Yield unit-length features [≤ batch_size, D] on the model's device of images[indices], in their order.
+
+    images: PIL images, decoded when indexed; in worker processes where there are many.
+    quiet: without a bar, for a caller that shows its own.
+    """
+    if extractor.preprocess is None:
+        raise ValueError("model: it came without an image transform; it takes one that open_clip knows")
+    positions = range(len(images)) if indices is None else indices.tolist()
+    many = len(positions) >= IMAGES_FOR_WORKERS and (os.cpu_count() or 1) > 1
+    loader = DataLoader(
+        Preprocessed(images, extractor.preprocess),
+        batch_size,
+        sampler=positions,
+        num_workers=min(8, (os.cpu_count() or 1) - 1) if many else 0,
+    )
+    device = extractor.logit_scale.device
+    with tqdm(total=len(positions), desc=description, unit="image", leave=False, disable=quiet) as bar:
+        for batch in loader:
+            with torch.no_grad():
+                features = extractor.encode_images(batch.to(device))
+            bar.update(len(batch))
+            yield features
+
+
+def split_features(extractor: FeatureExtractor | None, split: Split, indices: Tensor, description: str) -> Tensor:
+    """Features [M, D] of a split's items at indices [M]: stored ones, or encoded by `extractor`. On the CPU."""
+    if split.features is not None:
+        return split.features[indices]
+    if extractor is None or split.images is None:
+        raise ValueError("extractor: got None for a split without features; it takes the encoder of its images")
+    batches = feature_batches(extractor, split.images, indices, description=description)
+    return torch.cat([features.cpu() for features in batches])
