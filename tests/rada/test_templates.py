@@ -32,11 +32,11 @@ def test_a_name_stands_for_templates():
 def test_an_ensemble_is_the_mean_of_unit_vectors():
     """Zero-shot with several templates, on the demo's towers."""
     pytest.importorskip("open_clip")
-    from rada.encode import ModelSpec
+    from rada.models import ModelSpec
 
     def features(templates):
-        spec = ModelSpec("demo", templates=expand_templates(templates))
-        return spec.open(["cat", "red apple"], torch.device("cpu"), num_heads=1).text_features
+        extractor = ModelSpec("demo", templates=expand_templates(templates)).open(torch.device("cpu"))
+        return extractor.classes(["cat", "red apple"]).text
 
     single = torch.stack([features(template) for template in expand_templates("imagenet-7")])
     assert torch.allclose(features("imagenet-7"), F.normalize(single.mean(0), dim=-1), atol=1e-5)
