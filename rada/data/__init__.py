@@ -1,6 +1,7 @@
 """Data sources behind one interface, `Source`: image folders, precomputed features, the embedded emoji set.
 
     source = load_source("folder:path/to/images")
+    source = load_source("coop:path/to/split_zhou_OxfordPets.json")
     source = load_source("features:path/to/features.npz")
     source = load_source("emoji")
 
@@ -38,14 +39,15 @@ __all__ = [
     "subset",
 ]
 
-SOURCES = ("emoji", "folder:PATH", "features:PATH")
+SOURCES = ("emoji", "folder:PATH", "coop:FILE", "features:PATH")
 
 
 def load_source(spec: str, *, seed: int = 0, skip_bad: bool = False) -> Source:
     """The data set that `spec` names.
 
     spec: "emoji" (embedded, see `rada.data.emoji`), "folder:PATH" (class folders of images, see
-        `rada.data.folder`) or "features:PATH" (precomputed features, see `rada.data.features`).
+        `rada.data.folder`), "coop:FILE" (CoOp's split_zhou_*.json, see `rada.data.coop`) or "features:PATH"
+        (precomputed features, see `rada.data.features`).
     seed: of the train/test split where the data come without one, and of the emoji set's views. Default 0.
     skip_bad: leave unreadable images out, named in `Source.skipped`, instead of raising. Default False.
 
@@ -61,6 +63,10 @@ def load_source(spec: str, *, seed: int = 0, skip_bad: bool = False) -> Source:
         from rada.data.folder import load_folder
 
         return load_folder(path, seed=seed, skip_bad=skip_bad)
+    if kind == "coop" and path:
+        from rada.data.coop import load_coop
+
+        return load_coop(path, skip_bad=skip_bad)
     if kind == "features" and path:
         from rada.data.features import load_features
 

@@ -8,12 +8,18 @@
 The first column is the class's name in the data (a folder's name), the second one, after a TAB, its name in the run.
 Each class of the data has one line; empty lines are ignored. The order decides the labels, and with them the base half.
 
+ImageNet's lists are such files too: `n01440764 tench`, CoOp's classnames.txt, and `n01440764 tench, Tinca tinca`, of
+whose synonyms the first is taken. A list may name more classes than the data have, as ImageNet-A and -R have 200 of the
+1000; folders "0", "1", ..., as ImageNetV2 has them, count its lines from 0. Where two classes share a name (CLIP's
+list says missile and sunglasses twice), the second is called "missile (n04008634)" and keeps the prompt of "missile".
+
 A class's *name* appears in predictions, tables and checkpoints, and in prompts with spaces for underscores. Its
 *origin*, the name in the data, is kept in checkpoints to find the class again.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +29,9 @@ from torch import Tensor
 
 from rada.data.source import Source
 from rada.data.splits import select_classes
+
+WNID = re.compile(r"(n\d{8})\s+([^\t]+)")  # of WordNet's nouns, and a name
+TOLD_APART = re.compile(r" \(n\d{8}\)$")
 
 
 def read_class_names(path: str | Path, classes: Sequence[str]) -> dict[str, str]:
@@ -40,17 +49,28 @@ def read_class_names(path: str | Path, classes: Sequence[str]) -> dict[str, str]
     known = set(classes)
     names: dict[str, str] = {}
     line_of: dict[tuple[str, str], int] = {}
+    position = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        columns = [column.strip() for column in line.split("\t")]
-        origin, name = columns[0], columns[-1]
         where = f"class_names: {path}, line {number}"
-        if len(columns) > 2 or not origin or not name:
-            raise ValueError(f"{where}: got {line!r}; it takes a class, or a class, a TAB and its name")
-        if origin not in known:
-            raise ValueError(f"{where}: got the class {origin!r}, which the data do not have; {_some(classes)}")
-        for what, value in (("class", origin), ("name", prompt_name(name))):
+        if match := WNID.fullmatch(line.strip()):
+            origin, name = match[1], match[2]
+            if "\t" not in line:
+                name = name.split(",")[0]
+            origin, position = origin if origin in known else str(position), position + 1
+            if origin not in known:
+                continue
+            if ("name", prompt_name(name)) in line_of:
+                name = f"{name} ({match[1]})"
+        else:
+            columns = [column.strip() for column in line.split("\t")]
+            origin, name = columns[0], columns[-1]
+            if len(columns) > 2 or not origin or not name:
+                raise ValueError(f"{where}: got {line!r}; it takes a class, or a class, a TAB and its name")
+            if origin not in known:
+                raise ValueError(f"{where}: got the class {origin!r}, which the data do not have; {_some(classes)}")
+        for what, value in (("class", origin), ("name", _spaced(name))):
             first = line_of.setdefault((what, value), number)
             if first != number:
                 raise ValueError(f"{where}: got the {what} {value!r} again, after line {first}; it takes each once")
@@ -91,20 +111,24 @@ def limit_classes(source: Source, limit: int) -> Source:
 
 def prompt_name(name: str) -> str:
     """A class's name in prompts, as in the released code and CoOp: golden_retriever becomes "golden retriever"."""
-    return name.replace("_", " ")
+    return _spaced(TOLD_APART.sub("", name))
 
 
 def prompt_names(names: Sequence[str]) -> list[str]:
-    """All of them. Raises ValueError for two names that would give the same prompts."""
+    """All of them. Raises ValueError for two names that would give the same prompts, bar those told apart by a wnid."""
     first: dict[str, str] = {}
     for name in names:
-        other = first.setdefault(prompt_name(name), name)
+        other = first.setdefault(_spaced(name), name)
         if other != name:
             raise ValueError(
                 f"class_names: got {other!r} and {name!r}, both {prompt_name(name)!r} in prompts; --class-names FILE "
                 "gives classes other names"
             )
-    return list(first)
+    return [prompt_name(name) for name in names]
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _some(classes: Sequence[str]) -> str:

@@ -115,7 +115,8 @@ def _source(path: Path, entries: Mapping, seed: int) -> Source:
         return shards, labels
 
     width = None if text is None else text.shape[1]
-    if any(key.startswith(("train_", "test_")) for key in entries):
+    apart = any(key.startswith(("train_", "test_")) for key in entries)
+    if apart:
         train_shards, train_labels = stored("train_", width)
         test_shards, test_labels = stored("test_", train_shards[0].shape[1])
         train = Split(train_labels, features=torch.cat(train_shards).float(), names=_rows_of("train", train_labels))
@@ -133,6 +134,7 @@ def _source(path: Path, entries: Mapping, seed: int) -> Source:
         test=test,
         text_features=text,
         logit_scale=_scale(path, entries.get("logit_scale")),
+        drawn=not apart and entries.get("split") is None,
     )
 
 

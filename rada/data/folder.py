@@ -60,7 +60,7 @@ def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> S
     else:
         files = {"all": _class_files(root)}
     class_names = tuple(sorted(next(iter(files.values()))))
-    digests, bad = _check([file for group in files.values() for file in chain(*group.values())], skip_bad)
+    digests, bad = check_images([file for group in files.values() for file in chain(*group.values())], skip_bad)
     splits = {name: _split(root, [group[label] for label in class_names], digests) for name, group in files.items()}
     if "all" in splits:
         every = splits.pop("all")
@@ -75,6 +75,7 @@ def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> S
     return Source(
         name=root.resolve().name,
         class_names=class_names,
+        drawn="all" in files,
         skipped=tuple(file.relative_to(root).as_posix() for file in bad),
         train=splits["train"],
         test=splits["test"],
@@ -116,7 +117,7 @@ def _split(root: Path, classes: list[list[Path]], digests: Mapping[Path, str]) -
     )
 
 
-def _check(files: list[Path], skip_bad: bool) -> tuple[dict[Path, str], list[Path]]:
+def check_images(files: list[Path], skip_bad: bool) -> tuple[dict[Path, str], list[Path]]:
     """The digest of each file that decodes, and the files that do not; the first of these raises unless skip_bad."""
     from tqdm import tqdm
 

@@ -42,6 +42,7 @@ class Source:
     attribution: str = ""  # licences and authors, printed wherever the data is used
     text_features: Tensor | None = None  # [K, D], only with precomputed features
     logit_scale: float | None = None  # the exponentiated scale that goes with text_features
+    drawn: bool = False  # whether the split is a draw by seed, for data without one
     skipped: tuple[str, ...] = ()  # unreadable files left out on request
 
 

@@ -55,6 +55,60 @@ def test_a_file_gives_names_and_order(tmp_path):
     assert source.text_features.flatten().tolist() == [2, 0, 3, 1]
 
 
+WORDNET = """n02119789 kit fox
+n02100735 English setter
+n04008634 missile
+n03773504 missile
+n02056570 king penguin, Aptenodytes patagonica
+"""
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        # As a list of ImageNet's holds them, in the list's order.
+        (
+            ("n02056570", "n02100735", "n02119789", "n03773504", "n04008634"),
+            {
+                "n02119789": "kit fox",
+                "n02100735": "English setter",
+                "n04008634": "missile",
+                "n03773504": "missile (n03773504)",
+                "n02056570": "king penguin",
+            },
+        ),
+        (("n02056570", "n02119789"), {"n02119789": "kit fox", "n02056570": "king penguin"}),  # a subset, as ImageNet-A
+        (("0", "2", "4"), {"0": "kit fox", "2": "missile", "4": "king penguin"}),  # the list's lines, as ImageNetV2
+    ],
+)
+def test_a_list_of_imagenets_classes(tmp_path, classes, names):
+    (tmp_path / "classnames.txt").write_text(WORDNET)
+    assert list(read_class_names(tmp_path / "classnames.txt", classes).items()) == list(names.items())
+
+
+def test_a_list_of_wnids_may_have_tabs(tmp_path):
+    (tmp_path / "words.txt").write_text("n02119789\tkit fox, Vulpes\nn02100735\tEnglish setter\n")
+    assert read_class_names(tmp_path / "words.txt", ["n02119789"]) == {"n02119789": "kit fox, Vulpes"}
+
+
+def test_a_list_lacks_a_class(tmp_path):
+    (tmp_path / "classnames.txt").write_text(WORDNET)
+    with pytest.raises(ValueError, match="no line for 1 of the data's 2 classes, the first is 'n01440764'"):
+        read_class_names(tmp_path / "classnames.txt", ["n01440764", "n02119789"])
+
+
+def test_classes_of_one_name_have_one_prompt_where_a_wnid_tells_them_apart():
+    assert prompt_names(["missile", "kit_fox", "missile (n04008634)"]) == ["missile", "kit fox", "missile"]
+
+
+def test_the_names_that_open_clip_has_of_imagenet_can_be_read(tmp_path):
+    names = pytest.importorskip("open_clip").IMAGENET_CLASSNAMES
+    wnids = [f"n{number:08d}" for number in range(len(names))]
+    lines = [f"{wnid} {name}\n" for wnid, name in zip(wnids, names, strict=True)]
+    (tmp_path / "classnames.txt").write_text("".join(lines))
+    assert prompt_names(list(read_class_names(tmp_path / "classnames.txt", wnids).values())) == list(names)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

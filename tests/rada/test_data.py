@@ -28,7 +28,9 @@ def write_images(folder, classes=COLOURS, count=5, suffix=".png"):
 
 @pytest.mark.parametrize("spec", ["imagenet", "folder:", "folder", "features", "emoji:x", ""])
 def test_an_unknown_source_names_those_that_exist(spec):
-    with pytest.raises(ValueError, match=r"source: got '.*'; it takes one of emoji, folder:PATH, features:PATH"):
+    with pytest.raises(
+        ValueError, match=r"source: got '.*'; it takes one of emoji, folder:PATH, coop:FILE, features:PATH"
+    ):
         load_source(spec)
 
 

@@ -1,0 +1,102 @@
+"""CoOp's splits of image folders."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rada.data import base_new, load_source
+from rada.data.coop import load_coop
+
+BREEDS = ["sphynx", "pug", "beagle", "bombay"]  # label order, not the alphabet's
+
+
+def write_pets(root, images="images"):
+    """A data set as CoOp lays it out: 3 training, 1 validation and 2 test images of each class."""
+    rng = np.random.default_rng(0)
+    split = {"train": [], "val": [], "test": []}
+    for label, breed in enumerate(BREEDS):
+        (root / images / breed).mkdir(parents=True)
+        for i, half in enumerate(("train", "train", "train", "val", "test", "test")):
+            pixels = rng.integers(0, 255, (6, 6, 3), np.uint8)
+            Image.fromarray(pixels).save(root / images / breed / f"{i}.png")
+            split[half].append([f"{breed}/{i}.png", label, breed])
+    for items in split.values():
+        items.reverse()
+    path = root / "split_zhou_OxfordPets.json"
+    path.write_text(json.dumps(split))
+    return path
+
+
+@pytest.mark.parametrize("images", ["images", "2750", "."])
+def test_a_split_is_read_as_it_is(tmp_path, images):
+    path = write_pets(tmp_path, images)
+    (tmp_path / "annotations").mkdir()
+    source = load_source(f"coop:{path}")
+    assert source.name == "OxfordPets"
+    assert source.class_names == tuple(BREEDS)
+    assert not source.drawn
+    assert source.train.labels.tolist() == [3, 3, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0]
+    assert source.test.names == tuple(f"{breed}/{i}.png" for breed in reversed(BREEDS) for i in (5, 4))
+    assert not set(source.train.digests) & set(source.test.digests)
+    for image, name in zip(source.test.images, source.test.names, strict=True):
+        assert image.tobytes() == Image.open(tmp_path / images / name).tobytes()
+    base, new = base_new(len(source.class_names))
+    assert [source.class_names[i] for i in base] == ["sphynx", "pug"]
+    assert [source.class_names[i] for i in new] == ["beagle", "bombay"]
+
+
+def test_the_images_may_be_elsewhere(tmp_path):
+    path = write_pets(tmp_path / "data")
+    moved = path.rename(tmp_path / path.name)
+    assert len(load_coop(moved, images=tmp_path / "data" / "images").test) == 8
+
+
+def test_an_unreadable_image_is_named_or_left_out(tmp_path):
+    path = write_pets(tmp_path)
+    (tmp_path / "images" / "pug" / "4.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"pug/4.png: not a readable image .*--skip-bad"):
+        load_coop(path)
+    source = load_coop(path, skip_bad=True)
+    assert source.skipped == ("pug/4.png",)
+    assert source.test.labels.tolist() == [3, 3, 2, 2, 1, 0, 0]
+
+
+def changed(change):
+    def write(root):
+        path = write_pets(root)
+        split = json.loads(path.read_text())
+        change(split)
+        path.write_text(json.dumps(split))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda split: split.pop("test"), r"test: got none; it takes a list of \[path, label, class name\]"),
+        (lambda split: split["train"].insert(1, ["a.png", "0"]), r"train, item 1: got \['a.png', '0'\]"),
+        (lambda split: split["train"].insert(0, ["a.png", "0", "pug"]), "train, item 0"),
+        (lambda split: split["test"].append(["a.png", 9, "whippet"]), r"got the label 9; it takes 0\.\.3, as there"),
+        (lambda split: split["train"].append(["a.png", 5, "whippet"]), r"got the label 5; it takes 0\.\.4"),
+        (lambda split: split["train"].append(["a.png", 4, "pug"]), "got the class name 'pug' for two labels"),
+        (lambda split: split["test"].append(["a.png", 1, "poodle"]), "label 1: got the names 'pug' and 'poodle'"),
+        (lambda split: split["train"].insert(0, ["a.png", 1, "pug"]), r"first image a\.png is in none of .*images"),
+    ],
+)
+def test_a_bad_split_is_named(tmp_path, change, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"split_zhou_OxfordPets\.json: .*{message}"):
+        load_coop(changed(change)(tmp_path))
+
+
+def test_a_file_that_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"split_zhou_x\.json: no such file; coop: takes"):
+        load_coop(tmp_path / "split_zhou_x.json")
+    (tmp_path / "split_zhou_x.json").write_text("{")
+    with pytest.raises(ValueError, match="not a JSON file"):
+        load_coop(tmp_path / "split_zhou_x.json")
