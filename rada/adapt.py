@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rada.adapter import AdaptedHead
 from rada.checkpoint import load_checkpoint
 from rada.classification import Classes
 from rada.data import Split, load_source, select_classes, subset
@@ -73,6 +74,8 @@ def adapt_checkpoint(
     if missing:
         raise ValueError(f"data: {data_set.name} has no class {missing[0]!r}; it takes the checkpoint's classes")
     items = select_classes(data_set.items, [position[name] for name in trained.class_names])
+    if isinstance(trained.head, AdaptedHead):
+        raise ValueError("checkpoint: its head has adapters; test-time training takes a head without")
     encoders = trained.open_model()
     found = _adapt(encoders, data_set.name, items, trained.head, trained.classes, adaptation, **views)
     return {"data": data_set.name, "attribution": data_set.attribution, **found}

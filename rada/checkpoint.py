@@ -1,11 +1,14 @@
-"""Checkpoints: writer and reader of a trained head with its classes, its split and the name of its encoders.
+"""Checkpoints: writer and reader of what was trained, with its classes, its split and the name of its encoders.
 
     head.safetensors, head.json   the head's weights, and what they are for
+    adapter.*, prompt.*           a FeatureAdapter of each side, a learned prompt: where there is one
+    towers.*                      the encoders' weights, where they were fine-tuned
     classes.npz                   text_features [K, D], class_names, logit_scale and, where there is one, logit_bias
     split.json                    the training and test items, see `rada.data.record`
 
-The encoders' weights are not stored; head.json names them. A part, such as the head, is a pair of files,
-PART.safetensors and PART.json, written by `write_part`: another part is another pair, and leaves the rest alone.
+Weights of frozen encoders are not stored; head.json names them and has their SHA-256, which is checked when they are
+opened. A part is a pair of files, PART.safetensors and PART.json, written by `write_part`: another part is another
+pair, and leaves the rest alone. All of it is safetensors, JSON and NumPy: a folder to put on a hub as it is.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,16 +26,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rada.adapter import AdaptedHead, FeatureAdapter
 from rada.classification import Classes
+from rada.clip import RAdaCLIP
 from rada.data.record import RECORD, SplitRecord
 from rada.encoders import FeatureExtractor, choose_device
 from rada.files import read_json, replacing, write_bytes
 from rada.fused import RAdaHead
 from rada.models import ModelSpec
+from rada.precision import autocast
+from rada.prompt import PromptedExtractor, PromptLearner
 from rada.version import __version__
 from rada_kernels import Options
 
-WEIGHTS = "head.safetensors"
+WEIGHTS, ADAPTER, PROMPT, TOWERS = (f"{part}.safetensors" for part in ("head", "adapter", "prompt", "towers"))
+PROMPT_OPTIONS = ("context", "text_tokens", "image_tokens", "depth")
 CLASSES = "classes.npz"
 FORMAT_VERSION = 1
 OPTIONS = tuple(field.name for field in fields(Options))
@@ -156,23 +165,66 @@ def load_head(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained head with its classes, encoders and split.
+    """What was trained, with its classes, encoders and split.
 
-    classes: all K, on the head's device. class_names: K names. backbone: the encoders' name.
-    spec: the encoders; None: the head was trained on precomputed features.
-    record: None for a head saved by a user's own training loop.
+    head: a RAdaHead, or an AdaptedHead. classes: all K, on the head's device; under a prompt or fine-tuned towers,
+        what these make of the names. class_names: K names. backbone: the encoders' name.
+    spec: the encoders; None: the head was trained on precomputed features, or on encoders made of objects.
+    record: None for what a user's own training loop saved.
+    prompt: options and state dict of a learned prompt. towers: the state dict of fine-tuned encoders.
+    loss: see `rada.losses.LOSSES`; predictions are its probabilities. precision: see `rada.precision`.
+    fingerprint: of the frozen encoders, `FeatureExtractor.fingerprint`. None: unknown.
     """
 
-    head: RAdaHead
+    head: Any
     classes: Classes
     class_names: tuple[str, ...]
     backbone: str
-    spec: ModelSpec | None
-    record: SplitRecord | None
+    spec: ModelSpec | None = None
+    record: SplitRecord | None = None
+    prompt: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None = None
+    towers: Mapping[str, Tensor] | None = None
+    loss: str = "cross-entropy"
+    precision: str = "fp32"
+    fingerprint: str | None = None
+
+    @staticmethod
+    def of(model: RAdaCLIP, *, record: SplitRecord | None = None, loss: str | None = None) -> Checkpoint:
+        """The checkpoint of a model that a user's own loop trained; towers that require a gradient are in it."""
+        classes = Classes(
+            model.text_features.detach(),
+            float(model.logit_scale),
+            None if model.logit_bias is None else float(model.logit_bias),
+        )
+        trains = model.visual_trains or model.text_trains
+        return Checkpoint(
+            model.head,
+            classes,
+            model.class_names,
+            model.backbone,
+            model.spec,
+            record,
+            towers=model.model.state_dict() if trains else None,
+            loss=loss or ("cross-entropy" if classes.logit_bias is None else "sigmoid"),
+            fingerprint=None if trains else model.fingerprint(),
+        )
 
     @property
     def device(self) -> torch.device:
         return self.classes.text.device
+
+    @property
+    def rada(self) -> RAdaHead:
+        """The RAdaHead, without adapters."""
+        return self.head.head if isinstance(self.head, AdaptedHead) else self.head
+
+    @property
+    def changes_encoders(self) -> bool:
+        """Whether its features are not those of the frozen encoders."""
+        return self.prompt is not None or self.towers is not None
+
+    def autocast(self) -> AbstractContextManager:
+        return autocast(self.precision, self.device)
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint into a folder, created if missing. The head comes last and marks it complete."""
@@ -182,40 +234,79 @@ class Checkpoint:
         with replacing(folder / CLASSES) as partial, open(partial, "wb") as file:
             np.savez(
                 file,
-                text_features=self.classes.text.cpu().numpy(),
+                text_features=self.classes.text.float().cpu().numpy(),
                 class_names=np.array(self.class_names),
                 logit_scale=self.classes.logit_scale,
                 **bias,
             )
+        parts = []
+        if isinstance(self.head, AdaptedHead):
+            sides = {"image": self.head.image_adapter, "text": self.head.text_adapter}
+            tensors = {f"{side}.{name}": t for side, of in sides.items() for name, t in of.state_dict().items()}
+            write_part(folder / ADAPTER, "adapter", tensors, {side: of.options for side, of in sides.items()})
+            parts.append("adapter")
+        if self.prompt is not None:
+            options, tensors = self.prompt
+            write_part(folder / PROMPT, "prompt", tensors, options)
+            parts.append("prompt")
+        if self.towers is not None:
+            write_part(folder / TOWERS, "towers", self.towers, {})
+            parts.append("towers")
         save_head(
             folder,
-            self.head,
+            self.rada,
             backbone=self.backbone,
             class_names=self.class_names,
             templates=None if self.spec is None else self.spec.templates,
-            extra={"model": None if self.spec is None else asdict(self.spec)},
+            extra={
+                "model": None if self.spec is None else asdict(self.spec),
+                "parts": parts,
+                "loss": self.loss,
+                "precision": self.precision,
+                "fingerprint": self.fingerprint,
+            },
         )
 
     def check_width(self, features: Tensor) -> None:
         """Raise ValueError for features [N, D] of another width."""
-        if features.shape[1] != self.head.embed_dim:
+        if features.shape[1] != self.rada.embed_dim:
             raise ValueError(
-                f"data: got features of width {features.shape[1]}; the checkpoint takes {self.head.embed_dim}"
+                f"data: got features of width {features.shape[1]}; the checkpoint takes {self.rada.embed_dim}"
             )
 
-    def open_model(self) -> FeatureExtractor:
-        """The encoders, checked to be the head's. Raises ValueError where it was trained on features."""
+    def open_frozen(self) -> FeatureExtractor:
+        """The frozen encoders, checked to be those of the training. Raises ValueError where the checkpoint has none."""
         if self.spec is None:
             raise ValueError(
                 "checkpoint: its head was trained on precomputed features; it takes features:PATH, not images"
             )
-        encoders = self.spec.open(self.device)
-        if (encoders.backbone, encoders.embed_dim) != (self.backbone, self.head.embed_dim):
+        encoders = self.spec.open(self.device, self.precision)
+        if (encoders.backbone, encoders.embed_dim) != (self.backbone, self.rada.embed_dim):
             raise ValueError(
                 f"checkpoint: got the backbone {encoders.backbone!r} of width {encoders.embed_dim}; it takes "
-                f"{self.backbone!r} of width {self.head.embed_dim}"
+                f"{self.backbone!r} of width {self.rada.embed_dim}"
+            )
+        if self.fingerprint is not None and encoders.fingerprint() != self.fingerprint:
+            raise ValueError(
+                f"checkpoint: the weights of {self.backbone!r} are not those that it was trained on (SHA-256); it "
+                "takes the same file"
             )
         return encoders
+
+    def open_model(self) -> FeatureExtractor:
+        """The encoders that the head takes: the frozen ones, those under the prompt, or the fine-tuned ones."""
+        encoders = self.open_frozen()
+        if self.towers is not None:
+            encoders.model.float().load_state_dict(self.towers)
+        if self.prompt is None:
+            return encoders
+        options, tensors = self.prompt
+        prompt = PromptLearner(encoders.model, encoders.tokenizer, **{name: options[name] for name in PROMPT_OPTIONS})
+        try:
+            prompt.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"checkpoint: its prompt does not fit {self.backbone!r} ({error})") from error
+        return PromptedExtractor(encoders, prompt)
 
 
 def load_checkpoint(folder: Path, *, device: str = "auto", backend: str = "auto") -> Checkpoint:
@@ -227,31 +318,64 @@ def load_checkpoint(folder: Path, *, device: str = "auto", backend: str = "auto"
     if not (folder / WEIGHTS).with_suffix(".json").exists():
         folder = next(iter(seed_folders(folder)), folder)
     config = load_config(folder)
+    extra = config["extra"]
     where = choose_device(device)
-    head = load_head(folder, device=where, backend=backend).eval()
+    head: Any = load_head(folder, device=where, backend=backend)
+    parts = extra.get("parts", [])
+    if "adapter" in parts:
+        head = _adapted(head, folder)
     path = folder / CLASSES
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it holds the classes that the head was trained with")
     with np.load(path) as stored:
-        text = torch.from_numpy(stored["text_features"]).to(where, head.k_proj.weight.dtype)
+        dtype = next(head.parameters()).dtype
+        text = torch.from_numpy(stored["text_features"]).to(where, dtype)
         bias = float(stored["logit_bias"]) if "logit_bias" in stored.files else None
         classes = Classes(text, float(stored["logit_scale"]), bias)
         names = tuple(stored["class_names"].tolist())
-    model = config["extra"].get("model")
-    spec = None if model is None else ModelSpec(model["name"], model["pretrained"], tuple(model["templates"]))
-    record = SplitRecord.read(folder) if (folder / RECORD).exists() else None
-    return Checkpoint(head, classes, names, config["backbone"], spec, record)
+    model = extra.get("model")
+    return Checkpoint(
+        head.eval(),
+        classes,
+        names,
+        config["backbone"],
+        spec=None if model is None else ModelSpec(model["name"], model["pretrained"], tuple(model["templates"])),
+        record=SplitRecord.read(folder) if (folder / RECORD).exists() else None,
+        prompt=read_part(folder / PROMPT, "prompt", PROMPT_OPTIONS) if "prompt" in parts else None,
+        towers=read_part(folder / TOWERS, "towers")[1] if "towers" in parts else None,
+        loss=extra.get("loss", "cross-entropy"),
+        precision=extra.get("precision", "fp32"),
+        fingerprint=extra.get("fingerprint"),
+    )
 
 
-def seed_folder(run: Path, seed: int) -> Path:
-    """The folder of one seed's checkpoint in a run's folder."""
-    return run / f"seed-{seed}"
+def _adapted(head: RAdaHead, folder: Path) -> AdaptedHead:
+    config, tensors = read_part(folder / ADAPTER, "adapter", ("image", "text"))
+    weight = head.k_proj.weight
+    try:
+        sides = {side: FeatureAdapter(**config[side]).to(weight.device, weight.dtype) for side in ("image", "text")}
+        for side, adapter in sides.items():
+            prefix = f"{side}."
+            adapter.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+        return AdaptedHead(head, image_adapter=sides["image"], text_adapter=sides["text"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder / ADAPTER}: not as its configuration says ({error})") from error
+
+
+def checkpoint_folder(run: Path, seed: int, method: str = "rada") -> Path:
+    """The folder of one seed's checkpoint of a method in a run's folder."""
+    folder = run / f"seed-{seed}"
+    return folder if method == "rada" else folder / method
 
 
 def seed_folders(run: Path) -> list[Path]:
-    """The folders of the whole checkpoints in a run's folder, by seed."""
-    folders = [path.parent for path in run.glob("seed-*/head.json")]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("seed-")))
+    """The folders of the whole checkpoints in a run's folder, by seed; those of rada before other methods'."""
+    folders = [path.parent for kind in ("seed-*", "seed-*/*") for path in run.glob(f"{kind}/head.json")]
+    return sorted(folders, key=lambda folder: (len(folder.relative_to(run).parts), _seed_of(folder, run), folder.name))
+
+
+def _seed_of(folder: Path, run: Path) -> int:
+    return int(folder.relative_to(run).parts[0].removeprefix("seed-"))
 
 
 def _weights_path(path: str | os.PathLike) -> Path:

@@ -1,4 +1,4 @@
-"""The command line: python -m rada train | evaluate | predict | report | info."""
+"""The command line: python -m rada train | evaluate | adapt | predict | report | info."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from typing import Annotated
 
 import typer
 
+from rada.data import SOURCES, Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
+from rada.data.views import VIEWS
+from rada.encoders import IMAGES_PER_BATCH
+from rada.losses import LOSSES
+from rada.methods import METHODS
+from rada.precision import PRECISIONS
+from rada.problem import full_tuning_for
+from rada.protocols import PROTOCOLS
 from rada.templates import DEFAULT_TEMPLATES
-from rada.tuning import SCHEDULES, Tuning
+from rada.tuning import SCHEDULES, Adaptation, FullTuning, Tuning
 from rada_kernels import BACKENDS, PENALTIES, QUERIES, Options
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
@@ -52,7 +60,23 @@ def _default(setting: str) -> str:
     return f"{EMOJI.tuning[setting]:g} for emoji, else {getattr(Tuning, setting):g}"
 
 
-Data = Annotated[str, typer.Option(help="emoji, folder:PATH or features:PATH.")]
+def _shots_text() -> str:
+    return f"{EMOJI.shots} for emoji, else {Recommended.shots}"
+
+
+Data = Annotated[str, typer.Option(help=f"{', '.join(SOURCES)}.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A name of open_clip's, local-dir:PATH, transformers:NAME, or demo (the default for emoji)."),
+]
+Pretrained = Annotated[str | None, typer.Option(help="A tag of open_clip's or the path of a checkpoint.")]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A prompt template, may be repeated; imagenet-80, imagenet-7 and CoOp's data sets name theirs. "
+        f"[default: {DEFAULT_TEMPLATES[0]}]"
+    ),
+]
 Checkpoint = Annotated[
     Path, typer.Option(help="The folder of a head (runs/emoji/seed-1), or of a run: its first seed.")
 ]
@@ -69,13 +93,9 @@ Traceback = Annotated[
 @app.command()
 def train(
     data: Data = "emoji",
-    model: Annotated[
-        str | None, typer.Option(help="A name of open_clip's, local-dir:PATH, or demo (the default for emoji).")
-    ] = None,
-    pretrained: Annotated[str | None, typer.Option(help="A tag of open_clip's or the path of a checkpoint.")] = None,
-    template: Annotated[
-        list[str] | None, typer.Option(help=f"A prompt template, may be repeated. [default: {DEFAULT_TEMPLATES[0]}]")
-    ] = None,
+    model: Model = None,
+    pretrained: Pretrained = None,
+    template: Template = None,
     class_names: Annotated[
         Path | None,
         typer.Option(help="A file with a line per class: its name in the data, optionally a TAB and another name."),
@@ -86,9 +106,29 @@ def train(
             help=f"Number of classes, evenly spaced; 0: all. [default: {EMOJI.max_classes} of emoji, else all]"
         ),
     ] = None,
-    shots: Annotated[int, typer.Option(min=1, help="Training images per base class.")] = 16,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(PROTOCOLS)}. [default: {EMOJI.protocol} for emoji, else {Recommended.protocol}]"
+        ),
+    ] = None,
+    targets: Annotated[Path | None, typer.Option(help="With cross: a file that lists the other data sets.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"May be repeated, or a list with commas; all: every one. {', '.join(METHODS)}. "
+            "[default: all for emoji, else rada]"
+        ),
+    ] = None,
+    setting: Annotated[str | None, typer.Option(help="frozen (--method rada) or full (--method full).")] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(help=f"Training images per class; several, as 1,2,4,8,16: a curve. [default: {_shots_text()}]"),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="One training run each, separated by commas.")] = "1,2,3",
-    epochs: Annotated[int, typer.Option(min=1)] = Tuning.epochs,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help=f"[default: {Tuning.epochs}; of full {FullTuning.epochs}]")
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help=f"Learning rate of Adam after warm-up. [default: {_default('lr')}]")
     ] = None,
@@ -97,54 +137,97 @@ def train(
         str, typer.Option(help=f"Of the learning rate: {', '.join(SCHEDULES)} (the released code's, per epoch).")
     ] = Tuning.schedule,
     weight_decay: Annotated[float, typer.Option()] = Tuning.weight_decay,
+    towers_lr: Annotated[float | None, typer.Option(help="Of full: learning rate of the towers.")] = None,
+    loss: Annotated[str | None, typer.Option(help=f"{', '.join(LOSSES)}. [default: the model's own]")] = None,
+    image_tokens: Annotated[
+        int, typer.Option(help="Of rada+prompt in the image tower, which it then trains on images.")
+    ] = 0,
+    adapt_images: Annotated[
+        int | None, typer.Option(help="Of test-time: test images of each group; 0: all. [default: the data's, else 0]")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Divides the attention scores.")] = Options.temperature,
     heads: Annotated[int, typer.Option(help="Attention heads; a divisor of the width.")] = Options.num_heads,
     queries: Annotated[str, typer.Option(help="Query kinds in use, separated by commas.")] = ",".join(QUERIES),
-    penalty: Annotated[str, typer.Option(help=f"{', '.join(PENALTIES)}.")] = Options.penalty,
+    penalty: Annotated[
+        str | None, typer.Option(help=f"{', '.join(PENALTIES)}. [default: {Options.penalty}; mse for SigLIP]")
+    ] = None,
     batch_size: BatchSize = Tuning.batch_size,
     device: Device = "auto",
     backend: Backend = "auto",
+    precision: Annotated[str, typer.Option(help=f"Of encoders and head: {', '.join(PRECISIONS)}.")] = "fp32",
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode images. [default: as many as are worth it]")
+    ] = None,
+    encode_batch: Annotated[int, typer.Option(min=1, help="Images per call of the encoders.")] = IMAGES_PER_BATCH,
     seed: Annotated[int, typer.Option(help="Of the data's own randomness: splits, emoji views.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="The run's folder. [default: runs/DATA, runs/DATA-2, ...]")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the stopped run in the output folder, of the same options.")
+    ] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Time a step of the head beside the reference's.")] = False,
     skip_bad: SkipBad = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files too.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too, where it is installed.")] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Train heads on a few shots of the base classes; test base and new classes; write a report folder."""
-    from rada.experiment import Settings, run, tuning_for
+    """Train on a few shots; test by a protocol, zero-shot beside each method; write a report folder."""
+    from rada.experiment import run
+    from rada.loggers import tensorboard_writer, wandb_writer
+    from rada.problem import Settings, tuning_for
     from rada.report.tables import print_run
     from rada.runs import free_output
 
+    if resume and output is None:
+        raise ValueError("output: got none with --resume; it takes the folder of the run")
+    counts = () if shots is None else _integers("shots", shots)
     settings = Settings(
         data=data,
         model=model,
         pretrained=pretrained,
         templates=tuple(template) if template else DEFAULT_TEMPLATES,
         class_names=None if class_names is None else str(class_names),
-        shots=shots,
         seeds=_integers("seeds", seeds),
+        targets=None if targets is None else str(targets),
         tuning=tuning_for(
             data,
-            epochs=epochs,
             batch_size=batch_size,
             schedule=schedule,
             weight_decay=weight_decay,
-            **_given(lr=lr, alpha=alpha),
+            **_given(epochs=epochs, lr=lr, alpha=alpha),
         ),
-        head=Options(heads, temperature, tuple(queries.split(",")), penalty),
+        full=full_tuning_for(
+            data,
+            **_given(epochs=epochs, lr=towers_lr, head_lr=lr, alpha=alpha, loss=loss),
+        ),
+        head=Options(heads, temperature, tuple(queries.split(","))),
+        penalty=penalty,
+        loss=loss,
+        image_tokens=image_tokens,
         device=device,
         backend=backend,
+        precision=precision,
+        workers=workers,
+        encode_batch=encode_batch,
+        measure=measure,
         seed=seed,
         skip_bad=skip_bad,
-        **_given(max_classes=max_classes),
+        curve=tuple(sorted(set(counts)))[:-1],
+        **_given(
+            max_classes=max_classes,
+            protocol=protocol,
+            methods=_methods(method, setting),
+            shots=max(counts, default=None),
+            adapt_images=adapt_images,
+        ),
     )
     if output is None:
         name = data.partition(":")[2] or data
         output = free_output(Path("runs") / Path(name).resolve().stem)
-    results = run(settings, output, overwrite=overwrite, tensorboard=tensorboard)
+    writers = [writer() for writer, wanted in ((tensorboard_writer, tensorboard), (wandb_writer, wandb)) if wanted]
+    results = run(settings, output, overwrite=overwrite, resume=resume, writers=writers)
     print_run(results)
     _draw(output)
 
@@ -165,24 +248,92 @@ def report(
 @app.command()
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[str | None, typer.Option(help="As for train. [default: what the head was trained on]")] = None,
+    data: Annotated[str | None, typer.Option(help="As for train. [default: what it was trained on]")] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="As for train: other names of the data's classes, which the text tower encodes.")
+    ] = None,
     device: Device = "auto",
     backend: Backend = "auto",
+    precision: Annotated[str | None, typer.Option(help="Must be the checkpoint's. [default: that one]")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
     skip_bad: SkipBad = False,
     traceback: Traceback = False,
 ) -> None:
-    """Test a head: base among base classes, new among new classes, and all among all; zero-shot beside it.
+    """Test a checkpoint: base among base classes, new among new classes, and all among all; zero-shot beside it.
 
     On its own training data, the test items are those of the training run; other data are tested without the items
-    that the head was trained on.
+    that the head was trained on, among their own classes.
     """
     from rada.evaluate import evaluate_checkpoint
     from rada.files import write_json
     from rada.report.tables import print_evaluation
 
-    results = evaluate_checkpoint(checkpoint, data, device=device, backend=backend, skip_bad=skip_bad)
+    results = evaluate_checkpoint(
+        checkpoint,
+        data,
+        class_names=class_names,
+        device=device,
+        backend=backend,
+        precision=precision,
+        skip_bad=skip_bad,
+    )
     print_evaluation(results)
+    if output is not None:
+        write_json(output, results)
+
+
+@app.command()
+def adapt(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A head to start from, as for evaluate. [default: zero-shot, by --model]")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="As for train. [default: what the head was trained on]")] = None,
+    model: Model = None,
+    pretrained: Pretrained = None,
+    template: Template = None,
+    views: Annotated[int, typer.Option(help="Of each image, the plain one among them.")] = VIEWS,
+    augmix: Annotated[bool, typer.Option("--augmix", help="Mix views by AugMix too.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Adapt to so many test images, drawn by --seed.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps per image.")] = Adaptation.steps,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = Adaptation.lr,
+    selection: Annotated[float, typer.Option(help="Share of the views that is kept.")] = Adaptation.selection,
+    parameters: Annotated[str, typer.Option(help="Layers that adapt, separated by commas.")] = "out_proj",
+    online: Annotated[bool, typer.Option("--online", help="Carry on from image to image, without a reset.")] = False,
+    heads: Annotated[int, typer.Option(help="Attention heads, without a checkpoint.")] = Options.num_heads,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    seed: Annotated[int, typer.Option(help="Of the views.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
+    skip_bad: SkipBad = False,
+    traceback: Traceback = False,
+) -> None:
+    """Test-time training: adapt to each test image by itself, without its label, and test."""
+    from rada.adapt import adapt_checkpoint, adapt_zero_shot
+    from rada.files import write_json
+    from rada.models import ModelSpec
+    from rada.report.tables import print_adaptation
+
+    if (checkpoint is None) == (model is None):
+        raise ValueError("checkpoint, model: got both or none; it takes exactly one of them")
+    options: dict = {
+        "adaptation": Adaptation(
+            steps=steps, lr=lr, selection=selection, parameters=tuple(parameters.split(",")), online=online
+        ),
+        "device": device,
+        "backend": backend,
+        "skip_bad": skip_bad,
+        "views": views,
+        "augmix": augmix,
+        "seed": seed,
+        "limit": limit,
+    }
+    if checkpoint is not None:
+        results = adapt_checkpoint(checkpoint, data, **options)
+    else:
+        assert model is not None
+        spec = ModelSpec(model, pretrained, tuple(template) if template else DEFAULT_TEMPLATES)
+        results = adapt_zero_shot(spec, data or "emoji", num_heads=heads, **options)
+    print_adaptation(results)
     if output is not None:
         write_json(output, results)
 
@@ -196,6 +347,9 @@ def predict(
         typer.Option(help="As for train: the test items that evaluate takes; or features:PATH of bare shards."),
     ] = None,
     images: Annotated[Path | None, typer.Option(help="An image, or a folder that is searched for images.")] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="A file of names, one a line: the classes to choose among.")
+    ] = None,
     top_k: Annotated[int, typer.Option(min=1)] = 5,
     batch_size: BatchSize = 256,
     device: Device = "auto",
@@ -213,6 +367,7 @@ def predict(
         data=data,
         images=images,
         top_k=top_k,
+        class_names=class_names,
         batch_size=batch_size,
         device=device,
         backend=backend,
@@ -248,6 +403,21 @@ def _draw(folder: Path) -> None:
 def _given(**values) -> dict:
     """The options given on the command line."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _methods(given: list[str] | None, setting: str | None) -> tuple[str, ...] | None:
+    """The methods of --method and --setting; None: neither was given."""
+    settings = {"frozen": ("rada",), "full": ("full",)}
+    if setting is not None:
+        if given:
+            raise ValueError(f"setting: got {setting!r} with --method; it takes one of the two")
+        if setting not in settings:
+            raise ValueError(f"setting: got {setting!r}; it takes one of {', '.join(settings)}")
+        return settings[setting]
+    if not given:
+        return None
+    names = tuple(name for part in given for name in part.split(","))
+    return tuple(METHODS) if names == ("all",) else names
 
 
 def _integers(name: str, text: str) -> tuple[int, ...]:

@@ -36,6 +36,8 @@ class RAdaCLIP(FeatureExtractor):
             preprocess=encoders.preprocess,
             backbone=encoders.backbone,
         )
+        for name in ("spec", "amp", "batch_size", "workers"):
+            setattr(self, name, getattr(encoders, name))
         self.head = head
         self.embed_dim = head.embed_dim
         self.register_buffer("_text_features", None, persistent=False)

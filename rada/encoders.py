@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
@@ -52,6 +54,11 @@ class FeatureExtractor(nn.Module):
     preprocess: the evaluation transform, PIL image -> [3, H, W], or None where the model came without one.
     backbone: the name that checkpoints store. Default: the model's class.
 
+    spec: the `rada.models.ModelSpec` that opened it; None: it was made of objects, and no checkpoint can open it again.
+    amp: the dtype that the image tower is cast to by autocast; None (default): to none of its own.
+    batch_size: images per call of the image tower. Default 128.
+    workers: processes that decode images. Default None: as many as are worth their start.
+
     A tower is frozen if none of its parameters requires a gradient: it runs without gradients and stays in eval mode
     even after `train()`.
     """
@@ -71,6 +78,10 @@ class FeatureExtractor(nn.Module):
         self.preprocess = preprocess
         self.templates = check_templates(templates)
         self.backbone = type(model).__name__ if backbone is None else backbone
+        self.spec: Any = None
+        self.amp: torch.dtype | None = None
+        self.batch_size = IMAGES_PER_BATCH
+        self.workers: int | None = None
         self.train()
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -79,8 +90,10 @@ class FeatureExtractor(nn.Module):
             raise TypeError(f"images: got {type(images).__name__}; it takes a tensor [B, 3, H, W], as preprocess makes")
         if images.dim() != 4 or not images.is_floating_point():
             raise ValueError(f"images: got {images.dtype} {list(images.shape)}; it takes floating [B, 3, H, W]")
+        amp = nullcontext() if self.amp is None else torch.autocast(images.device.type, self.amp)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.visual_trains):
-            features = self.model.encode_image(images.to(self._input_dtype))
+            with amp:
+                features = self.model.encode_image(images.to(self._input_dtype))
             return F.normalize(features.to(self.feature_dtype), dim=-1)
 
     def tokenize_classes(self, class_names: Sequence[str]) -> Tensor:
@@ -178,11 +191,18 @@ class FeatureExtractor(nn.Module):
     def train(self: Extractor, mode: bool = True) -> Extractor:
         """Set the training mode; frozen towers stay in eval mode."""
         super().train(mode)
-        visual, text = mode and self.visual_trains, mode and self.text_trains
-        self.model.training = visual or text
-        for name, child in self.model.named_children():
-            child.train(visual if name == "visual" else text)
+        for child in self.model.children():
+            child.train(mode and any(p.requires_grad for p in child.parameters()))
+        self.model.training = mode and (self.visual_trains or self.text_trains)
         return self
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the names, shapes and values of the model's parameters and buffers, in hexadecimal."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype};".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @property
     def _input_dtype(self) -> torch.dtype:
@@ -232,23 +252,27 @@ def feature_batches(
     indices: Tensor | None = None,
     *,
     description: str = "encode images",
-    batch_size: int = IMAGES_PER_BATCH,
+    batch_size: int | None = None,
     quiet: bool = False,
 ) -> Iterator[Tensor]:
     """Yield unit-length features [≤ batch_size, D] on the model's device of images[indices], in their order.
 
     images: PIL images, decoded when indexed; in worker processes where there are many.
+    batch_size: default: the extractor's.
     quiet: without a bar, for a caller that shows its own.
     """
     if extractor.preprocess is None:
         raise ValueError("model: it came without an image transform; it takes one that open_clip knows")
     positions = range(len(images)) if indices is None else indices.tolist()
-    many = len(positions) >= IMAGES_FOR_WORKERS and (os.cpu_count() or 1) > 1
+    workers = extractor.workers
+    if workers is None:
+        many = len(positions) >= IMAGES_FOR_WORKERS and (os.cpu_count() or 1) > 1
+        workers = min(8, (os.cpu_count() or 1) - 1) if many else 0
     loader = DataLoader(
         Preprocessed(images, extractor.preprocess),
-        batch_size,
+        extractor.batch_size if batch_size is None else batch_size,
         sampler=positions,
-        num_workers=min(8, (os.cpu_count() or 1) - 1) if many else 0,
+        num_workers=workers,
     )
     device = extractor.logit_scale.device
     with tqdm(total=len(positions), desc=description, unit="image", leave=False, disable=quiet) as bar:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rada.checkpoint import Checkpoint, load_checkpoint
-from rada.classification import Classes, accuracy, predict_labels
-from rada.data import Source, base_new, load_source, select_classes
+from rada.classification import Classes, logit_batches
+from rada.data import Source, Split, harmonic_mean, load_source, select_classes
+from rada.data.classes import name_classes, prompt_names, read_class_names
 from rada.data.record import RECORD, content_of
-from rada.encoders import split_features
-from rada.fused import RAdaHead
-from rada.results import scores
+from rada.encoders import FeatureExtractor, split_features
+from rada.metrics import expected_calibration_error, top_k_accuracy
 
 
 def load_test(trained: Checkpoint, data: str | None = None, *, skip_bad: bool = False) -> Source:
@@ -64,53 +65,101 @@ def evaluate_checkpoint(
     checkpoint: Path,
     data: str | None = None,
     *,
+    class_names: str | Path | None = None,
     device: str = "auto",
     backend: str = "auto",
+    precision: str | None = None,
     skip_bad: bool = False,
 ) -> dict:
-    """Accuracies in percent of a stored head and of zero-shot on the test items of `load_test`.
+    """Accuracies in percent of a checkpoint and of zero-shot on the test items of `load_test`.
 
-    data: default: the head's training data.
+    data: default: the checkpoint's training data.
+    class_names: a file that gives the data's classes other names and another order, see `rada.data.classes`.
+    precision: must be the checkpoint's. Default: that one.
 
-    Returns data, attribution, device, backend, test_items (numbers: base, new), and under zero_shot and rada: base, new
-    (each among its own classes), h, all (among all classes). Raises as `load_test`, and ValueError where the data lack
-    a class of the checkpoint, or test items of base or new classes.
+    Where the data have all of the checkpoint's classes, these are tested: base (the trained ones), new (the others) and
+    all, or all alone where every class was trained. Other data are tested among their own classes, which the
+    checkpoint's text tower encodes.
+
+    Returns data, attribution, device, backend, test_items (numbers by group), and under zero_shot and rada: each
+    group's accuracy among its own classes, h of base and new, and ece, the calibration error of all. Raises as
+    `load_test`, and ValueError where features lack a class of the checkpoint, or for a group without test items.
     """
     trained = load_checkpoint(checkpoint, device=device, backend=backend)
+    if precision not in (None, trained.precision):
+        raise ValueError(f"precision: got {precision!r}; the checkpoint takes {trained.precision!r}")
     source = load_test(trained, data, skip_bad=skip_bad)
-    position = {name: i for i, name in enumerate(source.class_names)}
-    missing = [name for name in trained.class_names if name not in position]
-    if missing:
-        raise ValueError(f"data: {source.name} has no class {missing[0]!r}; it takes the checkpoint's classes")
-    test = select_classes(source.test, [position[name] for name in trained.class_names])
-    base, new = base_new(len(trained.class_names))
-    halves = {"base": base, "new": new, "all": torch.arange(len(trained.class_names))}
-    counts = {half: int(torch.isin(test.labels, halves[half]).sum()) for half in ("base", "new")}
-    for half, count in counts.items():
-        if not count:
-            raise ValueError(f"data: {source.name} has no test item of the {half} classes; it takes at least one")
-    encoders = trained.open_model() if test.features is None else None
+    if class_names is not None:
+        source = name_classes(source, read_class_names(class_names, source.class_names))
+    test, names = _select(trained, source)
+    encoders = trained.open_model() if test.features is None or names != trained.class_names else None
     features = split_features(encoders, test, torch.arange(len(test)), "encode test images")
     trained.check_width(features)
+    classes = _classes(trained, names, encoders)
+    plain, plain_classes = features, classes
+    if trained.changes_encoders and test.images is not None:
+        frozen = trained.open_frozen()
+        plain = split_features(frozen, test, torch.arange(len(test)), "encode test images")
+        plain_classes = frozen.classes(prompt_names(names))
+    groups = _groups(trained, names)
+    counts = {group: int(torch.isin(test.labels, ids).sum()) for group, ids in groups.items()}
+    for group, count in counts.items():
+        if not count:
+            raise ValueError(f"data: {source.name} has no test item of the {group} classes; it takes at least one")
 
-    def tested(head: RAdaHead | None) -> dict[str, float]:
-        return scores(
-            {name: _accuracy(features, test.labels, trained.classes, ids, head) for name, ids in halves.items()}
-        )
+    def tested(head: Any, features: Tensor, classes: Classes) -> dict[str, float]:
+        logits, labels = {}, {}
+        for group, ids in groups.items():
+            mine = torch.isin(test.labels, ids)
+            with trained.autocast():
+                batches = [b.float().cpu() for b in logit_batches(features[mine], classes.select(ids), head)]
+            logits[group], labels[group] = torch.cat(batches), torch.searchsorted(ids, test.labels[mine])
+        found = {group: top_k_accuracy(logits[group], labels[group]) for group in groups}
+        if "base" in found:
+            found["h"] = harmonic_mean(found["base"], found["new"])
+        return found | {"ece": expected_calibration_error(logits["all"], labels["all"])}
 
     return {
         "data": source.name,
         "attribution": source.attribution,
         "device": str(trained.device),
-        "backend": str(trained.head.backend_for(trained.classes.text)),
+        "backend": str(trained.rada.backend_for(trained.classes.text)),
         "test_items": counts,
-        "zero_shot": tested(None),
-        "rada": tested(trained.head),
+        "zero_shot": tested(None, plain, plain_classes),
+        "rada": tested(trained.head, features, classes),
     }
 
 
-def _accuracy(features: Tensor, labels: Tensor, classes: Classes, ids: Tensor, head: RAdaHead | None) -> float:
-    """Accuracy of the items of the classes `ids` (ascending) among these classes."""
-    mine = torch.isin(labels, ids)
-    predicted = ids[predict_labels(features[mine], classes.select(ids), head)]
-    return accuracy(predicted, labels[mine])
+def _select(trained: Checkpoint, source: Source) -> tuple[Split, tuple[str, ...]]:
+    """The test items and the classes they are labelled among: the checkpoint's, where the data have them all."""
+    position = {name: i for i, name in enumerate(source.class_names)}
+    missing = [name for name in trained.class_names if name not in position]
+    if not missing:
+        return select_classes(source.test, [position[name] for name in trained.class_names]), trained.class_names
+    unknown = set(source.class_names) - set(trained.class_names)
+    if unknown and trained.spec is None:
+        raise ValueError(
+            f"data: {source.name} has no class {missing[0]!r}; it takes the checkpoint's classes, as there is no text "
+            "tower to encode others"
+        )
+    return source.test, source.class_names
+
+
+def _classes(trained: Checkpoint, names: tuple[str, ...], encoders: FeatureExtractor | None) -> Classes:
+    """The classes of these names: the checkpoint's own, or encoded."""
+    position = {name: i for i, name in enumerate(trained.class_names)}
+    if all(name in position for name in names):
+        return trained.classes.select(torch.tensor([position[name] for name in names]))
+    assert encoders is not None
+    classes = encoders.classes(prompt_names(names))
+    return classes._replace(text=classes.text.to(trained.classes.text.dtype))
+
+
+def _groups(trained: Checkpoint, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The groups of classes, ids ascending."""
+    everything = torch.arange(len(names))
+    if trained.record is None or names != trained.class_names:
+        return {"all": everything}
+    base = torch.tensor([i for i, origin in enumerate(trained.record.origins) if trained.record.train.get(origin)])
+    new = everything[~torch.isin(everything, base)]
+    return {"base": base, "new": new, "all": everything} if len(new) else {"all": everything}

@@ -7,26 +7,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from rada.adapter import AdaptedHead
 from rada.classification import Classes, Labelled, logit_batches, predict_labels
-from rada.data import Split
-from rada.fused import RAdaHead
+from rada.problem import TestGroup
 from rada.runs import EXAMPLES
 
 COUNT = 3
 
 
-def write_examples(
-    folder: Path, head: RAdaHead, classes: Classes, class_names: list[str], test: Labelled, split: Split
-) -> list[dict]:
+def write_examples(folder: Path, head: nn.Module, classes: Classes, group: TestGroup) -> list[dict]:
     """Store examples in a run's folder, at most one per class, and return their entries in the results.
 
     Images wrong by zero-shot and right by the head come first; ties go by the zero-shot margin of the true class over
     the most probable wrong class, smallest first.
 
-    classes, class_names: of the test images. test, split: the features of the images, and the images, if any.
+    head: a RAdaHead, or an AdaptedHead. classes, group: of the test images.
     """
+    test, split, class_names = Labelled(group.features, group.labels), group.split, group.class_names
     rows: list[dict] = []
     shown: set[int] = set()
     for i, other in _by_interest(head, classes, test):
@@ -56,7 +55,7 @@ def write_examples(
     return rows
 
 
-def _by_interest(head: RAdaHead, classes: Classes, test: Labelled) -> list[tuple[int, int]]:
+def _by_interest(head: nn.Module, classes: Classes, test: Labelled) -> list[tuple[int, int]]:
     """Positions of the images in this order, each with its most probable wrong class by zero-shot."""
     logits = torch.cat([batch.cpu() for batch in logit_batches(test.features, classes, None)])
     truth = test.labels[:, None]
@@ -67,8 +66,13 @@ def _by_interest(head: RAdaHead, classes: Classes, test: Labelled) -> list[tuple
     return [(int(i), int(confused.indices[i])) for i in order]
 
 
-def _strips(head: RAdaHead, classes: Classes, image: Tensor, pair: list[int]) -> tuple[Tensor, Tensor]:
+def _strips(head: nn.Module, classes: Classes, image: Tensor, pair: list[int]) -> tuple[Tensor, Tensor]:
     """Two classes' rows [2, D] of an image's rational matrix (times the scale) and of its mask."""
-    image, rows = image.to(classes.text.device), torch.tensor(pair, device=classes.text.device)
-    rational = classes.logit_scale * F.normalize(image, dim=-1) * F.normalize(classes.text[rows], dim=-1)
-    return rational, head.mask(image, classes.text, classes.logit_scale)[0, rows]
+    text, rows = classes.text, torch.tensor(pair, device=classes.text.device)
+    image, mask = image.to(text.device), head.mask  # type: ignore[operator]
+    learnt = mask(image, text, classes.logit_scale)[0, rows]
+    if isinstance(head, AdaptedHead):
+        with torch.no_grad():
+            image, text = head.image_adapter(image), head.text_adapter(text)
+    rational = classes.logit_scale * F.normalize(image, dim=-1) * F.normalize(text[rows], dim=-1)
+    return rational, learnt

@@ -1,168 +1,89 @@
-"""The main job: few-shot RAda on frozen encoders, base-to-new, over several seeds, into the folder of a run."""
+"""The main job: methods tested by a protocol over several seeds, into the folder of a run."""
 
 from __future__ import annotations
 
+import shutil
 import time
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from statistics import fmean
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from rada.checkpoint import Checkpoint, seed_folder
-from rada.classification import Classes, Labelled, accuracy, predict_labels
-from rada.data import Source, Split, base_new, few_shot, load_source, recommended, select_classes, subset
-from rada.data.classes import limit_classes, name_classes, prompt_names, read_class_names
-from rada.data.record import SplitRecord, content_of, contents, items_of
-from rada.data.splits import LEAST_CLASSES
-from rada.encoders import FeatureExtractor, choose_device, split_features
+from rada.checkpoint import checkpoint_folder
+from rada.data.source import Source
+from rada.encoders import FeatureExtractor
 from rada.examples import write_examples
-from rada.extras import require
 from rada.files import write_json
-from rada.fused import RAdaHead
 from rada.info import environment
-from rada.models import DEMO_MODEL, ModelSpec
+from rada.losses import Loss
+from rada.methods import METHODS, Fitted, Trial, check_methods, left_out
+from rada.metrics import expected_calibration_error, top_k_accuracy
+from rada.problem import Answer, Problem, Settings, prepare
 from rada.profiling import StepShape, measure_step
-from rada.results import Predictions, count_hits, delta, gain, scores, summarise
-from rada.runs import FORMAT, FORMAT_VERSION, RESULTS, TENSORBOARD, check_output, folder_for, write_epochs
-from rada.templates import DEFAULT_TEMPLATES, check_templates
-from rada.tuning import Tuning, tune_head
-from rada_kernels import Options
+from rada.protocols import shot_curve
+from rada.results import Predictions, count_hits, delta, gain, summarise
+from rada.runs import (
+    FORMAT,
+    FORMAT_VERSION,
+    RESULTS,
+    RESUME,
+    TENSORBOARD,
+    check_output,
+    folder_for,
+    write_epochs,
+)
 
-VAL_SHOTS = 4
-# CLIP's trained scale, for precomputed features without one.
-CLIP_LOGIT_SCALE = 100.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a run. None: as `rada.data.recommended` for the data.
-
-    data: a source as `rada.data.load_source` takes it.
-    model, pretrained, templates: the encoders, see `rada.models.ModelSpec`; not with features:PATH, and needed with a
-        folder. Default model: the data's.
-    class_names: a file with the classes' names and order, see `rada.data.classes`. None: as the data have them.
-    max_classes: the number of classes to use, evenly spaced in their order; 0: all. Default: the data's, else all.
-    shots: training images per base class. seeds: one training run each.
-    tuning: see `Tuning`. Default: the data's, see `tuning_for`. head: num_heads, temperature, queries, penalty.
-    device, backend: as for the head; "auto" chooses.
-    seed: of the data's own randomness (a split that the data come without, the emoji set's views).
-    skip_bad: leave unreadable images out, counted in the report.
-    """
-
-    data: str = "emoji"
-    model: str | None = None
-    pretrained: str | None = None
-    templates: tuple[str, ...] = DEFAULT_TEMPLATES
-    class_names: str | None = None
-    max_classes: int = None  # type: ignore[assignment]  # an int after __post_init__
-    shots: int = 16
-    seeds: tuple[int, ...] = (1, 2, 3)
-    tuning: Tuning = None  # type: ignore[assignment]  # a Tuning after __post_init__
-    head: Options = field(default_factory=Options)
-    device: str = "auto"
-    backend: str = "auto"
-    seed: int = 0
-    skip_bad: bool = False
-
-    def __post_init__(self):
-        own = recommended(self.data)
-        filled = {"model": own.model, "max_classes": own.max_classes, "tuning": tuning_for(self.data)}
-        for name, value in filled.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        check_templates(self.templates)
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(
-                f"seeds: got {self.seeds}; it takes at least one, none negative and each once, such as 1,2,3"
-            )
-        if self.max_classes != 0 and self.max_classes < LEAST_CLASSES:
-            raise ValueError(f"max_classes: got {self.max_classes}; it takes 0 (all) or at least {LEAST_CLASSES}")
+EPOCH_COLUMNS = ("epoch", "lr", "loss", "penalty", "train_accuracy", "val_accuracy", "seconds")
+# (folder of the event files) -> a context of what takes numbers by add_scalar(name, value, step)
+WriterOf = Callable[[Path], AbstractContextManager]
 
 
-def tuning_for(data: str, **changes: Any) -> Tuning:
-    """The recommended settings of training for a source, with changes."""
-    return Tuning(**{**recommended(data).tuning, **changes})
-
-
-class Sample(NamedTuple):
-    """A seed's images of the base classes, whose labels count these classes. val: None without any."""
-
-    train: Labelled
-    val: Labelled | None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The training and test features of a run, and the two halves of its classes."""
-
-    settings: Settings
-    device: torch.device
-    source: Source
-    spec: ModelSpec | None
-    backbone: str
-    classes: Classes  # all K
-    halves: dict[str, Tensor]  # "base", "new" -> class ids
-    samples: dict[int, Sample]  # by seed
-    tests: dict[str, Labelled]  # "base", "new" -> features with the half's own labels
-    test_splits: dict[str, Split]
-    records: dict[int, SplitRecord]  # seed -> its training and test items
-    encode_seconds: float
-
-    def classes_of(self, half: str) -> Classes:
-        return self.classes.select(self.halves[half])
-
-    def names_of(self, half: str) -> list[str]:
-        return [self.source.class_names[i] for i in self.halves[half]]
-
-    def predict(self, half: str, head: RAdaHead | None) -> Tensor:
-        """Labels of a half's test images among the half's classes; head None: zero-shot."""
-        return predict_labels(self.tests[half].features, self.classes_of(half), head)
-
-    def new_head(self, seed: int) -> RAdaHead:
-        """An untrained head whose random layers depend on the seed alone."""
-        options = asdict(self.settings.head)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed changes accelerators' too
-            head = RAdaHead(self.classes.text.shape[1], **options, backend=self.settings.backend)
-        return head.to(self.device)
-
-    def checkpoint(self, head: RAdaHead, seed: int) -> Checkpoint:
-        """The checkpoint of a seed's head."""
-        names = self.source.class_names
-        return Checkpoint(head, self.classes, names, self.backbone, self.spec, self.records[seed])
-
-
-def run(settings: Settings, output: Path, *, overwrite: bool = False, tensorboard: bool = False) -> dict:
+def run(
+    settings: Settings,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    writers: Sequence[WriterOf] = (),
+    source: Source | None = None,
+    encoders: FeatureExtractor | None = None,
+    loss: Loss | None = None,
+    callbacks: Sequence[Callable[[dict], None]] = (),
+) -> dict:
     """Do the main job in the folder `output`, and return the content of results.json.
 
-    Accuracies are in percent: base test images among the base classes, new test images among the new classes. The
-    head of the last epoch is the one that is tested; no choice is made by test or validation accuracy.
+    Accuracies are in percent, of the protocol's groups. The weights of the last epoch are those that are tested; no
+    choice is made by test or validation accuracy, bar what a baseline says of itself.
 
     overwrite: replace the run in `output` once the new one is complete; see `rada.runs.folder_for`.
-    tensorboard: write event files too.
+    resume: take up the run in `output` that was stopped: full fine-tuning goes on from its last saved step.
+    writers: loggers, see `rada.loggers`. callbacks: each takes every epoch's numbers, with method and seed.
+    source, encoders, loss: objects of one's own in place of what the settings name.
 
     Raises FileExistsError for a folder that holds a run (without overwrite) or other files; ValueError, TypeError,
     FileNotFoundError or ImportError for wrong settings, data or model, before anything is written.
-    After KeyboardInterrupt the finished seeds are in the folder, with the status "interrupted".
+    After KeyboardInterrupt what was finished is in the folder, with the status "interrupted".
     """
-    check_output(output, overwrite)
-    with folder_for(output) as folder:
-        writer_of = _tensorboard_writer() if tensorboard else None
+    check_methods(settings.methods)
+    check_output(output, overwrite, resume, asdict(settings))
+    with nullcontext(output) if resume else folder_for(output) as folder:
         start = time.perf_counter()
-        started = _Run(prepare(settings), folder, writer_of)
+        started = _Run(prepare(settings, source=source, encoders=encoders, loss=loss), folder, writers, callbacks)
         results = started.results
         try:
-            for seed in settings.seeds:
-                started.train(seed)
+            for method in results["methods"]:
+                for seed in settings.seeds:
+                    started.fit(method, seed)
             started.explain()
             results["seconds"]["total"] = time.perf_counter() - start
             results["status"] = "complete"
+            shutil.rmtree(folder / RESUME, ignore_errors=True)
         except KeyboardInterrupt:
             results["status"] = "interrupted"
             raise
@@ -176,27 +97,47 @@ def run(settings: Settings, output: Path, *, overwrite: bool = False, tensorboar
 class _Run:
     """A run in progress; `results` is the content of results.json."""
 
-    def __init__(self, problem: Problem, folder: Path, writer_of: Callable | None):
-        self.problem, self.folder, self.writer_of = problem, folder, writer_of
-        self.heads: list[RAdaHead] = []
+    def __init__(
+        self, problem: Problem, folder: Path, writers: Sequence[WriterOf], callbacks: Sequence[Callable[[dict], None]]
+    ):
+        self.problem, self.folder, self.writers, self.callbacks = problem, folder, writers, callbacks
+        self.heads: dict[str, list[nn.Module]] = {}
         self.epochs: list[dict] = []
-        self.predictions = {
-            half: Predictions(test.labels, problem.predict(half, None), []) for half, test in problem.tests.items()
+        settings, protocol = problem.settings, problem.protocol
+        self.zero_shot = {
+            seed: {group: problem.answer(group, seed, None) for group in problem.groups}
+            for seed in (settings.seeds if problem.classes is None else settings.seeds[:1])
         }
-        self.choice = problem.new_head(problem.settings.seeds[0]).backend_for(problem.classes.text)
+        self.predictions: dict[str, dict[str, Predictions]] = {}  # of each method and group
+        skipped = {name: left_out(name, problem) for name in settings.methods}
+        self.choice = problem.new_head(settings.seeds[0]).backend_for(problem.trained_classes(settings.seeds[0]).text)
+        first = [self._scores(answers)[0] for answers in self.zero_shot.values()]
         self.results: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "status": "running",
-            "settings": asdict(problem.settings),
+            "settings": asdict(settings),
             "environment": environment(),
             "device": str(problem.device),
             "backend": str(self.choice),
             "passed_over": self.choice.passed_over,
+            "protocol": {
+                "name": protocol.name,
+                "groups": list(protocol.groups),
+                "columns": list(first[0]),
+                "harmonic": protocol.harmonic,
+                "averaged": list(protocol.averaged),
+            },
             **_describe(problem),
-            "zero_shot": scores({half: accuracy(p.zero_shot, p.labels) for half, p in self.predictions.items()}),
-            "seeds": [],
-            "summary": None,
+            "zero_shot": {name: fmean(row[name] for row in first) for name in first[0]}
+            | {"ece": fmean(self._scores(answers)[1] for answers in self.zero_shot.values())},
+            "methods": {
+                name: {"label": METHODS[name].label, "seeds": [], "summary": None, "delta": None, "curves": {}}
+                for name, reason in skipped.items()
+                if reason is None
+            },
+            "left_out": {METHODS[name].label: reason for name, reason in skipped.items() if reason is not None},
+            "shot_curve": {},
             "step": None,
             "seconds": {"encode": problem.encode_seconds},
         }
@@ -205,220 +146,156 @@ class _Run:
     def write(self) -> None:
         write_json(self.folder / RESULTS, self.results)
 
-    def train(self, seed: int) -> None:
-        """Train and test a seed's head, and store its checkpoint and all figures so far."""
-        problem, folder = self.problem, self.folder / TENSORBOARD / f"seed-{seed}"
-        began, sample = time.perf_counter(), problem.samples[seed]
-        with self.writer_of(str(folder)) if self.writer_of else nullcontext() as writer:
-            head = tune_head(
-                problem.new_head(seed),
-                sample.train,
-                problem.classes_of("base"),
-                problem.settings.tuning,
-                seed=seed,
-                val=sample.val,
-                on_epoch=partial(self._store_epoch, seed, writer),
-                description=f"train seed {seed}",
+    def fit(self, method: str, seed: int) -> None:
+        """Fit and test a method on a seed's shots, and store its checkpoint and all figures so far."""
+        problem, entry = self.problem, self.results["methods"][method]
+        began = time.perf_counter()
+        logs = self.folder / TENSORBOARD / method / f"seed-{seed}"
+        with ExitStack() as stack:
+            opened = [stack.enter_context(writer(logs)) for writer in self.writers]
+            fitted = self._fitted(
+                method, seed, problem.settings.shots, partial(self._store_epoch, method, seed, opened)
             )
-        seconds = time.perf_counter() - began
-        accuracies = {}
-        for half, (labels, _, heads) in self.predictions.items():
-            heads.append(problem.predict(half, head))
-            accuracies[half] = accuracy(heads[-1], labels)
-        problem.checkpoint(head, seed).save(seed_folder(self.folder, seed))
-        self.heads.append(head)
-        row = {"seed": seed, **scores(accuracies), "train_seconds": seconds}
-        self.results["seeds"].append(row | {"checkpoint": seed_folder(Path(), seed).name})
-        interval = delta(*(count_hits(*self.predictions[half]) for half in ("base", "new")))
-        self.results["summary"] = summarise(self.results["seeds"]) | {"delta": interval}
+        fit_seconds = time.perf_counter() - began
+        answers = {group: fitted.answer(group) for group in problem.groups}
+        accuracies, ece = self._scores(answers)
+        row: dict[str, Any] = {"seed": seed, **accuracies, "ece": ece, "fit_seconds": fit_seconds}
+        row["seconds"] = time.perf_counter() - began
+        if fitted.checkpoint is not None:
+            place = checkpoint_folder(self.folder, seed, method)
+            fitted.checkpoint().save(place)
+            row["checkpoint"] = place.relative_to(self.folder).as_posix()
+        if fitted.head is not None:
+            self.heads.setdefault(method, []).append(fitted.head)
+        entry["curves"] |= fitted.curves
+        entry["seeds"].append(row)
+        entry["test_images"] = {name: len(answer.logits) for name, answer in answers.items() if answer is not None}
+        self._compare(method, seed, answers)
         self.results["epochs"] = self.epochs
         self.write()
 
-    def _store_epoch(self, seed: int, writer: Any, numbers: dict) -> None:
-        self.epochs.append({"seed": seed, **numbers})
+    def _fitted(self, method: str, seed: int, shots: int, report: Callable[[dict], None]) -> Fitted:
+        problem = self.problem
+        curves = shots == problem.settings.shots and seed == problem.settings.seeds[0]
+        state = self.folder / RESUME / f"{method}-{seed}-{shots}"
+        return METHODS[method].fit(Trial(problem, seed, problem.samples[seed, shots], report, state, curves))
+
+    def _compare(self, method: str, seed: int, answers: dict[str, Answer | None]) -> None:
+        """Add a seed's answers to the predictions, and summarise the method."""
+        protocol, of = self.problem.protocol, self.predictions.setdefault(method, {})
+        before = self.zero_shot.get(seed) or next(iter(self.zero_shot.values()))
+        for group, answer in answers.items():
+            if answer is None:
+                continue
+            items = slice(None) if answer.items is None else answer.items
+            if group not in of:
+                of[group] = Predictions(self.problem.groups[group].labels[items], [], [])
+            of[group].zero_shot.append(before[group].logits[items].argmax(-1))
+            of[group].rada.append(answer.logits.argmax(-1))
+        entry = self.results["methods"][method]
+        columns = [name for name in self.results["protocol"]["columns"] if entry["seeds"][0][name] is not None]
+        entry["summary"] = summarise(entry["seeds"], [*columns, "ece", "fit_seconds", "seconds"], protocol.harmonic)
+        entry["delta"] = delta(
+            {group: count_hits(*predictions) for group, predictions in of.items()},
+            harmonic=protocol.harmonic,
+            averaged=protocol.averaged,
+        )
+
+    def _scores(self, answers: dict[str, Answer | None]) -> tuple[dict[str, float | None], float]:
+        """The protocol's accuracies, None where an answer is missing, and the mean calibration error of the groups."""
+        protocol, accuracies, errors = self.problem.protocol, {}, []
+        for group, answer in answers.items():
+            if answer is not None:
+                labels = self.problem.groups[group].labels
+                labels = labels if answer.items is None else labels[answer.items]
+                accuracies[group] = top_k_accuracy(answer.logits, labels)
+                errors.append(expected_calibration_error(answer.logits, labels))
+        if len(accuracies) == len(answers):
+            return dict(protocol.scores(accuracies)), fmean(errors)
+        together = {"h": protocol.harmonic, "mean": protocol.averaged}
+        missing = {name: None for name, of in together.items() if of}
+        return {group: accuracies.get(group) for group in answers} | missing, fmean(errors)
+
+    def _store_epoch(self, method: str, seed: int, writers: Sequence[Any], numbers: dict) -> None:
+        row = {"method": method, "seed": seed, **{name: numbers.get(name) for name in EPOCH_COLUMNS}}
+        self.epochs.append(row)
         write_epochs(self.folder, self.epochs)
-        if writer is not None:
+        for writer in writers:
             for name in ("loss", "penalty", "train_accuracy", "val_accuracy"):
-                if numbers[name] is not None:
-                    writer.add_scalar(name, numbers[name], numbers["epoch"])
+                if row[name] is not None:
+                    writer.add_scalar(name, row[name], row["epoch"])
+        for callback in self.callbacks:
+            callback(dict(row))
 
     def explain(self) -> None:
-        """Add the origin of the gain, examples by the first seed's head, and the cost of a step."""
-        problem, settings, base = self.problem, self.problem.settings, self.problem.classes_of("base")
-        names = {half: problem.names_of(half) for half in problem.halves}
-        self.results["gain"] = gain(names, self.predictions)
-        self.results["examples"] = write_examples(
-            self.folder, self.heads[0], base, names["base"], problem.tests["base"], problem.test_splits["base"]
-        )
-        shape = StepShape(settings.tuning.batch_size, *base.text.shape)
-        backends = tuple(dict.fromkeys(("reference", str(self.choice))))
-        self.results["step"] = {
-            **asdict(shape),
-            "num_heads": settings.head.num_heads,
-            "dtype": "float32",
-            "threads": torch.get_num_threads(),
-            "costs": measure_step(backends, shape, settings.head, settings.tuning.alpha, problem.device),
-        }
-
-
-def prepare(settings: Settings) -> Problem:
-    """Load the data, draw every seed's sample, and compute the features of the run, each once."""
-    device = choose_device(settings.device)
-    source, origins = _load(settings)
-    base, new = base_new(len(source.class_names))
-    spec = model_spec(settings, source)
-    train = select_classes(source.train, base)
-    picks = {seed: _sample(train.labels, settings.shots, seed) for seed in settings.seeds}
-    start = time.perf_counter()
-    encoders = None if spec is None else spec.open(device)
-    if encoders is None:
-        scale = CLIP_LOGIT_SCALE if source.logit_scale is None else source.logit_scale
-        classes = Classes(cast(Tensor, source.text_features).to(device), scale)
-    else:
-        classes = encoders.classes(prompt_names(source.class_names))
-    samples = _encode_samples(encoders, train, picks)
-    halves = {"base": base, "new": new}
-    test_splits = {half: select_classes(source.test, ids) for half, ids in halves.items()}
-    return Problem(
-        settings=settings,
-        device=device,
-        source=source,
-        spec=spec,
-        backbone=source.name if encoders is None else encoders.backbone,
-        classes=classes,
-        halves=halves,
-        samples=samples,
-        tests=_encode_tests(encoders, source, test_splits),
-        test_splits=test_splits,
-        records=_records(settings, source, origins, train, picks),
-        encode_seconds=time.perf_counter() - start,
-    )
-
-
-def model_spec(settings: Settings, source: Source) -> ModelSpec | None:
-    """The encoders of a run, None for precomputed features."""
-    if source.train.features is not None:
-        if settings.model is not None:
-            raise ValueError(f"model: got {settings.model!r} with features:PATH; it takes none")
-        if source.text_features is None:
-            raise ValueError(
-                f"data: {settings.data} holds no 'text_features'; training on features takes one row per class"
+        """Add the shot curve, the origin of the gain, examples by the first seed's head, and the cost of a step."""
+        problem, settings = self.problem, self.problem.settings
+        if settings.curve:
+            self._add_shot_curve()
+        main = next(iter(self.heads), None)
+        if main is not None:
+            names = {name: group.class_names for name, group in problem.groups.items()}
+            self.results["gain"] = {"method": METHODS[main].label, **gain(names, self.predictions[main])}
+            group, seed = next(iter(problem.groups)), settings.seeds[0]
+            self.results["examples"] = write_examples(
+                self.folder, self.heads[main][0], problem.classes_of(group, seed), problem.groups[group]
             )
-        return None
-    if settings.model is None:
-        raise ValueError(
-            f"model: got none for {settings.data}; it takes a name of open_clip's, such as ViT-B-16 with a "
-            f"pretrained tag or file, or {DEMO_MODEL!r}"
-        )
-    return ModelSpec(settings.model, settings.pretrained, settings.templates)
+        trained = problem.trained_classes(settings.seeds[0])
+        shape = StepShape(settings.tuning.batch_size, *trained.text.shape)
+        backends = dict.fromkeys(("reference", str(self.choice)) if settings.measure else ())
+        if backends:
+            self.results["step"] = {
+                **asdict(shape),
+                "num_heads": settings.head.num_heads,
+                "dtype": "float32",
+                "threads": torch.get_num_threads(),
+                "costs": measure_step(
+                    tuple(backends), shape, problem.head_options, settings.tuning.alpha, problem.device
+                ),
+            }
 
+    def _add_shot_curve(self) -> None:
+        """The scores of each method at each number of shots; those of the run itself are not fitted again."""
+        problem, settings = self.problem, self.problem.settings
+        for method, entry in self.results["methods"].items():
+            done = {row["seed"]: row for row in entry["seeds"]}
+            columns = [name for name in self.results["protocol"]["columns"] if entry["seeds"][0][name] is not None]
 
-def _load(settings: Settings) -> tuple[Source, tuple[str, ...]]:
-    """The source with the classes of the run, and their names in the data."""
-    source = load_source(settings.data, seed=settings.seed, skip_bad=settings.skip_bad)
-    names = {name: name for name in source.class_names}
-    if settings.class_names is not None:
-        names = read_class_names(settings.class_names, source.class_names)
-    origin_of = {name: origin for origin, name in names.items()}
-    source = limit_classes(name_classes(source, names), settings.max_classes)
-    return source, tuple(origin_of[name] for name in source.class_names)
+            def scores(shots: int, seed: int, method=method, done=done, columns=columns) -> dict[str, float]:
+                if shots == settings.shots:
+                    return {name: done[seed][name] for name in columns}
+                fitted = self._fitted(method, seed, shots, lambda numbers: None)
+                found, _ = self._scores({group: fitted.answer(group) for group in problem.groups})
+                return {name: found[name] for name in columns}  # type: ignore[misc]
 
-
-def _sample(labels: Tensor, shots: int, seed: int) -> dict[str, Tensor]:
-    """Indices of training items, and of up to VAL_SHOTS validation items per class."""
-    train = few_shot(labels, shots, seed)
-    rest = torch.ones(len(labels), dtype=torch.bool)
-    rest[train] = False
-    rest = rest.nonzero().squeeze(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a class with fewer left
-        return {"train": train, "val": rest[few_shot(labels[rest], VAL_SHOTS, seed)]}
-
-
-def _encode_samples(
-    encoders: FeatureExtractor | None, train: Split, picks: dict[int, dict[str, Tensor]]
-) -> dict[int, Sample]:
-    """The features of each seed's items, each encoded once."""
-    needed = torch.cat([index for pick in picks.values() for index in pick.values()]).unique()
-    features = split_features(encoders, train, needed, "encode training images")
-
-    def labelled(index: Tensor) -> Labelled:
-        return Labelled(features[torch.searchsorted(needed, index)], train.labels[index])
-
-    return {
-        seed: Sample(labelled(pick["train"]), labelled(pick["val"]) if len(pick["val"]) else None)
-        for seed, pick in picks.items()
-    }
-
-
-def _encode_tests(encoders: FeatureExtractor | None, source: Source, splits: dict[str, Split]) -> dict[str, Labelled]:
-    for half, split in splits.items():
-        if not len(split):
-            raise ValueError(
-                f"data: {source.name} has no test image of its {half} classes; it takes some of both halves"
-            )
-    return {
-        half: Labelled(
-            split_features(encoders, split, torch.arange(len(split)), f"encode {half} test images"), split.labels
-        )
-        for half, split in splits.items()
-    }
-
-
-def _records(
-    settings: Settings, source: Source, origins: tuple[str, ...], train: Split, picks: dict[int, dict[str, Tensor]]
-) -> dict[int, SplitRecord]:
-    """The split record of each seed. Warns of test items that are training items too."""
-    test = items_of(source.test, origins)
-    records = {}
-    for seed, pick in picks.items():
-        items = {name: items_of(subset(train, index), origins) for name, index in pick.items()}
-        both = contents(items["train"]) & contents(test)
-        if both:
-            warnings.warn(
-                f"data: seed {seed} is trained on {len(both)} items that are in the test split too, by other names: "
-                "the accuracies count them",
-                stacklevel=3,
-            )
-        records[seed] = SplitRecord(
-            data=settings.data,
-            data_seed=settings.seed,
-            skip_bad=settings.skip_bad,
-            max_classes=settings.max_classes,
-            shots=settings.shots,
-            seed=seed,
-            content=content_of(source.test),
-            origins=origins,
-            class_names=source.class_names,
-            test=test,
-            **items,
-        )
-    return records
+            shots = sorted({settings.shots, *settings.curve})
+            self.results["shot_curve"][method] = shot_curve(scores, shots=shots, seeds=settings.seeds)
+            self.write()
 
 
 def _describe(problem: Problem) -> dict[str, dict]:
     """The entries "data" and "model" of the results."""
-    source, (train, val) = problem.source, next(iter(problem.samples.values()))
+    source, seed = problem.source, problem.settings.seeds[0]
+    sample, classes = problem.samples[seed, problem.settings.shots], problem.trained_classes(seed)
     return {
         "data": {
             "name": source.name,
             "attribution": source.attribution,
-            "base_classes": len(problem.halves["base"]),
-            "new_classes": len(problem.halves["new"]),
-            "train_images": len(train.labels),
-            "val_images": 0 if val is None else len(val.labels),
-            "base_test_images": len(problem.tests["base"].labels),
-            "new_test_images": len(problem.tests["new"].labels),
+            "classes": len(source.class_names),
+            "trained_classes": len(problem.protocol.train_ids),
+            "train_images": len(sample.train.labels),
+            "val_images": 0 if sample.val is None else len(sample.val.labels),
+            "test_classes": {name: len(group.class_names) for name, group in problem.groups.items()},
+            "test_images": {name: len(group.labels) for name, group in problem.groups.items()},
+            "class_features": "texts" if problem.classes is not None else "means of the training images",
             "skipped": list(source.skipped),
         },
         "model": {
             "backbone": problem.backbone,
-            "embed_dim": problem.classes.text.shape[1],
-            "logit_scale": problem.classes.logit_scale,
-            "logit_bias": problem.classes.logit_bias,
+            "embed_dim": classes.text.shape[1],
+            "logit_scale": classes.logit_scale,
+            "logit_bias": classes.logit_bias,
+            "loss": problem.loss_name,
+            "penalty": problem.head_options.penalty,
         },
     }
-
-
-def _tensorboard_writer() -> Callable:
-    return require("torch.utils.tensorboard", "tensorboard", "--tensorboard").SummaryWriter

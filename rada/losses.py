@@ -89,6 +89,9 @@ class ContrastiveLoss(PenalizedLoss):
         return (F.cross_entropy(pairs, own) + F.cross_entropy(pairs.T, own)) / 2
 
 
+LOSSES = {"cross-entropy": CrossEntropy, "contrastive": ContrastiveLoss, "sigmoid": SigmoidLoss}
+
+
 class Views(NamedTuple):
     """What one model makes of a batch."""
 

@@ -1,4 +1,4 @@
-"""Opening encoders: an open_clip model, by its name or as an object, or the demo's."""
+"""Opening encoders: an open_clip model, by its name or as an object; a transformers model; or the demo's."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from torch import nn
 from rada.data.images import to_rgb
 from rada.encoders import FeatureExtractor, vocabulary_size
 from rada.extras import require
+from rada.precision import autocast_dtype, check_precision, lower_weights
 from rada.templates import DEFAULT_TEMPLATES, check_templates
 
 CLIP_VOCABULARY = 49408
 PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
 DEMO_MODEL = "demo"
+TRANSFORMERS = "transformers:"
 # An open_clip model: its towers have no annotations.
 OpenCLIP = Any
 # The name of the package in error messages.
@@ -30,7 +32,8 @@ USER = "an open_clip model"
 class ModelSpec:
     """The name of encoders, as checkpoints store it.
 
-    name: "demo" (the small model of `rada.demo`), or a name that open_clip takes.
+    name: "demo" (the small model of `rada.demo`), a name that open_clip takes, or "transformers:NAME" (CLIP, SigLIP or
+        SigLIP 2 of transformers, by its name there or its folder).
     pretrained: a tag of open_clip's or the path of a checkpoint, as for `open_model`.
     templates: prompt templates.
     """
@@ -39,17 +42,42 @@ class ModelSpec:
     pretrained: str | None = None
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
 
-    def open(self, device: torch.device) -> FeatureExtractor:
-        """The encoders, frozen."""
-        if self.name != DEMO_MODEL:
-            return open_model(self.name, pretrained=self.pretrained, templates=self.templates, device=device)
-        from rada.demo import load_demo_model
+    def open(self, device: torch.device, precision: str = "fp32") -> FeatureExtractor:
+        """The encoders, frozen. precision: see `rada.precision`."""
+        check_precision(precision)
+        encoders = self._open(device, precision)
+        encoders.spec = self
+        encoders.amp = autocast_dtype(precision, device) if precision == "amp" else None
+        return encoders
 
+    def _open(self, device: torch.device, precision: str) -> FeatureExtractor:
+        own = self.name == DEMO_MODEL or self.name.startswith(TRANSFORMERS)
+        if not own:
+            weights = "fp32" if precision == "amp" else precision
+            return open_model(
+                self.name, pretrained=self.pretrained, templates=self.templates, device=device, precision=weights
+            )
         if self.pretrained is not None:
-            raise ValueError(f"pretrained: got {self.pretrained!r}; the model 'demo' brings its own weights")
-        model, preprocess, tokenizer = load_demo_model(device)
+            raise ValueError(f"pretrained: got {self.pretrained!r}; the model {self.name!r} brings its own weights")
+        model: Any
+        if self.name == DEMO_MODEL:
+            from rada.demo import load_demo_model
+
+            model, preprocess, tokenizer = load_demo_model(device)
+            backbone = "rada-demo"
+        else:
+            from rada.huggingface import HuggingFaceEncoder
+
+            backbone = self.name.removeprefix(TRANSFORMERS)
+            model = HuggingFaceEncoder.from_pretrained(backbone)
+            preprocess, tokenizer = model.preprocess, model.tokenizer
         return open_model(
-            model, templates=self.templates, preprocess=preprocess, tokenizer=tokenizer, backbone="rada-demo"
+            lower_weights(model, precision),
+            templates=self.templates,
+            preprocess=preprocess,
+            tokenizer=tokenizer,
+            device=device,
+            backbone=backbone,
         )
 
 
@@ -84,7 +112,10 @@ def open_model(
     """
     templates = check_templates(templates)
     own_preprocess: Callable | None
+    spec = None
     if isinstance(model_or_name, str):
+        if preprocess is None and tokenizer is None:
+            spec = ModelSpec(model_or_name, None if pretrained is None else os.fspath(pretrained), templates)
         model, own_preprocess, own_backbone = _create(model_or_name, pretrained, precision, device)
         if tokenizer is None:
             tokenizer = require("open_clip", "clip", USER).get_tokenizer(model_or_name)
@@ -103,13 +134,15 @@ def open_model(
         model.requires_grad_(False)
     if isinstance(decoder := getattr(model, "text_decoder", None), nn.Module):
         decoder.requires_grad_(False)
-    return FeatureExtractor(
+    encoders = FeatureExtractor(
         model,
         tokenizer=tokenizer,
         templates=templates,
         preprocess=preprocess or own_preprocess,
         backbone=own_backbone if backbone is None else backbone,
     )
+    encoders.spec = spec
+    return encoders
 
 
 def _create(name: str, pretrained, precision: str, device) -> tuple[nn.Module, Callable, str]:

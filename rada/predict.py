@@ -6,6 +6,8 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,17 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rada.checkpoint import Checkpoint, load_checkpoint
+from rada.data.classes import prompt_names, read_names
 from rada.data.features import feature_shards
 from rada.data.folder import EXTENSIONS
 from rada.data.images import ImageFiles, read_image
 from rada.data.source import Images
-from rada.encoders import feature_batches
+from rada.encoders import FeatureExtractor, feature_batches
 from rada.evaluate import load_test
 from rada.extras import require
 from rada.files import replacing
+from rada.losses import LOSSES
 
 SUFFIXES = (".parquet", ".jsonl")
 Rows = dict[str, list]  # columns of equal length
+Opener = Callable[[], FeatureExtractor]
 
 
 class Items(NamedTuple):
@@ -43,6 +48,7 @@ def predict_to_file(
     data: str | None = None,
     images: Path | None = None,
     top_k: int = 5,
+    class_names: str | Path | None = None,
     batch_size: int = 256,
     device: str = "auto",
     backend: str = "auto",
@@ -54,8 +60,11 @@ def predict_to_file(
     data: a source whose test items are predicted, see `rada.evaluate.load_test`; or features:PATH of a .npy file or of
         a folder with img_emb and without metadata.
     images: an image, or a folder searched for images. Exactly one of data and images.
+    class_names: a file of names, one a line, that the text tower encodes: the classes to choose among in place of the
+        checkpoint's.
     output: .parquet or .jsonl with item (a name, or the row's number), label (where the data have one), classes and
-        probabilities (lists of top_k, or of K where there are fewer classes; best first). It appears when whole.
+        probabilities (lists of top_k, or of K where there are fewer classes; best first; SigLIP's are sigmoids). It
+        appears when whole.
 
     Returns items, seconds, items_per_second, device, backend, skipped. Raises ValueError, FileNotFoundError or
     FileExistsError naming what is wrong; the file of an earlier call stays unless overwrite.
@@ -65,11 +74,15 @@ def predict_to_file(
     if (data is None) == (images is None):
         raise ValueError("data, images: got both or none; it takes exactly one of them")
     trained = load_checkpoint(checkpoint, device=device, backend=backend)
+    open_model = cache(trained.open_model)
     if data is not None:
-        items = _from_data(trained, data, batch_size, skip_bad)
+        items = _from_data(trained, data, batch_size, skip_bad, open_model)
     else:
-        items = _from_images(trained, Path(cast(Path, images)), batch_size, skip_bad)
-    choice = trained.head.backend_for(trained.classes.text)
+        items = _from_images(trained, Path(cast(Path, images)), batch_size, skip_bad, open_model)
+    if class_names is not None:
+        names = read_names(class_names)
+        trained = replace(trained, class_names=names, classes=open_model().classes(prompt_names(names)))
+    choice = trained.rada.backend_for(trained.classes.text)
     print(f"predict on {trained.device}, backend {choice}")
     start, done = time.perf_counter(), 0
     with (
@@ -106,14 +119,14 @@ def _best_classes(trained: Checkpoint, features: Tensor, count: int) -> Rows:
     """The `count` most probable classes of features [B, D], best first."""
     trained.check_width(features)
     features = features.to(trained.device, trained.classes.text.dtype)
-    with torch.no_grad():
+    with torch.no_grad(), trained.autocast():
         logits = trained.head(features, *trained.classes)
-    best = logits.float().softmax(-1).topk(min(count, logits.shape[1]))
+    best = LOSSES[trained.loss]().probabilities(logits.float()).topk(min(count, logits.shape[1]))
     classes = [[trained.class_names[i] for i in row] for row in best.indices.tolist()]
     return {"classes": classes, "probabilities": best.values.tolist()}
 
 
-def _from_data(trained: Checkpoint, data: str, batch_size: int, skip_bad: bool) -> Items:
+def _from_data(trained: Checkpoint, data: str, batch_size: int, skip_bad: bool, open_model: Opener) -> Items:
     kind, _, path = data.partition(":")
     folder = Path(path).expanduser()
     bare = folder.suffix == ".npy" or ((folder / "img_emb").is_dir() and not (folder / "metadata").is_dir())
@@ -126,12 +139,12 @@ def _from_data(trained: Checkpoint, data: str, batch_size: int, skip_bad: bool) 
     if test.features is not None:
         batches = iter(test.features.split(batch_size))
     else:
-        batches = feature_batches(trained.open_model(), cast(Images, test.images), batch_size=batch_size, quiet=True)
+        batches = feature_batches(open_model(), cast(Images, test.images), batch_size=batch_size, quiet=True)
     labels = [source.class_names[label] for label in test.labels]
     return Items(test.names or range(len(test)), batches, labels, list(source.skipped))
 
 
-def _from_images(trained: Checkpoint, path: Path, batch_size: int, skip_bad: bool) -> Items:
+def _from_images(trained: Checkpoint, path: Path, batch_size: int, skip_bad: bool, open_model: Opener) -> Items:
     if not path.exists():
         raise FileNotFoundError(f"images: {path}: no such file or folder")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
@@ -141,7 +154,7 @@ def _from_images(trained: Checkpoint, path: Path, batch_size: int, skip_bad: boo
     files = [file for file in files if readable[file]]
     if not files:
         raise ValueError(f"images: {path} holds no readable image")
-    batches = feature_batches(trained.open_model(), ImageFiles(files), batch_size=batch_size, quiet=True)
+    batches = feature_batches(open_model(), ImageFiles(files), batch_size=batch_size, quiet=True)
     return Items(files, batches, None, [str(file) for file, good in readable.items() if not good])
 
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rada.classification import Classes
+from rada.encoders import FeatureExtractor
 from rada.losses import PromptSRC, Views
 
 CONTEXT = "a photo of a"
@@ -186,6 +188,32 @@ class PromptedEncoder(nn.Module):
         super().train(mode)
         self.model.eval()
         return self
+
+
+class PromptedExtractor(FeatureExtractor):
+    """Encoders under a learned prompt, for use after training: class features are `PromptedHead.class_features`.
+
+    encoders: the frozen ones. prompt: the PromptLearner made for their model; it no longer requires a gradient.
+    """
+
+    def __init__(self, encoders: FeatureExtractor, prompt: PromptLearner):
+        super().__init__(
+            PromptedEncoder(encoders.model, prompt.requires_grad_(False)),
+            tokenizer=encoders.tokenizer,
+            templates=encoders.templates,
+            preprocess=encoders.preprocess,
+            backbone=encoders.backbone,
+        )
+        for name in ("spec", "amp", "batch_size", "workers"):
+            setattr(self, name, getattr(encoders, name))
+        self.frozen = encoders
+
+    def classes(self, class_names: Sequence[str]) -> Classes:
+        """The classes of these names: half prompted, half as the frozen encoders have them."""
+        frozen = self.frozen.classes(class_names)
+        tuned = PromptedHead(self.model, nn.Identity(), class_names)
+        with torch.no_grad():
+            return frozen._replace(text=tuned.class_features(frozen.text))
 
 
 class PromptedHead(nn.Module):

@@ -2,9 +2,10 @@
 
 results.json           settings, environment, accuracies, step costs: everything in the tables
 epochs.csv             loss and accuracies of every epoch of every seed
-seed-N/                the checkpoint of each seed, see `rada.checkpoint`
+seed-N/                the checkpoint of each seed, see `rada.checkpoint`; of other methods than rada in seed-N/METHOD
 examples/              images, rational matrices and masks of the report, see `rada.examples`
 tensorboard/           event files, on request
+resume/                the states of a run that was stopped
 figures/, index.html   the report, drawn from the files above by `rada.report`
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,9 +24,9 @@ from rada.checkpoint import seed_folders
 from rada.files import read_json, write_text
 
 RESULTS, EPOCHS, PAGE = "results.json", "epochs.csv", "index.html"
-EXAMPLES, FIGURES, TENSORBOARD = "examples", "figures", "tensorboard"
+EXAMPLES, FIGURES, TENSORBOARD, RESUME = "examples", "figures", "tensorboard", "resume"
 FORMAT = "rada-run"
-FORMAT_VERSION = 2  # of results.json
+FORMAT_VERSION = 3  # of results.json
 
 
 def load_results(folder: Path) -> dict:
@@ -41,8 +43,22 @@ def write_epochs(folder: Path, rows: Sequence[dict]) -> None:
     write_text(folder / EPOCHS, text.getvalue())
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise FileExistsError unless a run may be written to the folder `output`."""
+def check_output(output: Path, overwrite: bool, resume: bool = False, settings: dict | None = None) -> None:
+    """Raise FileExistsError unless a run may be written to the folder `output`.
+
+    resume: it holds a run of the same settings that is not complete. Raises ValueError naming the setting that differs.
+    """
+    if resume:
+        stored = load_results(output)
+        if stored["status"] == "complete":
+            raise FileExistsError(f"resume: the run in {output} is complete; it takes one that was stopped")
+        now = json.loads(json.dumps(settings))
+        for name, value in now.items():
+            if stored["settings"].get(name) != value:
+                raise ValueError(
+                    f"{name}: got {value!r}; the run to resume in {output} takes {stored['settings'].get(name)!r}"
+                )
+        return
     if not output.exists():
         return
     if not output.is_dir():
@@ -94,7 +110,7 @@ def free_output(folder: Path) -> Path:
 
 def _remove_run(output: Path) -> None:
     """Remove the files of a run, and no others."""
-    for path in (*output.glob("seed-*"), *(output / name for name in (EXAMPLES, FIGURES, TENSORBOARD))):
+    for path in (*output.glob("seed-*"), *(output / name for name in (EXAMPLES, FIGURES, TENSORBOARD, RESUME))):
         if path.is_dir():
             shutil.rmtree(path)
     for name in (RESULTS, EPOCHS, PAGE):

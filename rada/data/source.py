@@ -48,11 +48,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Recommended:
-    """Recommended settings for a data set: the name of the encoders, the number of classes, entries of `Tuning`."""
+    """Recommended settings for a data set, by the names of `rada.problem.Settings`.
+
+    tuning, full: entries of `Tuning` and of `FullTuning`.
+    """
 
     model: str | None = None
     max_classes: int = 0  # all
+    shots: int = 16
+    protocol: str = "all"
+    methods: tuple[str, ...] = ("rada",)
+    adapt_images: int = 0  # all
     tuning: dict[str, float] = field(default_factory=dict)
+    full: dict[str, float] = field(default_factory=dict)
 
 
 def digest(content: bytes) -> str:

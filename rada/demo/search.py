@@ -22,8 +22,8 @@ from tqdm import tqdm
 from rada.classification import Classes, Labelled, accuracy, predict_labels
 from rada.data import Split, base_new, few_shot, harmonic_mean, load_source, recommended, select_classes, subset
 from rada.data.classes import limit_classes
+from rada.data.source import Recommended
 from rada.encoders import split_features
-from rada.experiment import Settings
 from rada.fused import RAdaHead
 from rada.models import DEMO_MODEL, ModelSpec
 from rada.tuning import Tuning, tune_head
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=LRS, help=f"learning rates, by default {LRS}")
     parser.add_argument("--alpha", type=float, nargs="+", default=ALPHAS, help=f"α, by default {ALPHAS}")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="a cut and two trainings each")
-    parser.add_argument("--shots", type=int, default=Settings.shots, help="training images per class")
+    parser.add_argument("--shots", type=int, default=Recommended.shots, help="training images per class")
     args = parser.parse_args()
 
     grid = [Tuning(batch_size=BATCH_SIZE, lr=lr, alpha=alpha) for lr in args.lr for alpha in args.alpha]

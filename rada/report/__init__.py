@@ -17,6 +17,7 @@ def write_report(folder: Path) -> Path:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from rada.report.figures import draw_figures
+    from rada.report.tables import interval, mean_std, notes
 
     results = load_results(folder)
     figures = draw_figures(Path(folder), results)
@@ -25,5 +26,10 @@ def write_report(folder: Path) -> Path:
         lstrip_blocks=True,
     )  # fmt: skip
     path = Path(folder) / PAGE
-    write_text(path, environment.get_template("page.html.j2").render(r=results, figures=figures))
+    write_text(
+        path,
+        environment.get_template("page.html.j2").render(
+            r=results, figures=figures, notes=notes(results), mean_std=mean_std, interval=interval
+        ),
+    )
     return path

@@ -16,6 +16,7 @@ from rada.files import replacing
 from rada.runs import FIGURES
 
 ZERO_SHOT, RADA, TRAIN, INK = "#9aa3ad", "#1f6f8b", "#d98a29", "#22303c"
+GROUPS = (RADA, TRAIN, "#6b8e4e", "#8a5a9e", "#b5483f", INK)
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -32,6 +33,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
     "legend.frameon": False,
 }
+HEADINGS = {"h": "H"}
 PAIRS_SHOWN = 10
 EXAMPLE_CAPTION = (
     "One image against two classes. A class's logit is the sum of D products of features, the row s·R. The learned "
@@ -52,21 +54,21 @@ def draw_figures(folder: Path, results: dict) -> list[dict]:
         figures.append({"file": f"{FIGURES}/{name}", "title": title, "caption": caption})
 
     with matplotlib.rc_context(STYLE):
-        if results["summary"]:
+        if any(entry["summary"] for entry in results["methods"].values()):
             keep(
-                "accuracy.png",
-                accuracy_figure(results),
-                "Base, new and their harmonic mean",
-                "Bars: zero-shot, and the mean over the seeds. Dots: the single seeds. Whiskers: one std.",
+                "methods.png",
+                methods_figure(results),
+                "Methods side by side",
+                "Bars: the mean over the seeds. Whiskers: one std. Dots: the single seeds. The grey line is zero-shot.",
             )
         if results.get("epochs"):
             keep(
                 "epochs.png",
                 epochs_figure(results),
                 "Accuracy per epoch",
-                "Thin lines: the seeds; thick lines: their mean. Epoch 0 is before training, where the head is exactly "
-                "zero-shot. Validation images are training-split images of the base classes outside the few shots; "
-                "nothing is chosen by them. The first epoch is the warm-up at a very small learning rate.",
+                "Of the first method with epochs. Thin lines: the seeds; thick lines: their mean. Epoch 0 is before "
+                "training, where the head is exactly zero-shot. Validation images are training-split images of the "
+                "trained classes outside the few shots. The first epoch is a warm-up at a small learning rate.",
             )
         for number, example in enumerate(results.get("examples") or [], 1):
             keep(
@@ -79,47 +81,113 @@ def draw_figures(folder: Path, results: dict) -> list[dict]:
             keep(
                 "gain.png",
                 gain_figure(results["gain"]),
-                "Where the gain comes from",
+                f"Where the gain comes from: {results['gain']['method']}",
                 "Left: how accuracy changes for classes that zero-shot finds rarely and for those it finds often; n "
                 "classes in each group. Right: true class ← taken for; the confusions that were repaired, "
-                "and new ones that were made, most frequent first, in test images per seed (base and new).",
+                "and new ones that were made, most frequent first, in test images per seed.",
+            )
+        if results.get("shot_curve"):
+            keep(
+                "shots.png",
+                shots_figure(results),
+                "Accuracy by the number of shots",
+                "Mean over the seeds; bands: its 95 % interval by Student's t over the seeds. More shots add images to "
+                "the fewer.",
+            )
+        curves = {name: rows for entry in results["methods"].values() for name, rows in entry["curves"].items()}
+        if "wise_ft" in curves:
+            keep(
+                "wise-ft.png",
+                curve_figure(results, curves["wise_ft"], "alpha", "α: 0 is the start, 1 the fine-tuned weights"),
+                "WiSE-FT: weights between the start and the fine-tuned ones",
+                "The first seed's. No α was chosen here; without other images WiSE-FT takes 0.5.",
+            )
+        if "adaptation" in curves:
+            keep(
+                "adaptation.png",
+                curve_figure(results, curves["adaptation"], "steps", "optimizer steps per test image"),
+                "Test-time training by its steps",
+                "The first seed's, on the test images drawn for it. 0 is before adaptation; one step is TPT's choice, "
+                "and that of the table.",
             )
     return figures
 
 
-def accuracy_figure(results: dict) -> Figure:
+def methods_figure(results: dict) -> Figure:
+    """A panel per column of the results' table, a bar per method."""
+    columns = results["protocol"]["columns"]
+    entries = [entry for entry in results["methods"].values() if entry["summary"]]
+    figure = Figure(figsize=(3.4 + 2.6 * len(columns), 1.6 + 0.42 * len(entries)), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(columns), sharey=True))
+    for axes, column in zip(panels, columns, strict=True):
+        before = results["zero_shot"][column]
+        axes.axvline(before, color=ZERO_SHOT, linewidth=2)
+        axes.set_title(f"{HEADINGS.get(column, column)}: accuracy in %, zero-shot {before:.1f}")
+        high = before
+        for place, entry in enumerate(entries):
+            if column not in entry["summary"]:
+                axes.annotate("–", (0, place), (4, 0), textcoords="offset points", va="center")
+                continue
+            mean, std = entry["summary"][column]["mean"], entry["summary"][column]["std"] or 0
+            axes.barh(place, mean, 0.66, color=RADA, xerr=std, ecolor=INK, capsize=3)
+            values = [row[column] for row in entry["seeds"]]
+            axes.scatter(values, [place] * len(values), s=12, color="white", edgecolor=INK, zorder=3)
+            top = max(*values, mean + std)
+            axes.annotate(f"{mean:.1f}", (top, place), (5, 0), textcoords="offset points", va="center", weight="bold")
+            high = max(high, top)
+        axes.set_xlim(0, 1.2 * high or 1)
+        axes.grid(axis="x")
+    panels[0].set_yticks(range(len(entries)), [entry["label"] for entry in entries])
+    panels[0].invert_yaxis()
+    return figure
+
+
+def shots_figure(results: dict) -> Figure:
+    """A panel per column, a line per method with the interval of its mean, over the number of shots."""
+    columns = results["protocol"]["columns"]
+    figure = Figure(figsize=(1.2 + 3.4 * len(columns), 3.8), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(columns)))
+    for axes, column in zip(panels, columns, strict=True):
+        axes.axhline(results["zero_shot"][column], color=ZERO_SHOT, linewidth=2, label="zero-shot")
+        for method, rows in results["shot_curve"].items():
+            if column not in rows[0]["scores"]:
+                continue
+            shots = [row["shots"] for row in rows]
+            scores = [row["scores"][column] for row in rows]
+            label = results["methods"][method]["label"]
+            (line,) = axes.plot(shots, [s["mean"] for s in scores], marker="o", markersize=4, label=label)
+            if all(s["low"] is not None for s in scores):
+                low, high = ([s[end] for s in scores] for end in ("low", "high"))
+                axes.fill_between(shots, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(shots, shots)
+        axes.set_xlabel("shots")
+        axes.set_title(f"{HEADINGS.get(column, column)}: accuracy in %")
+        axes.grid()
+    panels[-1].legend(fontsize=8)
+    return figure
+
+
+def curve_figure(results: dict, rows: list[dict], key: str, label: str) -> Figure:
+    """Accuracies of the results' columns over the entry `key` of rows: WiSE-FT's curve, or that of an adaptation."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
-    columns = {"base": "base", "new": "new", "h": "H"}
-    at, width = np.arange(len(columns)), 0.36
-    zero_shot = [results["zero_shot"][c] for c in columns]
-    mean = [results["summary"][c]["mean"] for c in columns]
-    std = [results["summary"][c]["std"] or 0 for c in columns]
-    axes.bar(at - width / 2, zero_shot, width, color=ZERO_SHOT, label="zero-shot")
-    axes.bar(at + width / 2, mean, width, color=RADA, label="RAda", yerr=std, capsize=4, ecolor=INK)
-    for i, column in enumerate(columns):
-        values = [row[column] for row in results["seeds"]]
-        offsets = np.linspace(-0.08, 0.08, len(values)) if len(values) > 1 else [0]
-        axes.scatter(i + width / 2 + np.array(offsets), values, s=16, color="white", edgecolor=INK, zorder=3)
-        axes.annotate(
-            f"{zero_shot[i]:.1f}", (i - width / 2, zero_shot[i]), (0, 3), textcoords="offset points", ha="center"
-        )
-        top = max(*values, mean[i] + std[i])
-        axes.annotate(
-            f"{mean[i]:.1f}", (i + width / 2, top), (0, 5), textcoords="offset points", ha="center", weight="bold"
-        )
-    axes.set_xticks(at, columns.values())
-    axes.set_ylabel("accuracy in %")
-    axes.set_ylim(0, min(112, 1.2 * max(*zero_shot, *mean)))
-    axes.grid(axis="y")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    for column in results["protocol"]["columns"]:
+        values = [row[column] for row in rows]
+        axes.plot([row[key] for row in rows], values, marker="o", markersize=4, label=HEADINGS.get(column, column))
+    axes.set_xticks([row[key] for row in rows])
+    axes.set_xlabel(label)
+    axes.set_title("accuracy in %")
+    axes.grid()
+    axes.legend()
     return figure
 
 
 def epochs_figure(results: dict) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    rows = results["epochs"]
+    method = results["epochs"][0]["method"]
+    rows = [row for row in results["epochs"] if row["method"] == method]
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
 
     def lines(axes, key: str, colour: str, label: str) -> None:
@@ -202,19 +270,21 @@ def gain_figure(gain: dict) -> Figure:
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     edges = ((0, 1e-9, "0"), (1e-9, 50, "0-50"), (50, 75, "50-75"), (75, 100, "75-100"), (100, 101, "100"))
-    colours = {"base": RADA, "new": TRAIN}
-    for shift, (half, colour) in zip((-0.2, 0.2), colours.items(), strict=True):
+    groups = list(gain["repaired_images"])
+    width = 0.8 / len(groups)
+    for number, group in enumerate(groups):
+        shift, colour = (number - (len(groups) - 1) / 2) * width, GROUPS[number % len(GROUPS)]
         for i, (low, high, _) in enumerate(edges):
-            rows = [r for r in gain["classes"] if r["half"] == half and low <= r["zero_shot"] < high]
+            rows = [r for r in gain["classes"] if r["group"] == group and low <= r["zero_shot"] < high]
             if not rows:
                 continue
             change = fmean(r["rada"] - r["zero_shot"] for r in rows)
             left.bar(
                 i + shift,
                 change,
-                0.36,
+                0.9 * width,
                 color=colour,
-                label=half if half not in left.get_legend_handles_labels()[1] else None,
+                label=group if group not in left.get_legend_handles_labels()[1] else None,
             )
             down = change < 0
             left.annotate(f"{len(rows)}", (i + shift, change), (0, -4 if down else 3), textcoords="offset points",
@@ -233,7 +303,7 @@ def gain_figure(gain: dict) -> Figure:
         right.barh(i, sign * pair["images"], 0.7, color=RADA if sign > 0 else "#b5483f")
     right.set_yticks(
         range(len(pairs)),
-        [f"{_short(p['name'])} ← {_short(p['taken_for'])} ({p['half']})" for p, _ in pairs],
+        [f"{_short(p['name'])} ← {_short(p['taken_for'])} ({p['group']})" for p, _ in pairs],
         fontsize=8,
     )
     right.invert_yaxis()
@@ -241,8 +311,8 @@ def gain_figure(gain: dict) -> Figure:
     right.grid(axis="x")
     right.set_xlabel("test images per seed: repaired (right), newly wrong (left)")
     counts = (
-        f"{half}: {gain['repaired_images'][half]:.0f} repaired, {gain['broken_images'][half]:.0f} newly wrong"
-        for half in colours
+        f"{group}: {gain['repaired_images'][group]:.0f} repaired, {gain['broken_images'][group]:.0f} newly wrong"
+        for group in groups
     )
     right.set_title("\n".join(counts))
     return figure

@@ -1,59 +1,122 @@
-"""The tables of a run and of an evaluation on the terminal."""
+"""The tables of a run, an evaluation and an adaptation on the terminal."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("base", "new", "h")
+HEADINGS = {"h": "H"}
+# Of a table of a run, where the output is no terminal that has a width.
+WIDTH = 100
 
 
 def print_evaluation(results: dict) -> None:
-    """The accuracies of a stored head, as `rada.evaluate.evaluate_checkpoint` returns them."""
+    """The accuracies of a checkpoint, as `rada.evaluate.evaluate_checkpoint` returns them."""
     title = f"{results['data']}: accuracy in % (device {results['device']}, backend {results['backend']})"
-    table = _table(title, "", "base", "new", "H", "all")
+    columns = list(results["rada"])
+    table = _table(title, "", *(HEADINGS.get(name, name.replace("ece", "ECE")) for name in columns))
     for name, label in (("zero_shot", "zero-shot"), ("rada", "RAda")):
-        table.add_row(label, *(f"{results[name][column]:.2f}" for column in (*COLUMNS, "all")))
+        table.add_row(label, *(f"{results[name][column]:.2f}" for column in columns))
     console = Console()
     console.print(table)
-    print("test items: " + ", ".join(f"{count} {half}" for half, count in results["test_items"].items()))
+    print("test items: " + ", ".join(f"{count} {group}" for group, count in results["test_items"].items()))
+    _print_attribution(console, results["attribution"])
+
+
+def print_adaptation(results: dict) -> None:
+    """What test-time training did, as `rada.adapt` returns it."""
+    counts = f"{results['images']} images, {results['kept']} of {results['views']} views kept"
+    title = f"{results['data']}: test-time training on {counts}"
+    table = _table(title, "", "top-1 in %", "top-5 in %", "ECE in %")
+    for name, label in (("zero_shot", "zero-shot"), ("rada", "head as it is"), ("adapted", "adapted")):
+        table.add_row(label, *(f"{results[name][column]:.2f}" for column in ("top1", "top5", "ece")))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{results['images_per_s']:.1f} images/s with their views' encoding, {results['adapted_per_s']:.1f} without "
+        f"(device {results['device']}, backend {results['backend']})",
+        highlight=False,
+    )
     _print_attribution(console, results["attribution"])
 
 
 def print_run(results: dict) -> None:
-    """The tables of a run: accuracies, and what a step costs."""
+    """The tables of a run: accuracies of all methods, and what a step costs."""
     console, data = Console(), results["data"]
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    tested = ", ".join(
+        f"{count} {name} ({data['test_classes'][name]} classes)" for name, count in data["test_images"].items()
+    )
     console.print(
-        f"{data['name']}: {data['base_classes']} base and {data['new_classes']} new classes, "
-        f"{data['train_images']} training images, tested on {data['base_test_images']} + {data['new_test_images']}; "
-        f"{results['model']['backbone']} on {results['device']}, backend {results['backend']}",
+        f"{data['name']}: {data['trained_classes']} of {data['classes']} classes trained on {data['train_images']} "
+        f"images, tested on {tested}; {results['model']['backbone']} on {results['device']}, backend "
+        f"{results['backend']}",
         highlight=False,
     )
     if data["skipped"]:
         console.print(f"{len(data['skipped'])} unreadable images left out, the first {data['skipped'][0]}")
-    console.print(_accuracies(results))
-    console.print("H of a row is that row's own; its mean ± std is over the seeds' H.", style="dim")
-    if results["summary"]:
-        over = results["summary"]["delta"]["over"]
-        console.print(f"Interval: bootstrap over {over}, a class with all its test images.", style="dim")
+    console.print(_methods(results))
+    for line in notes(results):
+        console.print(line, style="dim", highlight=False)
+    for method, rows in results["shot_curve"].items():
+        console.print(_shots(results, results["methods"][method]["label"], rows))
     if results["step"]:
         console.print(_costs(results["step"], results["device"]))
     _print_attribution(console, data["attribution"])
 
 
-def _accuracies(results: dict) -> Table:
-    table = _table("accuracy in % (H = harmonic mean of base and new)", "", "base", "new", "H")
-    table.add_row("zero-shot", *(f"{results['zero_shot'][c]:.2f}" for c in COLUMNS), end_section=True)
-    for row in results["seeds"]:
-        table.add_row(f"RAda, seed {row['seed']}", *(f"{row[c]:.2f}" for c in COLUMNS))
-    if summary := results["summary"]:
-        delta = summary["delta"]
-        table.add_section()
-        table.add_row("RAda, mean ± std", *(_mean_std(summary[c]) for c in COLUMNS), style="bold")
-        table.add_row("RAda, H of the means", "", "", f"{summary['h_of_means']:.2f}")
-        table.add_section()
-        table.add_row("RAda, Δ to zero-shot", *(f"{delta[c]['mean']:+.2f}" for c in COLUMNS), style="bold")
-        table.add_row(f"its {delta['level']:.0%} interval", *(_interval(delta[c]) for c in COLUMNS))
+def notes(results: dict) -> list[str]:
+    """What to know of the table of methods."""
+    lines = [f"{label}: left out, {reason}." for label, reason in results["left_out"].items()]
+    deltas = [entry["delta"] for entry in results["methods"].values() if entry["delta"]]
+    if deltas:
+        lines.append(
+            f"Mean ± std over the seeds; Δ to zero-shot in points, with its {deltas[0]['level']:.0%} interval: a "
+            f"bootstrap over {deltas[0]['over']}, a class with all its test images."
+        )
+    for entry in results["methods"].values():
+        drawn = entry.get("test_images", {})
+        if any(count < results["data"]["test_images"][name] for name, count in drawn.items()):
+            of = " and ".join(f"{count} {name}" for name, count in drawn.items())
+            lines.append(f"{entry['label']}: on {of} test images drawn at random; its Δ is to zero-shot on the same.")
+    if any(None in row.values() for entry in results["methods"].values() for row in entry["seeds"]):
+        lines.append("–: the method knows the classes it was fitted on alone.")
+    if results["data"]["class_features"] != "texts":
+        lines.append(f"The features came without texts: class features are {results['data']['class_features']}.")
+    lines.append("ECE: expected calibration error in %, the groups' mean. s: seconds to fit, per seed.")
+    return lines
+
+
+def _methods(results: dict) -> Table:
+    columns = results["protocol"]["columns"]
+    headings = [HEADINGS.get(name, name) for name in columns]
+    table = _table("accuracy in %", "", *headings, "ECE", "s")
+    zero_shot = results["zero_shot"]
+    cells = (f"{zero_shot[name]:.2f}" for name in columns)
+    table.add_row("zero-shot", *cells, f"{zero_shot['ece']:.1f}", "", end_section=True)
+    for entry in results["methods"].values():
+        summary, delta = entry["summary"], entry["delta"]
+        if summary is None:
+            continue
+        cells = (
+            f"{mean_std(summary[name])}\nΔ {delta[name]['mean']:+.2f}\n{interval(delta[name])}"
+            if name in summary
+            else "–"
+            for name in columns
+        )
+        seconds = summary["fit_seconds"]["mean"]
+        table.add_row(entry["label"], *cells, f"{summary['ece']['mean']:.1f}", f"{seconds:.1f}", end_section=True)
+    return table
+
+
+def _shots(results: dict, label: str, rows: list[dict]) -> Table:
+    columns = [name for name in results["protocol"]["columns"] if name in rows[0]["scores"]]
+    table = _table(f"{label}: accuracy in % by shots", "shots", *(HEADINGS.get(name, name) for name in columns))
+    for row in rows:
+        scores = [row["scores"][name] for name in columns]
+        of = ("" if s["low"] is None else f" ({s['low']:.1f} to {s['high']:.1f})" for s in scores)
+        table.add_row(str(row["shots"]), *(f"{s['mean']:.2f}{text}" for s, text in zip(scores, of, strict=True)))
     return table
 
 
@@ -85,9 +148,9 @@ def _print_attribution(console: Console, attribution: str) -> None:
         console.print(attribution, style="dim", highlight=False)
 
 
-def _mean_std(value: dict) -> str:
+def mean_std(value: dict) -> str:
     return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if value["std"] is not None else "")
 
 
-def _interval(value: dict) -> str:
+def interval(value: dict) -> str:
     return "unknown" if value["low"] is None else f"{value['low']:+.2f} to {value['high']:+.2f}"

@@ -1,7 +1,18 @@
-"""Tuning: `tune_head` trains a model over features of frozen encoders, `TestTimeAdapter` a head on each test image."""
+"""Tuning: `tune_head` trains a model over features of frozen encoders, `FineTuner` towers and head on images,
+`TestTimeAdapter` a head on each test image."""
 
+from rada.tuning.full import FineTuner, FullTuning, wise_ft
 from rada.tuning.schedule import SCHEDULES, Tuning
 from rada.tuning.test_time import Adaptation, TestTimeAdapter
 from rada.tuning.trainer import tune_head
 
-__all__ = ["SCHEDULES", "Adaptation", "TestTimeAdapter", "Tuning", "tune_head"]
+__all__ = [
+    "SCHEDULES",
+    "Adaptation",
+    "FineTuner",
+    "FullTuning",
+    "TestTimeAdapter",
+    "Tuning",
+    "tune_head",
+    "wise_ft",
+]

@@ -23,9 +23,8 @@ from rada.clip import RAdaCLIP
 from rada.data.source import Images
 from rada.extras import require
 from rada.files import replacing
-from rada.losses import ContrastiveLoss, CrossEntropy, SigmoidLoss
+from rada.losses import LOSSES
 
-LOSSES = {"cross-entropy": CrossEntropy, "contrastive": ContrastiveLoss, "sigmoid": SigmoidLoss}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATE = "resume.pt"
 FORMAT = "rada-full"

@@ -41,6 +41,7 @@ def write_photos(root, names, count=4):
 
 
 TINY = ("--heads", 4, "--shots", 4, "--epochs", 1, "--seeds", 1, "--device", "cpu", "--backend", "torch")
+TINY += ("--protocol", "base-new")
 
 
 def test_a_file_gives_names_and_order(tmp_path):
@@ -159,8 +160,8 @@ def test_named_classes_go_with_the_checkpoint(tmp_path):
     )
     assert call("evaluate", "--checkpoint", output, "--output", tmp_path / "e.json", "--device", "cpu") == 0
     evaluated = json.loads((tmp_path / "e.json").read_text())
-    assert evaluated["rada"]["base"] == pytest.approx(results["seeds"][0]["base"])
-    assert evaluated["rada"]["new"] == pytest.approx(results["seeds"][0]["new"])
+    assert evaluated["rada"]["base"] == pytest.approx(results["methods"]["rada"]["seeds"][0]["base"])
+    assert evaluated["rada"]["new"] == pytest.approx(results["methods"]["rada"]["seeds"][0]["new"])
     predicted = tmp_path / "p.jsonl"
     assert call("predict", "--checkpoint", output, "--data", data, "--output", predicted, "--device", "cpu") == 0
     rows = [json.loads(line) for line in predicted.read_text().splitlines()]
@@ -171,8 +172,8 @@ def test_named_classes_go_with_the_checkpoint(tmp_path):
 
 def test_prompts_say_words_and_outputs_the_folders_names(tmp_path):
     pytest.importorskip("open_clip")
-    from rada.experiment import Settings, prepare
     from rada.models import DEMO_MODEL, ModelSpec
+    from rada.problem import Settings, prepare
 
     folders = ("golden_retriever", "hot_dog", "ice_cream", "pizza")
     data = write_photos(tmp_path, folders)

@@ -79,7 +79,7 @@ def test_a_default_evaluation_and_prediction_see_nothing_that_was_trained_on(run
     evaluated = json.loads((tmp_path / "e.json").read_text())
     of_run = json.loads((run / "results.json").read_text())
     for half in ("base", "new", "h"):
-        assert evaluated["rada"][half] == pytest.approx(of_run["seeds"][0][half])
+        assert evaluated["rada"][half] == pytest.approx(of_run["methods"]["rada"]["seeds"][0][half])
         assert evaluated["zero_shot"][half] == pytest.approx(of_run["zero_shot"][half])
     assert "test items: 6 base, 6 new" in done.stdout
     arguments = ("--data", f"folder:{photos}", "--output", tmp_path / "p.jsonl", "--device", "cpu")
@@ -175,13 +175,14 @@ def write_features(path, labels=None, seed: int = 0, **changes):
 
 @pytest.fixture
 def feature_head(tmp_path):
-    from rada.experiment import Settings, run
+    from rada.experiment import run
+    from rada.problem import Settings
     from rada.tuning import Tuning
     from rada_kernels import Options
 
     data = write_features(tmp_path / "data.npz")
-    settings = Settings(data=data, shots=3, seeds=(2,), seed=7, tuning=Tuning(epochs=1), head=Options(num_heads=4),
-                        device="cpu", backend="torch")  # fmt: skip
+    settings = Settings(data=data, protocol="base-new", shots=3, seeds=(2,), seed=7, tuning=Tuning(epochs=1),
+                        head=Options(num_heads=4), device="cpu", backend="torch")  # fmt: skip
     run(settings, tmp_path / "run")
     return load_checkpoint(tmp_path / "run", device="cpu")
 
@@ -236,14 +237,15 @@ def test_what_cannot_be_told_is_said(feature_head, photos):
 
 
 def test_training_on_copies_of_test_items_is_said(tmp_path):
-    from rada.experiment import Settings, prepare
+    from rada.problem import Settings, prepare
 
     with np.load(write_features(tmp_path / "a.npz").partition(":")[2]) as file:
         entries = dict(file)
     arrays = {key: entries.pop(key) for key in ("image_features", "labels")}
     twice = {f"{half}_{key}": value for half in ("train", "test") for key, value in arrays.items()}
     np.savez(tmp_path / "twice.npz", **entries, **twice)
-    settings = Settings(data=f"features:{tmp_path / 'twice.npz'}", shots=2, seeds=(1,), device="cpu")
+    settings = Settings(data=f"features:{tmp_path / 'twice.npz'}", shots=2, seeds=(1,), protocol="base-new",
+                        device="cpu")  # fmt: skip
     with pytest.warns(UserWarning, match="seed 1 is trained on 6 items that are in the test split too"):
         prepare(settings)
 

@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("jinja2")
 pyplot = pytest.importorskip("matplotlib.image")
 
-from rada.experiment import Settings, run  # noqa: E402
+from rada.experiment import run  # noqa: E402
+from rada.problem import Settings  # noqa: E402
 from rada.report import write_report  # noqa: E402
 from rada.runs import load_results  # noqa: E402
 from rada.tuning import Tuning  # noqa: E402
@@ -32,6 +33,9 @@ def folder(tmp_path_factory):
         data=f"features:{root / 'data.npz'}",
         shots=8,
         seeds=(1, 2),
+        protocol="base-new",
+        methods=("rada", "rada+adapter", "linear-probe"),
+        curve=(4,),
         tuning=Tuning(epochs=3),
         head=Options(num_heads=4),
         device="cpu",
@@ -49,7 +53,7 @@ def folder(tmp_path_factory):
 def test_every_figure_is_there_and_not_empty(folder):
     page = write_report(folder).read_text()
     shown = re.findall(r'<img src="([^"]+)"', page)
-    assert {"accuracy", "epochs", "gain", "example-1"} <= {name[8:-4] for name in shown}
+    assert {"methods", "epochs", "gain", "example-1", "shots"} <= {name[8:-4] for name in shown}
     for name in shown:
         pixels = pyplot.imread(folder / name)
         assert min(pixels.shape[:2]) > 300
@@ -68,17 +72,21 @@ def test_the_page_refers_to_nothing_outside_its_folder(folder):
 
 def test_the_page_states_the_numbers(folder):
     page, results = write_report(folder).read_text(), load_results(folder)
-    for row in results["seeds"]:
-        assert f"{row['h']:.2f}" in page
-    assert f"{results['summary']['h_of_means']:.2f}" in page
+    for entry in results["methods"].values():
+        assert entry["label"] in page
+        for row in entry["seeds"]:
+            assert f"<td>{row['base']:.2f}</td>" in page
+    assert f"{results['methods']['rada']['summary']['h_of_means']:.2f}" in page
+    assert results["methods"]["linear-probe"]["seeds"][0]["new"] is None
+    assert "<td>–</td>" in page
     assert results["environment"]["packages"]["torch"] in page
 
 
 def test_the_page_states_the_gain_and_its_interval(folder):
-    page, delta = write_report(folder).read_text(), load_results(folder)["summary"]["delta"]
+    page, delta = write_report(folder).read_text(), load_results(folder)["methods"]["rada"]["delta"]
     for name in ("base", "new", "h"):
-        assert f"<td>{delta[name]['mean']:+.2f}</td>" in page
-        assert f"<td>{delta[name]['low']:+.1f} to {delta[name]['high']:+.1f}</td>" in page
+        assert f"Δ {delta[name]['mean']:+.2f}<br>" in page
+        assert f"<small>{delta[name]['low']:+.2f} to {delta[name]['high']:+.2f}</small>" in page
     assert "bootstrap over classes and seeds" in page
 
 
@@ -108,7 +116,9 @@ def test_a_run_of_another_format_is_refused(folder, tmp_path):
 
 def test_an_interrupted_run_has_a_report_too(folder, tmp_path):
     results = load_results(folder)
-    results.update(status="interrupted", seeds=[], summary=None, step=None)
+    for entry in results["methods"].values():
+        entry.update(seeds=[], summary=None, delta=None)
+    results.update(status="interrupted", step=None, shot_curve={})
     for key in ("epochs", "gain", "examples"):
         del results[key]
     (tmp_path / "results.json").write_text(json.dumps(results))
@@ -120,16 +130,16 @@ def test_the_stored_mask_explains_the_logit(folder):
     import torch
 
     from rada.checkpoint import load_checkpoint
-    from rada.experiment import prepare
+    from rada.problem import prepare
 
     results = load_results(folder)
     trained = load_checkpoint(folder / "seed-1", device="cpu", backend="reference")
-    settings = Settings(data=results["settings"]["data"], shots=8, seeds=(1,), device="cpu")
+    settings = Settings(data=results["settings"]["data"], shots=8, seeds=(1,), protocol="base-new", device="cpu")
     problem = prepare(settings)
-    classes = problem.classes.select(problem.halves["base"])
+    group = problem.groups["base"]
     with torch.no_grad():
-        logits = trained.head(problem.tests["base"].features, *classes)
-    names = [problem.source.class_names[i] for i in problem.halves["base"]]
+        logits = trained.head(group.features, *group.classes)
+    names = list(group.class_names)
     for example in results["examples"]:
         arrays = np.load(folder / example["arrays"])
         pair = [names.index(example["true"]), names.index(example["confused"])]

@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from rada import results
 from rada.data import harmonic_mean
-from rada.results import Hits, Predictions, count_hits, delta, gain, summarise
+from rada.results import Hits, Predictions, count_hits, gain, summarise
 
 VIEWS = 4  # test images of a class
+
+
+def delta(base: Hits, new: Hits, **options) -> dict:
+    return results.delta({"base": base, "new": new}, harmonic=("base", "new"), **options)
 
 
 def experiment(rng: np.random.Generator, classes: int, seeds: int, gain: float, rates: np.ndarray) -> Hits:
@@ -109,31 +114,50 @@ def test_one_class_has_no_interval():
 
 def test_hits_are_counted_by_class_and_classes_without_images_left_out():
     labels = torch.tensor([0, 0, 2, 2, 2])
-    found = count_hits(labels, torch.tensor([0, 1, 2, 0, 2]), [labels, torch.tensor([2, 2, 2, 2, 0])])
+    found = count_hits(labels, [torch.tensor([0, 1, 2, 0, 2])], [labels, torch.tensor([2, 2, 2, 2, 0])])
     assert found.images.tolist() == [2, 3]
-    assert found.zero_shot.tolist() == [1, 2]
+    assert found.zero_shot.tolist() == [[1, 2]]
     assert found.rada.tolist() == [[2, 3], [0, 2]]
 
 
 def test_the_summary_has_both_forms_of_h():
     rows = [{"base": 80.0, "new": 40.0, "h": 160 / 3}, {"base": 40.0, "new": 80.0, "h": 160 / 3}]
-    summary = summarise(rows)
+    columns, halves = ("base", "new", "h"), ("base", "new")
+    summary = summarise(rows, columns, halves)
     assert summary["h_of_means"] == pytest.approx(60)
     assert summary["h"] == {"mean": pytest.approx(160 / 3), "std": pytest.approx(0)}
     assert summary["base"]["std"] == pytest.approx(800**0.5)
-    assert summarise(rows[:1])["base"]["std"] is None
+    assert summarise(rows[:1], columns, halves)["base"]["std"] is None
+    assert "h_of_means" not in summarise(rows, ("base",), halves)  # where the method says nothing of new classes
 
 
 def test_repaired_and_broken_images_count_by_half():
     names = {"base": ("a", "b"), "new": ("c", "d")}
     labels = torch.tensor([0, 0, 1, 1])
     wrong = 1 - labels
-    base = Predictions(labels, torch.tensor([0, 1, 0, 1]), [labels, wrong])
-    new = Predictions(labels, wrong, [torch.tensor([0, 0, 0, 0]), wrong])
+    base = Predictions(labels, [torch.tensor([0, 1, 0, 1])] * 2, [labels, wrong])
+    new = Predictions(labels, [wrong] * 2, [torch.tensor([0, 0, 0, 0]), wrong])
     found = gain(names, {"base": base, "new": new})
     assert found["repaired_images"] == {"base": 1.0, "new": 1.0}  # 2 + 0 of base, 2 + 0 of new, over two seeds
     assert found["broken_images"] == {"base": 1.0, "new": 0.0}
-    assert {(row["half"], row["name"], row["taken_for"]) for row in found["broken"]} == {
+    assert {(row["group"], row["name"], row["taken_for"]) for row in found["broken"]} == {
         ("base", "a", "b"),
         ("base", "b", "a"),
     }
+
+
+def test_zero_shot_may_differ_from_seed_to_seed():
+    """As class means of few shots do: each seed is compared with its own."""
+    images = np.full(10, 4)
+    rada = np.stack([np.full(10, 3), np.full(10, 2)])
+    found = results.delta({"all": Hits(images, rada - 1, rada)})
+    assert found["all"] == {"mean": pytest.approx(25), "low": pytest.approx(25), "high": pytest.approx(25)}
+    assert "h" not in found
+    assert "mean" not in found
+
+
+def test_the_mean_over_data_sets_has_an_interval_too():
+    one, two = halves(np.random.default_rng(5), 40, 3)
+    found = results.delta({"a": one, "b": two}, averaged=("a", "b"))
+    assert found["mean"]["mean"] == pytest.approx((found["a"]["mean"] + found["b"]["mean"]) / 2)
+    assert found["mean"]["low"] < found["mean"]["mean"] < found["mean"]["high"]

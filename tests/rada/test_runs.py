@@ -14,12 +14,15 @@ import pytest
 import torch
 
 import rada.experiment
+import rada.methods
+import rada.problem
 from rada.cli import main
-from rada.experiment import tuning_for
+from rada.problem import tuning_for
 from rada.runs import free_output
 from rada.tuning import Tuning
 
 TINY = ("--heads", "4", "--shots", "4", "--epochs", "1", "--device", "cpu", "--backend", "torch")
+TINY += ("--protocol", "base-new")
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +46,14 @@ def contents(folder) -> dict:
 
 
 def fail_in(seed: int, error: BaseException, monkeypatch):
-    tune = rada.experiment.tune_head
+    tune = rada.methods.tune_head
 
     def tune_head(*args, **options):
         if options["seed"] == seed:
             raise error
         return tune(*args, **options)
 
-    monkeypatch.setattr(rada.experiment, "tune_head", tune_head)
+    monkeypatch.setattr(rada.methods, "tune_head", tune_head)
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def test_an_old_run_outlives_a_new_one_that_fails(data, old, monkeypatch, capsys
     message = f"output: the run in {old} is as it was; the new one's finished seeds are in {kept}"
     assert message in " ".join(capsys.readouterr().err.split())
     assert [path.name for path in kept.glob("seed-*")] == ["seed-3"]
-    assert [row["seed"] for row in json.loads((kept / "results.json").read_text())["seeds"]] == [3]
+    assert [row["seed"] for row in json.loads((kept / "results.json").read_text())["methods"]["rada"]["seeds"]] == [3]
     assert train(*arguments, "--seeds", "4,3") == status  # nothing finished: nothing is left
     assert contents(old) == before
     assert sorted(path.name for path in old.parent.iterdir()) == ["run", "run-new"]
@@ -150,8 +153,8 @@ def test_a_seeded_head_leaves_every_generator_alone(data, monkeypatch):
     for device in ("cuda", "mps", "xpu"):
         monkeypatch.setattr(getattr(torch, device), "manual_seed_all" if device != "mps" else "manual_seed",
                             lambda seed, device=device: seeded.append(device), raising=False)  # fmt: skip
-    settings = rada.experiment.Settings(data=data, shots=2, seeds=(1,), device="cpu")
-    problem = rada.experiment.prepare(settings)
+    settings = rada.problem.Settings(data=data, shots=2, seeds=(1,), device="cpu")
+    problem = rada.problem.prepare(settings)
     queue = list(torch.cuda._queued_calls)
     before = torch.get_rng_state()
     first, again, other = (problem.new_head(seed) for seed in (1, 1, 2))
@@ -182,10 +185,12 @@ def test_python_and_the_command_line_take_the_same_settings_of_the_data(monkeypa
     monkeypatch.setattr(rada.experiment, "run", run)
     assert train("--output", "nowhere") == 2
     assert train("--data", "folder:photos", "--epochs", "7", "--lr", "0.5", "--output", "nowhere") == 2
-    settings = rada.experiment.Settings()
-    assert (settings.model, settings.max_classes) == ("demo", 300)
+    settings = rada.problem.Settings()
+    assert (settings.model, settings.max_classes, settings.protocol) == ("demo", 300, "base-new")
+    assert {"rada", "full", "test-time"} < set(settings.methods)
     assert settings.tuning == Tuning(lr=3e-3, alpha=3.0)
-    photos = rada.experiment.Settings(data="folder:photos", tuning=tuning_for("folder:photos", epochs=7, lr=0.5))
+    photos = rada.problem.Settings(data="folder:photos", tuning=tuning_for("folder:photos", epochs=7, lr=0.5))
     assert (photos.model, photos.max_classes, photos.tuning) == (None, 0, Tuning(epochs=7, lr=0.5))
+    assert (photos.protocol, photos.methods) == ("all", ("rada",))
     assert taken == [settings, photos]
     assert tuning_for("emoji", alpha=0.5) == Tuning(lr=3e-3, alpha=0.5)

@@ -1,0 +1,41 @@
+"""Loggers of a run's epochs, for `rada.experiment.run`: tensorboard's event files, and W&B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rada.extras import require
+
+
+def tensorboard_writer() -> Any:
+    """A writer of event files. Raises ImportError without tensorboard."""
+    writer = require("torch.utils.tensorboard", "tensorboard", "--tensorboard").SummaryWriter
+    return lambda folder: writer(str(folder))
+
+
+def wandb_writer(project: str = "rada") -> Any:
+    """A writer of W&B runs, one per method and seed. Raises ImportError without wandb."""
+    wandb = require("wandb", "wandb", "--wandb")
+
+    @contextmanager
+    def writer(folder: Path) -> Iterator[_WandbRun]:
+        run = wandb.init(project=project, name="/".join(folder.parts[-4:]), dir=folder.parents[2], reinit=True)
+        try:
+            yield _WandbRun(run)
+        finally:
+            run.finish()
+
+    return writer
+
+
+class _WandbRun:
+    """A W&B run with tensorboard's call."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.run.log({name: value}, step=step)

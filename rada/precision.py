@@ -1,0 +1,46 @@
+"""The precision of a run: of the encoders' weights and of the arithmetic over them.
+
+fp32         float32 throughout
+bf16, fp16   encoders whose weights have this dtype; the head's parameters stay float32, under autocast to it
+amp          float32 weights, encoders and head under autocast to the device's own dtype (bfloat16 on CPUs)
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+PRECISIONS = ("fp32", "bf16", "fp16", "amp")
+
+
+def check_precision(precision: str) -> str:
+    """The precision. Raises ValueError for another name."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}; it takes one of {PRECISIONS}")
+    return precision
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype that operations are cast to; None: no autocast."""
+    known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return known[precision] if precision in known else torch.get_autocast_dtype(device.type)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context that a head runs in."""
+    dtype = autocast_dtype(precision, device)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def lower_weights(model: nn.Module, precision: str) -> nn.Module:
+    """The model with its weights in bfloat16 or float16, where the precision says so; scale and bias as they are."""
+    if precision not in ("bf16", "fp16"):
+        return model
+    kept = {name: getattr(model, name, None) for name in ("logit_scale", "logit_bias")}
+    values = {name: parameter.detach().clone() for name, parameter in kept.items() if parameter is not None}
+    model.to(torch.bfloat16 if precision == "bf16" else torch.float16)
+    for name, value in values.items():
+        getattr(model, name).data = value
+    return model

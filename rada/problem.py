@@ -1,0 +1,424 @@
+"""What a run trains and tests: its settings, its data, and their features, each computed once."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rada.baselines import class_means
+from rada.checkpoint import Checkpoint
+from rada.classification import Classes, Labelled, logit_batches
+from rada.data import Source, Split, few_shot, load_source, recommended, subset
+from rada.data.classes import limit_classes, name_classes, prompt_names, read_class_names
+from rada.data.record import SplitRecord, content_of, contents, items_of
+from rada.data.splits import LEAST_CLASSES
+from rada.data.suite import read_suite
+from rada.encoders import IMAGES_PER_BATCH, FeatureExtractor, choose_device, split_features
+from rada.fused import RAdaHead
+from rada.losses import LOSSES, Loss
+from rada.models import DEMO_MODEL, ModelSpec
+from rada.precision import autocast, check_precision
+from rada.protocols import PROTOCOLS, Protocol, make_protocol
+from rada.templates import DEFAULT_TEMPLATES, expand_templates
+from rada.tuning import FullTuning, Tuning
+from rada_kernels import Options
+
+VAL_SHOTS = 4
+# CLIP's trained scale, for precomputed features without one.
+CLIP_LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run. None: as `rada.data.recommended` for the data.
+
+    data: a source as `rada.data.load_source` takes it.
+    model, pretrained, templates: the encoders, see `rada.models.ModelSpec`; not with features:PATH, and needed with a
+        folder. Default model: the data's. A template may be a name of `rada.templates.expand_templates`.
+    class_names: a file with the classes' names and order, see `rada.data.classes`. None: as the data have them.
+    max_classes: the number of classes to use, evenly spaced in their order; 0: all. Default: the data's, else all.
+    protocol: see `rada.protocols`. Default: the data's, else "all". targets: a suite file of other data sets, with
+        "cross" alone, see `rada.data.suite`.
+    methods: names of `rada.methods.METHODS`. Default: the data's, else ("rada",).
+    shots: training images per class. Default: the data's, else 16. curve: other numbers of shots, for a curve.
+    seeds: one training run each.
+    tuning, full: see `Tuning` and `FullTuning`. Default: the data's.
+    head: num_heads, temperature, queries, penalty. penalty: in place of the head's. Default: head's; "mse" for SigLIP.
+    loss: see `rada.losses.LOSSES`. Default: "sigmoid" for encoders with a logit bias, as SigLIP's, else
+        "cross-entropy".
+    image_tokens: of rada+prompt in the image tower, which then is trained on images; 0 (default): a text prompt alone.
+    adapt_images: test images that each group gives to test-time; 0: all. Default: the data's, else all.
+    device, backend: as for the head; "auto" chooses. precision: see `rada.precision`.
+    workers: processes that decode images. Default: as many as are worth it. encode_batch: images per encoder call.
+    measure: time a step of the reference beside the backend in use. Default False.
+    seed: of the data's own randomness (a split that the data come without, the emoji set's views).
+    skip_bad: leave unreadable images out, counted in the report.
+    """
+
+    data: str = "emoji"
+    model: str | None = None
+    pretrained: str | None = None
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    class_names: str | None = None
+    max_classes: int = None  # type: ignore[assignment]  # an int after __post_init__, and so on
+    protocol: str = None  # type: ignore[assignment]
+    targets: str | None = None
+    methods: tuple[str, ...] = None  # type: ignore[assignment]
+    shots: int = None  # type: ignore[assignment]
+    curve: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = (1, 2, 3)
+    tuning: Tuning = None  # type: ignore[assignment]
+    full: FullTuning = None  # type: ignore[assignment]
+    head: Options = field(default_factory=Options)
+    penalty: str | None = None
+    loss: str | None = None
+    image_tokens: int = 0
+    adapt_images: int = None  # type: ignore[assignment]
+    device: str = "auto"
+    backend: str = "auto"
+    precision: str = "fp32"
+    workers: int | None = None
+    encode_batch: int = IMAGES_PER_BATCH
+    measure: bool = False
+    seed: int = 0
+    skip_bad: bool = False
+
+    def __post_init__(self):
+        own = recommended(self.data)
+        filled = {name: getattr(own, name) for name in
+                  ("model", "max_classes", "protocol", "methods", "shots", "adapt_images")}  # fmt: skip
+        filled |= {"tuning": tuning_for(self.data), "full": full_tuning_for(self.data)}
+        for name, value in filled.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "templates", expand_templates(self.templates))
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(
+                f"seeds: got {self.seeds}; it takes at least one, none negative and each once, such as 1,2,3"
+            )
+        if self.max_classes != 0 and self.max_classes < LEAST_CLASSES:
+            raise ValueError(f"max_classes: got {self.max_classes}; it takes 0 (all) or at least {LEAST_CLASSES}")
+        counts = (self.shots, *self.curve)
+        if min(counts) < 1 or len(set(counts)) != len(counts):
+            raise ValueError(f"shots: got {counts}; it takes positive numbers, each once, such as 1,2,4,8,16")
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol: got {self.protocol!r}; it takes one of {', '.join(PROTOCOLS)}")
+        if (self.protocol == "cross") != (self.targets is not None):
+            raise ValueError(
+                f"targets: got {self.targets!r} with the protocol {self.protocol!r}; 'cross' takes a suite file, the "
+                "others none"
+            )
+        if self.loss is not None and self.loss not in LOSSES:
+            raise ValueError(f"loss: got {self.loss!r}; it takes one of {tuple(LOSSES)}")
+        for name, least in (("image_tokens", 0), ("adapt_images", 0), ("encode_batch", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: got {value}; it takes an int of at least {least}")
+        check_precision(self.precision)
+
+
+def tuning_for(data: str, **changes: Any) -> Tuning:
+    """The recommended settings of training for a source, with changes."""
+    return Tuning(**{**recommended(data).tuning, **changes})
+
+
+def full_tuning_for(data: str, **changes: Any) -> FullTuning:
+    """The recommended settings of full fine-tuning for a source, with changes."""
+    return FullTuning(**{**recommended(data).full, **changes})
+
+
+class Sample(NamedTuple):
+    """A seed's images of the trained classes, whose labels count these classes. val: None without any."""
+
+    train: Labelled
+    val: Labelled | None
+    images: Split  # of train
+
+
+class TestGroup(NamedTuple):
+    """Test images, and the classes that they are labelled among."""
+
+    class_names: tuple[str, ...]
+    classes: Classes | None  # None: the trained ones of each seed
+    split: Split
+    features: Tensor  # [N, D]
+
+    @property
+    def labels(self) -> Tensor:
+        return self.split.labels
+
+
+class Answer(NamedTuple):
+    """What a method says of a group's test images, or of some of them."""
+
+    logits: Tensor  # [M, K] float32, on the CPU
+    items: Tensor | None = None  # [M] int64, which; None: all, in their order
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The data and features of a run. All methods share it."""
+
+    settings: Settings
+    device: torch.device
+    source: Source
+    protocol: Protocol
+    encoders: FeatureExtractor | None  # None: precomputed features
+    backbone: str
+    fingerprint: str | None
+    classes: Classes | None  # all of the source; None for features without text
+    samples: dict[tuple[int, int], Sample]  # by seed and shots
+    groups: dict[str, TestGroup]
+    records: dict[int, SplitRecord]  # seed -> its training and test items
+    loss: Loss
+    loss_name: str
+    head_options: Options
+    encode_seconds: float
+    views: dict[str, Tensor] = field(default_factory=dict)  # features [M, V, D] of test images' views, once made
+
+    @property
+    def width(self) -> int:
+        return next(iter(self.groups.values())).features.shape[1]
+
+    def all_classes(self, seed: int) -> Classes:
+        """The source's classes; for features without text features a seed's class means stand in."""
+        if self.classes is not None:
+            return self.classes
+        train = self.samples[seed, self.settings.shots].train
+        means = class_means(train, len(self.protocol.train_ids)).to(self.device)
+        return Classes(means, self._scale_of_features())
+
+    def trained_classes(self, seed: int) -> Classes:
+        """The classes that are trained, in the order of the training labels."""
+        return self.all_classes(seed).select(self.protocol.train_ids)
+
+    def trained_names(self) -> tuple[str, ...]:
+        return tuple(self.source.class_names[i] for i in self.protocol.train_ids)
+
+    def classes_of(self, group: str, seed: int) -> Classes:
+        return self.groups[group].classes or self.trained_classes(seed)
+
+    def answer(self, group: str, seed: int, head: torch.nn.Module | None) -> Answer:
+        """A head's logits of a group's features; head None: zero-shot."""
+        classes = self.classes_of(group, seed)
+        with self.autocast():
+            logits = [batch.float().cpu() for batch in logit_batches(self.groups[group].features, classes, head)]
+        return Answer(torch.cat(logits))
+
+    def autocast(self) -> AbstractContextManager:
+        return autocast(self.settings.precision, self.device)
+
+    def new_head(self, seed: int) -> RAdaHead:
+        """An untrained head whose random layers depend on the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed changes accelerators' too
+            head = RAdaHead(self.width, **asdict(self.head_options), backend=self.settings.backend)
+        return head.to(self.device)
+
+    def checkpoint(self, head: torch.nn.Module, seed: int, **parts: Any) -> Checkpoint:
+        """The checkpoint of a seed's head. parts: prompt, towers, and the classes that go with them."""
+        known = {
+            "classes": None if "classes" in parts else self.all_classes(seed),
+            "class_names": self.source.class_names,
+            "backbone": self.backbone,
+            "spec": None if self.encoders is None else self.encoders.spec,
+            "record": self.records[seed],
+            "loss": self.loss_name,
+            "precision": self.settings.precision,
+            "fingerprint": self.fingerprint,
+        }
+        return Checkpoint(head, **(known | parts))
+
+    def _scale_of_features(self) -> float:
+        scale = self.source.logit_scale
+        return CLIP_LOGIT_SCALE if scale is None else scale
+
+
+def prepare(
+    settings: Settings,
+    *,
+    source: Source | None = None,
+    encoders: FeatureExtractor | None = None,
+    loss: Loss | None = None,
+) -> Problem:
+    """Load the data, draw every seed's sample, and compute the features of the run, each once.
+
+    source, encoders, loss: objects in place of what the settings name.
+    """
+    device = choose_device(settings.device) if encoders is None else encoders.logit_scale.device
+    source, origins = _load(settings, source)
+    protocol = make_protocol(settings.protocol, source, _targets(settings))
+    if encoders is None:
+        spec = model_spec(settings, source)
+        encoders = None if spec is None else spec.open(device, settings.precision)
+    if encoders is not None:
+        encoders.batch_size, encoders.workers = settings.encode_batch, settings.workers
+    train = protocol.train
+    picks = {
+        (seed, shots): _sample(train.labels, shots, seed)
+        for seed in settings.seeds
+        for shots in (settings.shots, *settings.curve)
+    }
+    start = time.perf_counter()
+    classes = _classes(settings, protocol, encoders, device)
+    sigmoid = classes is not None and classes.logit_bias is not None
+    loss_name = settings.loss or ("sigmoid" if sigmoid else "cross-entropy")
+    penalty = settings.penalty or ("mse" if sigmoid else settings.head.penalty)
+    return Problem(
+        settings=settings,
+        device=device,
+        source=source,
+        protocol=protocol,
+        encoders=encoders,
+        backbone=source.name if encoders is None else encoders.backbone,
+        fingerprint=None if encoders is None else encoders.fingerprint(),
+        classes=classes,
+        samples=_encode_samples(encoders, train, picks),
+        groups=dict(_encode_groups(protocol, encoders, classes)),
+        records=_records(settings, source, origins, train, picks),
+        loss=LOSSES[loss_name](settings.tuning.alpha) if loss is None else loss,
+        loss_name=loss_name,
+        head_options=replace(settings.head, penalty=penalty),
+        encode_seconds=time.perf_counter() - start,
+    )
+
+
+def model_spec(settings: Settings, source: Source) -> ModelSpec | None:
+    """The encoders of a run, None for precomputed features."""
+    if source.train.features is not None:
+        if settings.model is not None:
+            raise ValueError(f"model: got {settings.model!r} with features:PATH; it takes none")
+        return None
+    if settings.model is None:
+        raise ValueError(
+            f"model: got none for {settings.data}; it takes a name of open_clip's, such as ViT-B-16 with a "
+            f"pretrained tag or file, transformers:NAME, or {DEMO_MODEL!r}"
+        )
+    return ModelSpec(settings.model, settings.pretrained, settings.templates)
+
+
+def _load(settings: Settings, source: Source | None) -> tuple[Source, tuple[str, ...]]:
+    """The source with the classes of the run, and their names in the data."""
+    if source is None:
+        source = load_source(settings.data, seed=settings.seed, skip_bad=settings.skip_bad)
+    names = {name: name for name in source.class_names}
+    if len(names) < len(source.class_names):
+        twice = next(name for i, name in enumerate(source.class_names) if name in source.class_names[:i])
+        raise ValueError(f"class_names: got {twice!r} twice; it takes each name once")
+    if settings.class_names is not None:
+        names = read_class_names(settings.class_names, source.class_names)
+    origin_of = {name: origin for origin, name in names.items()}
+    source = limit_classes(name_classes(source, names), settings.max_classes)
+    return source, tuple(origin_of[name] for name in source.class_names)
+
+
+def _targets(settings: Settings) -> list[Source]:
+    if settings.targets is None:
+        return []
+    return [line.load(seed=settings.seed, skip_bad=settings.skip_bad) for line in read_suite(Path(settings.targets))]
+
+
+def _classes(
+    settings: Settings, protocol: Protocol, encoders: FeatureExtractor | None, device: torch.device
+) -> Classes | None:
+    source = protocol.source
+    if encoders is not None:
+        return encoders.classes(prompt_names(source.class_names))
+    if source.text_features is not None:
+        scale = CLIP_LOGIT_SCALE if source.logit_scale is None else source.logit_scale
+        return Classes(source.text_features.to(device), scale)
+    if protocol.name != "all":
+        raise ValueError(
+            f"data: {settings.data} holds no 'text_features'; the protocol {protocol.name!r} takes one row per class. "
+            "Without them --protocol all takes the means of each class's training images in their place"
+        )
+    return None
+
+
+def _sample(labels: Tensor, shots: int, seed: int) -> dict[str, Tensor]:
+    """Indices of training items, and of up to VAL_SHOTS validation items per class."""
+    train = few_shot(labels, shots, seed)
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[train] = False
+    rest = rest.nonzero().squeeze(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a class with fewer left
+        return {"train": train, "val": rest[few_shot(labels[rest], VAL_SHOTS, seed)]}
+
+
+Picks = dict[tuple[int, int], dict[str, Tensor]]
+
+
+def _encode_samples(encoders: FeatureExtractor | None, train: Split, picks: Picks) -> dict[tuple[int, int], Sample]:
+    """The features of each seed's items, each encoded once."""
+    needed = torch.cat([index for pick in picks.values() for index in pick.values()]).unique()
+    features = split_features(encoders, train, needed, "encode training images")
+
+    def labelled(index: Tensor) -> Labelled:
+        return Labelled(features[torch.searchsorted(needed, index)], train.labels[index])
+
+    return {
+        key: Sample(
+            labelled(pick["train"]), labelled(pick["val"]) if len(pick["val"]) else None, subset(train, pick["train"])
+        )
+        for key, pick in picks.items()
+    }
+
+
+def _encode_groups(
+    protocol: Protocol, encoders: FeatureExtractor | None, classes: Classes | None
+) -> Iterator[tuple[str, TestGroup]]:
+    for name, group in protocol.groups.items():
+        split = group.test
+        ids = group.ids if group.source is protocol.source else group.ids_among(protocol.source.class_names)
+        among = None
+        if classes is not None and ids is not None:
+            among = classes.select(ids)
+        elif encoders is not None:
+            among = encoders.classes(prompt_names(group.class_names))
+        elif ids is None:
+            raise ValueError(
+                f"targets: {name} has classes that {protocol.source.name} lacks; they take a model's text tower"
+            )
+        features = split_features(encoders, split, torch.arange(len(split)), f"encode {name} test images")
+        yield name, TestGroup(group.class_names, among, split, features)
+
+
+def _records(
+    settings: Settings, source: Source, origins: Sequence[str], train: Split, picks: Picks
+) -> dict[int, SplitRecord]:
+    """The split record of each seed. Warns of test items that are training items too."""
+    test = items_of(source.test, origins)
+    records = {}
+    for seed in settings.seeds:
+        pick = picks[seed, settings.shots]
+        items = {name: items_of(subset(train, index), origins) for name, index in pick.items()}
+        both = contents(items["train"]) & contents(test)
+        if both:
+            warnings.warn(
+                f"data: seed {seed} is trained on {len(both)} items that are in the test split too, by other names: "
+                "the accuracies count them",
+                stacklevel=3,
+            )
+        records[seed] = SplitRecord(
+            data=settings.data,
+            data_seed=settings.seed,
+            skip_bad=settings.skip_bad,
+            max_classes=settings.max_classes,
+            shots=settings.shots,
+            seed=seed,
+            content=content_of(source.test),
+            origins=tuple(origins),
+            class_names=source.class_names,
+            test=test,
+            **items,
+        )
+    return records
