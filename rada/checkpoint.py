@@ -191,11 +191,8 @@ class Checkpoint:
     @staticmethod
     def of(model: RAdaCLIP, *, record: SplitRecord | None = None, loss: str | None = None) -> Checkpoint:
         """The checkpoint of a model that a user's own loop trained; towers that require a gradient are in it."""
-        classes = Classes(
-            model.text_features.detach(),
-            float(model.logit_scale),
-            None if model.logit_bias is None else float(model.logit_bias),
-        )
+        bias = model.logit_bias
+        classes = Classes(model.text_features.detach(), model.logit_scale.item(), None if bias is None else bias.item())
         trains = model.visual_trains or model.text_trains
         return Checkpoint(
             model.head,
@@ -276,6 +273,10 @@ class Checkpoint:
 
     def open_frozen(self) -> FeatureExtractor:
         """The frozen encoders, checked to be those of the training. Raises ValueError where the checkpoint has none."""
+        if self.spec is None and self.fingerprint is not None:
+            raise ValueError(
+                "checkpoint: its encoders were objects without a name, so it cannot open them; it takes features:PATH"
+            )
         if self.spec is None:
             raise ValueError(
                 "checkpoint: its head was trained on precomputed features; it takes features:PATH, not images"
@@ -309,7 +310,36 @@ class Checkpoint:
         return PromptedExtractor(encoders, prompt)
 
 
-def load_checkpoint(folder: Path, *, device: str = "auto", backend: str = "auto") -> Checkpoint:
+def save_model(
+    folder: str | os.PathLike,
+    model: RAdaCLIP | RAdaHead | AdaptedHead,
+    *,
+    classes: Classes | None = None,
+    class_names: Sequence[str] | None = None,
+    backbone: str | None = None,
+    loss: str | None = None,
+) -> Path:
+    """Write the checkpoint of what a loop of one's own trained; returns the folder.
+
+    model: a RAdaCLIP; or a head over precomputed features, with their classes, K class_names and backbone, the name of
+        the model whose features they are.
+    loss: see `rada.losses.LOSSES`. Default: "sigmoid" for classes with a logit bias, else "cross-entropy".
+
+    Encoders that were opened by a name are opened again by it; of a model made of objects the checkpoint serves
+    features alone, until its encoders are given a name.
+    """
+    if isinstance(model, RAdaCLIP):
+        checkpoint = Checkpoint.of(model, loss=loss)
+    elif classes is None or class_names is None or backbone is None:
+        raise ValueError("classes, class_names, backbone: got none with a head alone; it takes all three")
+    else:
+        own = loss or ("cross-entropy" if classes.logit_bias is None else "sigmoid")
+        checkpoint = Checkpoint(model, classes, tuple(class_names), backbone, loss=own)
+    checkpoint.save(Path(folder))
+    return Path(folder)
+
+
+def load_checkpoint(folder: str | os.PathLike, *, device: str = "auto", backend: str = "auto") -> Checkpoint:
     """The checkpoint in a folder, as `Checkpoint.save` writes it; of a run's folder that of its first seed.
 
     Raises FileNotFoundError or ValueError for a folder without a whole checkpoint.

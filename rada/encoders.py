@@ -100,6 +100,11 @@ class FeatureExtractor(nn.Module):
         """Token ids [K, T, L] of the K names in the T templates. Raises TypeError or ValueError for bad names."""
         if isinstance(class_names, str):
             raise TypeError(f"class_names: got the string {class_names!r}; it takes a sequence of names")
+        if not hasattr(self.model, "encode_text"):
+            raise ValueError(
+                f"model: got {self.backbone}, which has no text tower (encode_text); it takes one that has, or "
+                "features computed before, with their text_features"
+            )
         class_names = tuple(class_names)
         bad = [name for name in class_names if not isinstance(name, str) or not name.strip()]
         if bad or not class_names:
@@ -143,7 +148,8 @@ class FeatureExtractor(nn.Module):
     def classes(self, class_names: Sequence[str]) -> Classes:
         """The classes of these names, without gradients."""
         features = self.encode_classes(self.tokenize_classes(class_names)).detach()
-        return Classes(features, float(self.logit_scale), None if self.logit_bias is None else float(self.logit_bias))
+        bias = self.logit_bias
+        return Classes(features, self.logit_scale.item(), None if bias is None else bias.item())
 
     @property
     def logit_scale(self) -> Tensor:

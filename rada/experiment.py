@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,6 +37,7 @@ from rada.runs import (
     TENSORBOARD,
     check_output,
     folder_for,
+    free_output,
     write_epochs,
 )
 
@@ -92,6 +94,33 @@ def run(
                 results["status"] = "failed"
             started.write()
         return results
+
+
+def train(
+    source: Source | str = "emoji",
+    model: FeatureExtractor | str | None = None,
+    *,
+    output: str | os.PathLike | None = None,
+    overwrite: bool = False,
+    loss: Loss | None = None,
+    callbacks: Sequence[Callable[[dict], None]] = (),
+    **settings: Any,
+) -> dict:
+    """Train and test, as `python -m rada train` does; returns the content of results.json.
+
+    source: a name as `rada.data.load_source` takes it, or a Source of one's own.
+    model: a name as `rada.models.ModelSpec` takes it, or encoders of one's own. None: the data's, none for features.
+    output: the run's folder. Default: runs/NAME, or the first of runs/NAME-2, ... that does not exist.
+    overwrite, loss, callbacks: as for `run`. settings: fields of `Settings`.
+    """
+    own_source = None if isinstance(source, str) else source
+    own_model = model if isinstance(model, FeatureExtractor) else None
+    name = source if isinstance(source, str) else source.name
+    chosen = Settings(data=name, model=None if own_model is not None else cast(Any, model), **settings)
+    folder = free_output(Path("runs") / Path(name.partition(":")[2] or name).stem) if output is None else Path(output)
+    return run(
+        chosen, folder, overwrite=overwrite, source=own_source, encoders=own_model, loss=loss, callbacks=callbacks
+    )
 
 
 class _Run:

@@ -16,7 +16,22 @@ import rada_kernels
 @pytest.mark.parametrize(
     ("package", "names"),
     [
-        (rada, ["RAdaCLIP", "RAdaHead", "__version__", "load_head", "load_source", "save_head"]),
+        (
+            rada,
+            [
+                "Checkpoint",
+                "FeatureExtractor",
+                "RAdaCLIP",
+                "RAdaHead",
+                "__version__",
+                "load",
+                "load_head",
+                "load_source",
+                "save",
+                "save_head",
+                "train",
+            ],
+        ),
         (
             rada.data,
             [

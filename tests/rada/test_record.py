@@ -21,6 +21,7 @@ pytest.importorskip("open_clip")
 Image = pytest.importorskip("PIL.Image")
 CLASSES = ("dark_red", "deep_blue", "light_green", "pale_yellow")
 TINY = ("--heads", 4, "--shots", 16, "--epochs", 1, "--seeds", 1, "--device", "cpu", "--backend", "torch")
+TINY += ("--protocol", "base-new")
 
 
 def rada(*arguments) -> subprocess.CompletedProcess:
