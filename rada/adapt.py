@@ -73,7 +73,7 @@ def adapt_checkpoint(
     missing = [name for name in trained.class_names if name not in position]
     if missing:
         raise ValueError(f"data: {data_set.name} has no class {missing[0]!r}; it takes the checkpoint's classes")
-    items = select_classes(data_set.items, [position[name] for name in trained.class_names])
+    items = select_classes(data_set.test, [position[name] for name in trained.class_names])
     if isinstance(trained.head, AdaptedHead):
         raise ValueError("checkpoint: its head has adapters; test-time training takes a head without")
     encoders = trained.open_model()

@@ -243,8 +243,8 @@ class Checkpoint:
             write_part(folder / ADAPTER, "adapter", tensors, {side: of.options for side, of in sides.items()})
             parts.append("adapter")
         if self.prompt is not None:
-            options, tensors = self.prompt
-            write_part(folder / PROMPT, "prompt", tensors, options)
+            options, contexts = self.prompt
+            write_part(folder / PROMPT, "prompt", contexts, options)
             parts.append("prompt")
         if self.towers is not None:
             write_part(folder / TOWERS, "towers", self.towers, {})

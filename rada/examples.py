@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,11 +67,11 @@ def _by_interest(head: nn.Module, classes: Classes, test: Labelled) -> list[tupl
     return [(int(i), int(confused.indices[i])) for i in order]
 
 
-def _strips(head: nn.Module, classes: Classes, image: Tensor, pair: list[int]) -> tuple[Tensor, Tensor]:
+def _strips(head: Any, classes: Classes, image: Tensor, pair: list[int]) -> tuple[Tensor, Tensor]:
     """Two classes' rows [2, D] of an image's rational matrix (times the scale) and of its mask."""
     text, rows = classes.text, torch.tensor(pair, device=classes.text.device)
-    image, mask = image.to(text.device), head.mask  # type: ignore[operator]
-    learnt = mask(image, text, classes.logit_scale)[0, rows]
+    image = image.to(text.device)
+    learnt = head.mask(image, text, classes.logit_scale)[0, rows]
     if isinstance(head, AdaptedHead):
         with torch.no_grad():
             image, text = head.image_adapter(image), head.text_adapter(text)

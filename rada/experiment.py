@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -140,7 +140,7 @@ class _Run:
         self.predictions: dict[str, dict[str, Predictions]] = {}  # of each method and group
         skipped = {name: left_out(name, problem) for name in settings.methods}
         self.choice = problem.new_head(settings.seeds[0]).backend_for(problem.trained_classes(settings.seeds[0]).text)
-        first = [self._scores(answers)[0] for answers in self.zero_shot.values()]
+        first: list[dict[str, Any]] = [self._scores(answers)[0] for answers in self.zero_shot.values()]
         self.results: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -209,7 +209,7 @@ class _Run:
         state = self.folder / RESUME / f"{method}-{seed}-{shots}"
         return METHODS[method].fit(Trial(problem, seed, problem.samples[seed, shots], report, state, curves))
 
-    def _compare(self, method: str, seed: int, answers: dict[str, Answer | None]) -> None:
+    def _compare(self, method: str, seed: int, answers: Mapping[str, Answer | None]) -> None:
         """Add a seed's answers to the predictions, and summarise the method."""
         protocol, of = self.problem.protocol, self.predictions.setdefault(method, {})
         before = self.zero_shot.get(seed) or next(iter(self.zero_shot.values()))
@@ -230,7 +230,7 @@ class _Run:
             averaged=protocol.averaged,
         )
 
-    def _scores(self, answers: dict[str, Answer | None]) -> tuple[dict[str, float | None], float]:
+    def _scores(self, answers: Mapping[str, Answer | None]) -> tuple[dict[str, float | None], float]:
         """The protocol's accuracies, None where an answer is missing, and the mean calibration error of the groups."""
         protocol, accuracies, errors = self.problem.protocol, {}, []
         for group, answer in answers.items():

@@ -225,7 +225,7 @@ class Problem:
 
     def checkpoint(self, head: torch.nn.Module, seed: int, **parts: Any) -> Checkpoint:
         """The checkpoint of a seed's head. parts: prompt, towers, and the classes that go with them."""
-        known = {
+        known: dict[str, Any] = {
             "classes": None if "classes" in parts else self.all_classes(seed),
             "class_names": self.source.class_names,
             "backbone": self.backbone,
