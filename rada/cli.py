@@ -13,6 +13,7 @@ import typer
 
 from rada.data import SOURCES, Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
+from rada.data.suite import read_suite
 from rada.data.views import VIEWS
 from rada.encoders import IMAGES_PER_BATCH
 from rada.losses import LOSSES
@@ -113,6 +114,9 @@ def train(
         ),
     ] = None,
     targets: Annotated[Path | None, typer.Option(help="With cross: a file that lists the other data sets.")] = None,
+    suite: Annotated[
+        Path | None, typer.Option(help="In place of --data: a file that lists data sets; each is run, and averaged.")
+    ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -174,12 +178,14 @@ def train(
     traceback: Traceback = False,
 ) -> None:
     """Train on a few shots; test by a protocol, zero-shot beside each method; write a report folder."""
-    from rada.experiment import run
+    from rada.experiment import run, run_suite
     from rada.loggers import tensorboard_writer, wandb_writer
     from rada.problem import Settings, tuning_for
-    from rada.report.tables import print_run
+    from rada.report.tables import print_average, print_run
     from rada.runs import free_output
 
+    if suite is not None:
+        data = read_suite(suite)[0].source  # whose recommended settings are everyone's
     if resume and output is None:
         raise ValueError("output: got none with --resume; it takes the folder of the run")
     counts = () if shots is None else _integers("shots", shots)
@@ -224,9 +230,16 @@ def train(
         ),
     )
     if output is None:
-        name = data.partition(":")[2] or data
+        name = str(suite) if suite is not None else data.partition(":")[2] or data
         output = free_output(Path("runs") / Path(name).resolve().stem)
     writers = [writer() for writer, wanted in ((tensorboard_writer, tensorboard), (wandb_writer, wandb)) if wanted]
+    if suite is not None:
+        done = run_suite(settings, suite, output, overwrite=overwrite, resume=resume, writers=writers)
+        for name, results in done["runs"].items():
+            print_run(results)
+            _draw(output / name)
+        print_average(done)
+        return
     results = run(settings, output, overwrite=overwrite, resume=resume, writers=writers)
     print_run(results)
     _draw(output)

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +18,7 @@ from torch import nn
 
 from rada.checkpoint import checkpoint_folder
 from rada.data.source import Source
+from rada.data.suite import average, read_suite
 from rada.encoders import FeatureExtractor
 from rada.examples import write_examples
 from rada.files import write_json
@@ -121,6 +122,40 @@ def train(
     return run(
         chosen, folder, overwrite=overwrite, source=own_source, encoders=own_model, loss=loss, callbacks=callbacks
     )
+
+
+def run_suite(settings: Settings, suite: Path, output: Path, **options: Any) -> dict:
+    """A run of each data set that the file `suite` lists, in a folder of its own in `output`, and their average.
+
+    settings: of all; a line's class names and templates replace theirs. options: as for `run`.
+
+    Returns runs, the results by name; and average: of zero_shot and of each method's label the means over the data
+    sets, see `rada.data.suite.average`. suite.json in `output` holds the averages.
+    """
+    runs: dict[str, dict] = {}
+    for line in read_suite(suite):
+        names = settings.class_names if line.class_names is None else str(line.class_names)
+        own = replace(settings, data=line.source, class_names=names, templates=line.templates or settings.templates)
+        name = Path(line.source.partition(":")[2] or line.source).stem
+        runs[name] = run(own, output / name, **options)
+    labels = [entry["label"] for entry in next(iter(runs.values()))["methods"].values()]
+    rows = {"zero-shot": {name: found["zero_shot"] for name, found in runs.items()}}
+    for label in labels:
+        of = {name: _means(found, label) for name, found in runs.items()}
+        if all(of.values()):
+            rows[label] = of
+    averages = {label: average(of) for label, of in rows.items()}
+    write_json(output / "suite.json", {"data_sets": list(runs), "average": averages})
+    return {"runs": runs, "average": averages}
+
+
+def _means(results: dict, label: str) -> dict[str, float]:
+    """A method's mean accuracies, none where it was left out."""
+    columns = results["protocol"]["columns"]
+    for entry in results["methods"].values():
+        if entry["label"] == label and entry["summary"]:
+            return {name: entry["summary"][name]["mean"] for name in columns if name in entry["summary"]}
+    return {}
 
 
 class _Run:

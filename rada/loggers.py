@@ -22,7 +22,8 @@ def wandb_writer(project: str = "rada") -> Any:
 
     @contextmanager
     def writer(folder: Path) -> Iterator[_WandbRun]:
-        run = wandb.init(project=project, name="/".join(folder.parts[-4:]), dir=folder.parents[2], reinit=True)
+        output, method, seed = folder.parents[2], *folder.parts[-2:]
+        run = wandb.init(project=project, name=f"{output.name}/{method}/{seed}", dir=str(output), reinit=True)
         try:
             yield _WandbRun(run)
         finally:

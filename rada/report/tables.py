@@ -40,6 +40,16 @@ def print_adaptation(results: dict) -> None:
     _print_attribution(console, results["attribution"])
 
 
+def print_average(done: dict) -> None:
+    """The average over a suite's data sets, as `rada.experiment.run_suite` returns it."""
+    columns = list(done["average"]["zero-shot"])
+    names = {"h": "H, mean", "h_of_means": "H of the means", "ece": "ECE"}
+    table = _table(f"mean over {len(done['runs'])} data sets, in %", "", *(names.get(name, name) for name in columns))
+    for label, row in done["average"].items():
+        table.add_row(label, *(f"{row[name]:.2f}" if name in row else "–" for name in columns))
+    Console().print(table)
+
+
 def print_run(results: dict) -> None:
     """The tables of a run: accuracies of all methods, and what a step costs."""
     console, data = Console(), results["data"]

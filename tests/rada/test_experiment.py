@@ -427,3 +427,25 @@ def test_an_encoder_without_a_text_tower_is_named():
     extractor = FeatureExtractor(Images(), tokenizer=lambda texts: torch.zeros(len(texts), 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"model: got Images, which has no text tower \(encode_text\)"):
         extractor.classes(["red"])
+
+
+def test_a_suite_is_run_and_averaged(tmp_path, capsys):
+    from rada.cli import main
+
+    for name, classes in (("a", 5), ("b", 4)):
+        write_features(tmp_path / f"{name}.npz", classes, text_features=np.eye(classes, 16, dtype=np.float32))
+    (tmp_path / "suite.txt").write_text("features:a.npz\nfeatures:b.npz\n")
+    arguments = ["--suite", tmp_path / "suite.txt", "--protocol", "base-new", "--method", "rada,lp++", "--shots", 2]
+    arguments += ["--seeds", 1, "--heads", 4, "--epochs", 1, "--device", "cpu", "--output", tmp_path / "runs"]
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *map(str, arguments)])
+    assert ended.value.code == 0
+    found = json.loads((tmp_path / "runs" / "suite.json").read_text())
+    assert found["data_sets"] == ["a", "b"]
+    rows = [json.loads((tmp_path / "runs" / name / "results.json").read_text()) for name in ("a", "b")]
+    for column in ("base", "new", "h"):
+        mean = sum(row["methods"]["rada"]["seeds"][0][column] for row in rows) / 2
+        assert found["average"]["RAda"][column] == pytest.approx(mean)
+    assert "h_of_means" in found["average"]["RAda"]
+    assert list(found["average"]["LP++"]) == ["base"]
+    assert "mean over 2 data sets" in capsys.readouterr().out

@@ -148,6 +148,34 @@ def test_event_files_are_closed_after_an_error(data, tmp_path, monkeypatch):
     assert [writer.closed for writer in opened] == [True, True]
 
 
+def test_wandb_gets_a_run_per_method_and_seed(data, tmp_path, monkeypatch):
+    runs = []
+
+    class Run:
+        def __init__(self, **options):
+            self.options, self.rows, self.finished = options, [], False
+            runs.append(self)
+
+        def log(self, values, step):
+            self.rows.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    module = types.ModuleType("wandb")
+    module.init = Run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    output = tmp_path / "run"
+    arguments = ("--data", data, "--seeds", "1", "--method", "rada,rada+adapter", "--wandb", *TINY)
+    assert train(*arguments, "--output", output) == 0
+    assert [run.finished for run in runs] == [True, True]
+    assert [run.options["name"] for run in runs] == ["run/rada/seed-1", "run/rada+adapter/seed-1"]
+    assert {step for step, _ in runs[0].rows} == {0, 1}
+    assert {name for _, values in runs[0].rows for name in values} == {
+        "loss", "penalty", "train_accuracy", "val_accuracy"
+    }  # fmt: skip
+
+
 def test_a_seeded_head_leaves_every_generator_alone(data, monkeypatch):
     seeded = []
     for device in ("cuda", "mps", "xpu"):
