@@ -154,9 +154,10 @@ def pretrain_text(
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.2f}")
     with torch.no_grad():
-        return tuple(
+        of_names, of_keywords = (
             torch.stack([model.encode_text(spoken, normalize=True) for spoken in part]) for part in (captions, hints)
         )
+    return of_names, of_keywords
 
 
 def pretrain_image(

@@ -1,4 +1,4 @@
-"""Chooses the learning rate and α of the demo, `rada.train.EMOJI_TUNING`, without its test images and its new classes.
+"""Chooses epochs, learning rate and α of the demo, `rada.train.EMOJI_TUNING`, without its test images and new classes.
 
     python -m rada.demo.search
 

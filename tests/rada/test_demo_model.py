@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 
 import open_clip
@@ -10,7 +11,8 @@ import torch
 
 import rada.demo as demo
 from rada.data.emoji import emoji_classes, load_emoji
-from rada.demo import CHECKPOINT, MODEL_DIR, VOCABULARY, load_demo_model
+from rada.demo import CHECKPOINT, MODEL_DIR, VOCABULARY, load_demo_model, pretrain
+from rada.demo.drawings import SHARES
 from rada.demo.pretrain import augment, dilated, multi_positive, texts, warp
 from rada.demo.vocabulary import learn_merges, write_merges
 from rada.demo.words import keywords
@@ -125,6 +127,37 @@ def test_multi_positive_is_cross_entropy_averaged_over_the_positives():
     nll = torch.nn.functional.cross_entropy
     one, two, other = (nll(logits[[row]], torch.tensor([label])) for row, label in ((0, 2), (1, 0), (1, 4)))
     torch.testing.assert_close(multi_positive(logits, positive), (one + (two + other) / 2) / 3)
+
+
+def test_the_towers_learn_one_after_the_other(monkeypatch):
+    """A few steps on eight classes: the text tower nears its aims, then the image tower moves and the text stays."""
+    monkeypatch.setattr(pretrain, "TEXT_STEPS", 12)
+    monkeypatch.setattr(pretrain, "TEXT_NAMES", 8)
+    monkeypatch.setattr(pretrain, "TEXT_KEYWORDS", 2)
+    torch.manual_seed(0)
+    model, _, tokenizer = load_demo_model(pretrained=False)
+    names, words = ("cat", "dog", "pizza", "taco", "car", "bus", "rose", "tulip"), ("animal", "food")
+    captions, hints = (
+        torch.stack([tokenizer([t.format(name) for name in spoken]) for t in pretrain.TEMPLATES])
+        for spoken in (names, words)
+    )
+    member = torch.tensor([[1.0, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0]])
+    aims = torch.nn.functional.normalize(torch.randn(8, 128), dim=1)
+    rng = torch.Generator().manual_seed(0)
+    before = (model.encode_text(captions[0], normalize=True) * aims).sum(1).mean().item()
+    text, keyword_text = pretrain.pretrain_text(model, captions, hints, member, aims, rng, bf16=False)
+    assert (text[0] * aims).sum(1).mean().item() > before + 0.2
+    assert text.shape == (len(pretrain.TEMPLATES), 8, 128)
+    assert keyword_text.shape == (len(pretrain.TEMPLATES), 2, 128)
+
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    drawings = torch.randint(0, 256, (8, len(SHARES), 3, 128, 128), dtype=torch.uint8)
+    args = argparse.Namespace(batch_size=4, epochs=1, lr=1e-3, weight_decay=0.05, bf16=False)
+    pretrain.pretrain_image(model, drawings, text, keyword_text, member, rng, args)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, state[name])}
+    assert "visual.conv1.weight" in changed
+    assert all(name.startswith("visual.") or name == "logit_scale" for name in changed)
+    assert not model.training
 
 
 class TestAugmentation:
