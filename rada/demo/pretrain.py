@@ -1,15 +1,16 @@
-"""Pretrains the demo model on OpenMoji's colour drawings and their names, and writes `rada/demo/model`.
+"""Pretrains the demo model on drawings of emoji, their names and their keywords, and writes `rada/demo/model`.
 
+    pip install "rada[demo,pretrain]"
     python -m rada.demo.pretrain
 
-Two contrastive stages. First the text tower alone learns to tell the names apart whatever the template.
-Then, with the text tower locked, the image tower learns to match each drawing to its name among all the
-names.
+Two stages. First the text tower learns names in any template and keywords, towards features in which emoji that share
+words lie near one another (`rada.demo.words`). Then, with the text tower locked, the image tower learns contrastively
+to match each drawing to its name among all names, and to its keywords among all keywords.
 
-The model never sees the target domain, Noto's line drawings. What carries it across is the augmentation,
-which turns a colour drawing into ink: random mixes of the colour channels, cuts at random levels, edges,
-inversion, thicker and thinner strokes, warps. Its strength grows as fast as the model masters it, because
-from scratch at full strength the model learns nothing for a long time.
+The model never sees the target domain, Noto's line drawings. What carries it across is three other designers' drawings
+(`rada.demo.drawings`) and the augmentation, which turns them into ink: random mixes of the colour channels, cuts at
+random levels, edges, inversion, thicker and thinner strokes, warps. Its strength grows as fast as the model masters it,
+because from scratch at full strength the model learns nothing for a long time.
 
 The seed fixes the run up to the rounding of the machine's convolutions.
 """
@@ -20,10 +21,9 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from rada.data.emoji import ATTRIBUTION, draw_source, emoji_classes
+from rada.data.emoji import emoji_classes
 from rada.demo import CHECKPOINT, MODEL_DIR, VOCABULARY
+from rada.demo.drawings import ATTRIBUTION, SHARES, draw_all
 from rada.demo.vocabulary import learn_merges, write_merges
+from rada.demo.words import ATTRIBUTION as WORDS_ATTRIBUTION
+from rada.demo.words import keywords, meanings, membership
 from rada.models import OpenCLIP
 
 TEMPLATES = (
@@ -47,9 +50,12 @@ TEMPLATES = (
     "{}",
 )
 
-TEXT_STEPS = 30
-TEXT_BATCH = 128
+TEXT_STEPS = 300
+TEXT_NAMES, TEXT_KEYWORDS = 160, 64  # captions of a step
+TEXT_LR = 2e-3
 TEXT_SCALE = 20.0  # the temperature's inverse while the names are told apart
+KEYWORD_SCALE = 10.0  # the same for keywords, of which a class has several
+KEYWORD_WEIGHT = 0.3
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -60,7 +66,7 @@ STRENGTH_STEP = 0.002
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rada.demo.pretrain", description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=390, help="passes over the drawings")
+    parser.add_argument("--epochs", type=int, default=400, help="passes over the classes, a drawing of each")
     parser.add_argument("--batch-size", type=int, default=128, help="drawings per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate of AdamW")
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -75,29 +81,37 @@ def main() -> None:
     start = time.perf_counter()
     classes = emoji_classes()
     names = [emoji.name for emoji in classes]
-    model, tokenizer = new_model(names, args.seed, args.device)
-    size = model.visual.image_size
-    drawings = torch.stack(
-        [
-            torch.from_numpy(np.array(draw_source(emoji, 2 * size))).permute(2, 0, 1)
-            for emoji in tqdm(classes, desc="draw", unit="image")
-        ]
-    )  # [K, 3, 2S, 2S] uint8
-    captions = torch.stack([tokenizer([t.format(name) for name in names]) for t in TEMPLATES])  # [T, K, L]
+    words = keywords(classes)
+    shared, member = membership(words)
+    model, tokenizer = new_model(texts(names, words), args.seed, args.device)
+    size, dim = model.visual.image_size, model.text_projection.shape[1]
+    drawings = torch.stack(list(tqdm(draw_all(classes, 2 * size), desc="draw", unit="class", total=len(classes))))
+    captions, hints = (
+        torch.stack([tokenizer([t.format(name) for name in spoken]) for t in TEMPLATES]).to(args.device)
+        for spoken in (names, shared)
+    )  # [T, K, L], [T, W, L]
     rng = torch.Generator().manual_seed(args.seed)
-    text = pretrain_text(model, captions.to(args.device), rng)
-    pretrain_image(model, drawings.to(args.device), text, rng, args)
+    member, aims = member.to(args.device), meanings(names, words, dim, args.seed).to(args.device)
+    text, hints = pretrain_text(model, captions, hints, member, aims, rng, args.bf16)
+    pretrain_image(model, drawings.to(args.device), text, hints, member, rng, args)
     save(model, args.output)
     print(
         f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB, logit scale "
-        f"{model.logit_scale.exp().item():.1f}, {time.perf_counter() - start:.0f} s\n{ATTRIBUTION['source']}"
+        f"{model.logit_scale.exp().item():.1f}, {time.perf_counter() - start:.0f} s",
+        *ATTRIBUTION,
+        WORDS_ATTRIBUTION,
+        sep="\n",
     )
 
 
-def new_model(names: list[str], seed: int, device: str):
+def texts(names: Sequence[str], words: Sequence[Sequence[str]]) -> list[str]:
+    """What the vocabulary is learnt from: every name in every template, and twice every class's keywords."""
+    return [t.format(name) for name in names for t in TEMPLATES] + 2 * [word for of in words for word in of]
+
+
+def new_model(texts: Sequence[str], seed: int, device: str):
     """An untrained model and its tokenizer, with a vocabulary learned here and written beside the config."""
     config = json.loads((MODEL_DIR / "open_clip_config.json").read_text())["model_cfg"]
-    texts = [template.format(name) for name in names for template in TEMPLATES]
     # The vocabulary holds every byte, every byte at a word's end, and two special tokens without any merge.
     write_merges(learn_merges(texts, config["text_cfg"]["vocab_size"] - 2 * 256 - 2), VOCABULARY)
     torch.manual_seed(seed)
@@ -106,32 +120,60 @@ def new_model(names: list[str], seed: int, device: str):
     return model, open_clip.get_tokenizer(location, bpe_path=str(VOCABULARY))
 
 
-def pretrain_text(model: OpenCLIP, captions: Tensor, rng: torch.Generator) -> Tensor:
-    """Train the text tower in place: two captions of one name are a pair, all others of the batch are not.
+def pretrain_text(
+    model: OpenCLIP, captions: Tensor, hints: Tensor, member: Tensor, aims: Tensor, rng: torch.Generator, bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """Train the text tower in place towards the classes' aims.
 
-    captions: [T, K, L] token ids of every template and name. Returns the normalised text features [T, K, D].
+    captions, hints: [T, K, L] and [T, W, L] token ids of every template and name, of every template and keyword.
+    member: [W, K], 1.0 where a class has a keyword. aims: [K, D] unit vectors.
+    Returns the normalised features of both, [T, K, D] and [T, W, D].
     """
     parameters = {n: p for n, p in model.named_parameters() if not n.startswith("visual.") and p.ndim > 0}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, TEXT_STEPS)
-    batches = endless_batches(captions.shape[1], TEXT_BATCH, rng)
-    for _ in tqdm(range(TEXT_STEPS), desc="pretrain text", unit="step"):
-        batch = next(batches)
-        pair = torch.randint(len(captions), (2, len(batch)), generator=rng)
-        first, second = model.encode_text(captions[pair, batch].flatten(0, 1), normalize=True).chunk(2)
-        loss = open_clip.ClipLoss()(first, second, TEXT_SCALE)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    optimizer = torch.optim.AdamW(parameters.values(), lr=TEXT_LR, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, TEXT_LR, total_steps=TEXT_STEPS, pct_start=0.1, anneal_strategy="linear", cycle_momentum=False
+    )
+    name_batches = endless_batches(captions.shape[1], TEXT_NAMES, rng)
+    keyword_batches = endless_batches(hints.shape[1], TEXT_KEYWORDS, rng)
+    with tqdm(range(TEXT_STEPS), desc="pretrain text", unit="step") as bar:
+        for _ in bar:
+            some, few = next(name_batches).to(aims.device), next(keyword_batches).to(aims.device)
+            spoken = torch.cat([_any_template(captions, some, rng), _any_template(hints, few, rng)])
+            with torch.autocast(spoken.device.type, torch.bfloat16, enabled=bf16):
+                features = model.encode_text(spoken, normalize=True)
+            of_names, of_keywords = features.float().split([len(some), len(few)])
+            loss = (
+                F.cross_entropy(TEXT_SCALE * of_names @ aims.T, some)
+                + KEYWORD_WEIGHT * multi_positive(KEYWORD_SCALE * of_keywords @ aims.T, member[few])
+                + 2 * (1 - (of_names * aims[some]).sum(1)).mean()
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.2f}")
     with torch.no_grad():
-        return torch.stack([model.encode_text(texts, normalize=True) for texts in captions])
+        of_names, of_keywords = (
+            torch.stack([model.encode_text(spoken, normalize=True) for spoken in part]) for part in (captions, hints)
+        )
+    return of_names, of_keywords
 
 
 def pretrain_image(
-    model: OpenCLIP, drawings: Tensor, text: Tensor, rng: torch.Generator, args: argparse.Namespace
+    model: OpenCLIP,
+    drawings: Tensor,
+    text: Tensor,
+    hints: Tensor,
+    member: Tensor,
+    rng: torch.Generator,
+    args: argparse.Namespace,
 ) -> None:
-    """Train the image tower and the logit scale in place: drawings [K, 3, 2S, 2S] against all K texts."""
+    """Train the image tower and the logit scale in place.
+
+    drawings: [K, V, 3, 2S, 2S] uint8, against text [T, K, D], the features of the names, and hints [T, W, D], of the
+    keywords; member [W, K] as for `pretrain_text`.
+    """
     size = model.visual.image_size
     mean, std = (
         torch.tensor(model.visual.preprocess_cfg[key], device=drawings.device).view(3, 1, 1) for key in ("mean", "std")
@@ -147,17 +189,21 @@ def pretrain_image(
         optimizer, args.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
     batches = endless_batches(len(drawings), args.batch_size, rng)
+    shares = torch.tensor(SHARES)
     strength = accuracy = 0.0
     model.train()
-    with tqdm(total=steps * args.batch_size, desc="pretrain image", unit="image") as bar:
+    with tqdm(total=steps * args.batch_size, desc="pretrain image", unit="image", mininterval=10) as bar:
         for step in range(steps):
             batch = next(batches).to(drawings.device)
-            images = augment(drawings[batch].float() / 255, size, rng, strength)
+            kind = torch.multinomial(shares, len(batch), replacement=True, generator=rng).to(drawings.device)
+            images = augment(drawings[batch, kind].float() / 255, size, rng, strength)
             images = images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
             with torch.autocast(images.device.type, torch.bfloat16, enabled=args.bf16):
                 features = model.encode_image(images, normalize=True)
-            logits = model.logit_scale.exp() * features.float() @ text[step % len(text)].T  # [B, K]
-            loss = F.cross_entropy(logits, batch)
+            template = step % len(text)
+            logits = model.logit_scale.exp() * features.float() @ text[template].T  # [B, K]
+            to_keywords = KEYWORD_SCALE * features.float() @ hints[template].T  # [B, W]
+            loss = F.cross_entropy(logits, batch) + KEYWORD_WEIGHT * multi_positive(to_keywords, member.T[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -168,8 +214,20 @@ def pretrain_image(
             if accuracy > MASTERED:
                 strength = min(1.0, strength + STRENGTH_STEP)
             bar.update(args.batch_size)
-            bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{accuracy:.3f}", strength=f"{strength:.2f}")
+            bar.set_postfix(
+                loss=f"{loss.item():.2f}", accuracy=f"{accuracy:.3f}", strength=f"{strength:.2f}", refresh=False
+            )
     model.eval()
+
+
+def multi_positive(logits: Tensor, positive: Tensor) -> Tensor:
+    """The mean over the rows [N] of -log softmax, averaged over a row's positives (1.0 in [N, M]); rows without: 0."""
+    return -((logits.log_softmax(1) * positive).sum(1) / positive.sum(1).clamp(min=1)).mean()
+
+
+def _any_template(captions: Tensor, ids: Tensor, rng: torch.Generator) -> Tensor:
+    """Captions [N, L] of the ids [N], each in a template of its own."""
+    return captions[torch.randint(len(captions), (len(ids),), generator=rng).to(ids.device), ids]
 
 
 def endless_batches(count: int, size: int, rng: torch.Generator) -> Iterator[Tensor]:
@@ -179,7 +237,7 @@ def endless_batches(count: int, size: int, rng: torch.Generator) -> Iterator[Ten
 
 
 def augment(images: Tensor, size: int, rng: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Colour drawings [B, 3, S, S] in 0..1, on white, as views [B, 3, size, size], most of them inked.
+    """Drawings [B, 3, S, S] in 0..1, on white, as views [B, 3, size, size], most of them inked.
 
     `strength` from 0 (the drawings almost as they are) to 1 scales the warps and the shares of other styles.
     """
@@ -190,7 +248,7 @@ def augment(images: Tensor, size: int, rng: torch.Generator, strength: float = 1
 
     # From here to the end a pixel is the ink on white paper, 0 for none, and so is what the warp brings in
     # from outside. A few drawings are inverted first: light lines on a dark square.
-    positive = (uniform(0, 1) > 0.12 * strength).float()
+    positive = (uniform(0, 1) > 0.06 * strength).float()
     ink = warp((positive - images).abs_(), size, rng, strength)
 
     # A random mix of the channels, cut at a random level: the outlines alone, or some coloured areas filled.
@@ -204,10 +262,11 @@ def augment(images: Tensor, size: int, rng: torch.Generator, strength: float = 1
     jittered = (channels * uniform(0.6, 1.2, 3, 1, 1) + uniform(-0.1, 0.1)).clamp(0, 1)
 
     style = uniform(0, 1) / max(strength, 1e-6)
-    inked = torch.where(style < 0.5, cut, torch.where(style < 0.8, edge, grey))
-    # Thicker and thinner strokes, by a share of a one-pixel dilation or erosion.
+    both = torch.maximum(cut, edge)  # outlines with some areas filled
+    inked = torch.where(style < 0.4, cut, torch.where(style < 0.6, edge, torch.where(style < 0.8, both, grey)))
+    # Thicker and thinner strokes, by a share of a two-pixel dilation or a one-pixel erosion.
     share = uniform(-1, 1)
-    thicker, thinner = dilated(inked) - inked, dilated(-inked) + inked
+    thicker, thinner = dilated(dilated(inked)) - inked, dilated(-inked) + inked
     inked = inked + share.clamp(min=0) * thicker + 0.6 * share.clamp(max=0) * thinner
     return 1 - torch.where(style < 0.9, inked, jittered)
 
@@ -228,7 +287,7 @@ def warp(ink: Tensor, size: int, rng: torch.Generator, strength: float) -> Tenso
 
     angle, shear, stretch = uniform(-0.2, 0.2), uniform(-0.15, 0.15), uniform(-0.15, 0.15)
     scale = torch.exp(-uniform(-0.35, 0.2))
-    mirror = torch.where(torch.rand(count, generator=rng) < 0.15 * strength, -1.0, 1.0)
+    mirror = torch.where(torch.rand(count, generator=rng) < 0.1 * strength, -1.0, 1.0)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     across = [mirror * cos * stretch.exp(), shear - sin, uniform(-0.12, 0.12)]
     down = [sin, cos / stretch.exp(), uniform(-0.12, 0.12)]
@@ -246,7 +305,7 @@ def save(model: torch.nn.Module, path: Path) -> None:
         for name, tensor in model.state_dict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, metadata={"format": "pt", "attribution": ATTRIBUTION["source"]})
+    save_file(state, path, metadata={"format": "pt", "attribution": " ".join(ATTRIBUTION)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Chooses the demo's learning rate and α, `rada.data.emoji.RECOMMENDED`, without its test images and new classes.
+"""Chooses epochs, rate and α of the demo, `rada.data.emoji.RECOMMENDED`, without its test images and new classes.
 
     python -m rada.demo.search
 
@@ -39,22 +39,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rada.demo.search", description=__doc__.splitlines()[0])
     parser.add_argument("--lr", type=float, nargs="+", default=LRS, help=f"learning rates, by default {LRS}")
     parser.add_argument("--alpha", type=float, nargs="+", default=ALPHAS, help=f"α, by default {ALPHAS}")
+    parser.add_argument("--epochs", type=int, nargs="+", default=(Tuning.epochs,), help="passes over the shots")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="a cut and two trainings each")
     parser.add_argument("--shots", type=int, default=Recommended.shots, help="training images per class")
     args = parser.parse_args()
 
-    grid = [Tuning(batch_size=BATCH_SIZE, lr=lr, alpha=alpha) for lr in args.lr for alpha in args.alpha]
+    grid = [
+        Tuning(epochs=epochs, batch_size=BATCH_SIZE, lr=lr, alpha=alpha)
+        for epochs in args.epochs
+        for lr in args.lr
+        for alpha in args.alpha
+    ]
     images, classes = base_classes()
     cuts = list(folds(images, classes, args.seeds, args.shots))
-    print("| lr | α | pseudo-base | pseudo-new | H of the means |\n| --- | --- | --- | --- | --- |")
-    print(f"| zero-shot | | {line([measure(fold, None) for fold in cuts])}")
+    print("| epochs | lr | α | pseudo-base | pseudo-new | H of the means |\n| --- | --- | --- | --- | --- | --- |")
+    print(f"| zero-shot | | | {line([measure(fold, None) for fold in cuts])}")
     scores: dict[Tuning, float] = {}
     for tuning in tqdm(grid, desc="search", unit="setting"):
         measured = [measure(fold, train(fold, tuning)) for fold in cuts]
-        tqdm.write(f"| {tuning.lr:g} | {tuning.alpha:g} | {line(measured)}")
+        tqdm.write(f"| {tuning.epochs} | {tuning.lr:g} | {tuning.alpha:g} | {line(measured)}")
         scores[tuning] = h_of_means(measured)
     best = max(scores, key=lambda tuning: scores[tuning])
-    print(f"\nchosen: lr {best.lr:g}, α {best.alpha:g}")
+    print(f"\nchosen: epochs {best.epochs}, lr {best.lr:g}, α {best.alpha:g}")
 
 
 def base_classes() -> tuple[Split, Classes]:

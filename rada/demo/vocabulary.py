@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -23,17 +23,30 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
         for token in rules.pat.findall(rules.clean_fn(text)):
             spelled = [rules.byte_encoder[byte] for byte in token.encode("utf-8")]
             words[(*spelled[:-1], spelled[-1] + "</w>")] += 1
+    pairs: Counter[tuple[str, str]] = Counter()
+    holders: dict[tuple[str, str], set[tuple[str, ...]]] = defaultdict(set)  # words that have, or had, a pair
+
+    def count_pairs(word: tuple[str, ...], times: int) -> None:
+        for pair in pairwise(word):
+            pairs[pair] += times
+            holders[pair].add(word)
+
+    for word, times in words.items():
+        count_pairs(word, times)
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, times in words.items():
-            for pair in pairwise(word):
-                pairs[pair] += times
+        pairs = +pairs  # without those that are gone
         if not pairs:
             raise ValueError(f"count: got {count}; it takes at most {len(merges)}, the merges of these texts")
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        words = Counter({_merge(word, best): times for word, times in words.items()})
+        for word in holders.pop(best):
+            times = words.pop(word, 0)
+            if times:
+                count_pairs(word, -times)
+                merged = _merge(word, best)
+                words[merged] += times
+                count_pairs(merged, times)
     return merges
 
 

@@ -55,9 +55,9 @@ def test_the_highest_h_is_chosen(problem, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["search", "--lr", "1e-3", "3e-3", "1e-2", "--alpha", "1", "--shots", "4"])
     search.main()
     out = capsys.readouterr().out
-    assert "| zero-shot | | 30.00 ± 0.00 | 30.00 ± 0.00 | 30.00 |" in out
-    assert "| 0.01 | 1 | 50.00 ± 0.00 | 50.00 ± 0.00 | 50.00 |" in out
-    assert "chosen: lr 0.003, α 1\n" in out
+    assert "| zero-shot | | | 30.00 ± 0.00 | 30.00 ± 0.00 | 30.00 |" in out
+    assert "| 5 | 0.01 | 1 | 50.00 ± 0.00 | 50.00 ± 0.00 | 50.00 |" in out
+    assert "chosen: epochs 5, lr 0.003, α 1\n" in out
 
 
 def test_a_training_is_fixed_by_its_seed(problem):

@@ -214,11 +214,11 @@ def test_python_and_the_command_line_take_the_same_settings_of_the_data(monkeypa
     assert train("--output", "nowhere") == 2
     assert train("--data", "folder:photos", "--epochs", "7", "--lr", "0.5", "--output", "nowhere") == 2
     settings = rada.problem.Settings()
-    assert (settings.model, settings.max_classes, settings.protocol) == ("demo", 300, "base-new")
+    assert (settings.model, settings.max_classes, settings.shots, settings.protocol) == ("demo", 300, 4, "base-new")
     assert {"rada", "full", "test-time"} < set(settings.methods)
-    assert settings.tuning == Tuning(lr=3e-3, alpha=3.0)
+    assert settings.tuning == Tuning(epochs=20, lr=1e-2, alpha=0.3)
     photos = rada.problem.Settings(data="folder:photos", tuning=tuning_for("folder:photos", epochs=7, lr=0.5))
     assert (photos.model, photos.max_classes, photos.tuning) == (None, 0, Tuning(epochs=7, lr=0.5))
     assert (photos.protocol, photos.methods) == ("all", ("rada",))
     assert taken == [settings, photos]
-    assert tuning_for("emoji", alpha=0.5) == Tuning(lr=3e-3, alpha=0.5)
+    assert tuning_for("emoji", alpha=0.5) == Tuning(epochs=20, lr=1e-2, alpha=0.5)
