@@ -61,6 +61,10 @@ def _default(setting: str) -> str:
     return f"{EMOJI.tuning[setting]:g} for emoji, else {getattr(Tuning, setting):g}"
 
 
+def _full_epochs() -> str:
+    return f"{EMOJI.full['epochs']:g} for emoji, else {FullTuning.epochs}"
+
+
 def _shots_text() -> str:
     return f"{EMOJI.shots} for emoji, else {Recommended.shots}"
 

@@ -36,8 +36,8 @@ ATTRIBUTION = {
 WEIGHTS = {"train": (300, 400, 500, 600, 700), "test": (350, 450, 550, 650)}
 
 # Over all classes a run takes an hour on two cores, over this many, minutes. Shots: a class's target images are one
-# drawing, and many leave little to tell. Epochs, lr and alpha were chosen by `rada.demo.search` inside the base classes,
-# half of which played the new ones: rada/demo/search.md. The rest was set by what two cores do in minutes.
+# drawing, and many leave little to tell. Epochs, lr and alpha were chosen by `rada.demo.search` inside the base
+# classes, half of which played the new ones: rada/demo/search.md. The rest was set by what two cores do in minutes.
 RECOMMENDED = Recommended(
     model="demo",
     max_classes=300,
