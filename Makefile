@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CPP := $(wildcard rada_kernels/csrc/*.cpp rada_kernels/*/*.h tests/kernels/loops/*.cpp)
+CPP := $(wildcard rada_kernels/csrc/*.cpp rada_kernels/*/*.h tests/kernels/loops/*.cpp tests/kernels/loops/*.h)
 
 .PHONY: run test test-all wheel loops cross-aarch64 sanitize bench compile-report lint format clean
 

@@ -77,9 +77,9 @@ class Kept:
     query_rational: Tensor  # [B, K, D]
     key: Tensor  # [B, K, D]
     value: Tensor  # [B, K, D]
-    attended: Tensor  # [B, K, D]
     change: Tensor  # [B, K, D] M - 1
-    references: Tensor  # [2, B·H] the reference q·k of the exponentials, text and rational kind
+    attended: Tensor  # [B, K, D]
+    shifts: Tensor  # [2, B·H] what is subtracted from q·k before it is exponentiated, text and rational kind
 
     def tensors(self) -> list[Tensor]:
         return list(vars(self).values())
@@ -103,9 +103,9 @@ def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kep
         query_rational=empty(rational, *row_shape),
         key=empty(True, *row_shape),
         value=empty(True, *row_shape),
-        attended=empty(True, *row_shape),
         change=empty(True, *row_shape),
-        references=empty(True, 2, batch * heads, dtype=torch.float32),
+        attended=empty(True, *row_shape),
+        shifts=empty(True, 2, batch * heads, dtype=torch.float32),
     )
 
 
@@ -135,7 +135,7 @@ def attended_rows(image: Tensor, text: Tensor, params: Params, options: Options)
     (batch, width), classes = image.shape, text.shape[0]
     kept = empty_kept(image, text, options, save=False)
     kept.attended = kept.attended.new_empty(batch, classes, width)
-    nothing = kept.references  # neither sums nor deviation
+    nothing = kept.shifts  # neither sums nor deviation
     torch.ops.rada_cpu.forward(
         *operator_arguments(image, text, params, options, kept.tensors()), nothing, nothing.clone()
     )

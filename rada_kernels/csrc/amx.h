@@ -172,7 +172,7 @@ struct Steps {
 template <int N>
 inline void start_block(const Steps& a, const word* b, const word* b_last, int64_t k) {
   const bool lower = block_rows_set > TILE;
-  auto step = [&](const word* left, int64_t ld, const word* right) __attribute__((always_inline)) {
+  auto step = [&](const word* left, int64_t ld, const word* right) RADA_LAMBDA {
     load_tile<LEFT_B>(right, N * TILE * sizeof(word));
     load_tile<UPPER_A>(left, ld * sizeof(word));
     multiply_tiles<SUM_00, UPPER_A, LEFT_B>();

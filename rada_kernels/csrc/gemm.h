@@ -51,7 +51,7 @@ struct Float {
     return v;
   }
   // Words of one column of A from rows k and k + 1 (the second one is not used).
-  static RADA_INLINE vec pair(vec v, vec) { return v; }
+  static RADA_INLINE vec column_words(vec v, vec) { return v; }
   // The first n words of a row of B.
   static RADA_INLINE vec words_first(const float* row, int64_t, int64_t n) { return load_first(row, n); }
   // Words of one row of B from rows k and k + 1 of a matrix (the second one is not used).
@@ -66,8 +66,8 @@ struct Bfloat16 {
   static constexpr int64_t per_word = 2;
   static constexpr bool coarse = true;
 
-  static RADA_INLINE vec multiply_add(word a, vec b, vec c) { return add_pair_products(a, b, c); }
-  static RADA_INLINE vec multiply_add(vec a, vec b, vec c) { return add_pair_products(a, b, c); }
+  static RADA_INLINE vec multiply_add(word a, vec b, vec c) { return add_dot_products(a, b, c); }
+  static RADA_INLINE vec multiply_add(vec a, vec b, vec c) { return add_dot_products(a, b, c); }
   static RADA_INLINE void put(uint16_t* p, vec v) { store(p, narrow(v)); }
   static RADA_INLINE void put_first(uint16_t* p, vec v, int64_t n) {
     if (n >= W) return put(p, v);
@@ -83,7 +83,9 @@ struct Bfloat16 {
     return widen(bits);
   }
   // Words of one column of A from rows k and k + 1.
-  static RADA_INLINE vec pair(vec v, vec next) { return (vec)(low_halves(narrow(v)) | (uvec)widen(narrow(next))); }
+  static RADA_INLINE vec column_words(vec v, vec next) {
+    return (vec)(low_halves(narrow(v)) | (uvec)widen(narrow(next)));
+  }
   // The first n words of a row of B from two neighbouring rows of a matrix.
   static RADA_INLINE vec words_first(const uint16_t* row, int64_t ld, int64_t n) {
     return (vec)((uvec)get_first(row, n) >> 16 | (uvec)get_first(row + ld, n));
@@ -188,6 +190,15 @@ struct Tile {
   }
 };
 
+// An epilogue: f(row, column, vector) for every vector of a tile. `flatten`: f is inlined with all that it calls, since no
+// vector register survives a call, and the tile would lie in memory during the whole product.
+template <class F>
+RADA_INLINE auto for_each(const F& f) {
+  return [&](int64_t row, int64_t column, const auto& tile) RADA_LAMBDA {
+    tile.each([&](int r, int v, vec x) __attribute__((flatten, always_inline)) { f(row + r, column + v * W, x); });
+  };
+}
+
 // B in panels: one panel of N vectors.
 template <int N>
 struct Panel {
@@ -244,7 +255,7 @@ RADA_INLINE void multiply_panels(int64_t m, int64_t k, const word* a, int64_t ld
                                  Epilogue&& epilogue) {
   for (int64_t p = 0; p < panels.count; p++) {
     const int64_t column = panels.first_column(p);
-    auto with = [&](auto n) __attribute__((always_inline)) {
+    auto with = [&](auto n) RADA_LAMBDA {
       multiply_panel<P, ROW_MAJOR, n()>(0, m, k, a, ld, b_at(column, n), column, epilogue);
     };
     switch (panels.vectors_of(p)) {
@@ -319,7 +330,7 @@ RADA_INLINE void multiply_on_tiles(int64_t m, int64_t k, const word* a, int64_t 
     const int64_t block = smaller_of(rows, TILE_ROWS), blocks = rows / block;
     const Steps left = ROW_MAJOR ? scratch.rows(a + first * ld, ld, rows, k) : scratch.columns(a + first, ld, rows, k);
     shape_tiles(block);
-    auto with = [&](auto n, int64_t panel, int64_t end) __attribute__((always_inline)) {
+    auto with = [&](auto n, int64_t panel, int64_t end) RADA_LAMBDA {
       constexpr int N = n();
       const int64_t turns = (end - panel) * blocks;
       const word *right = nullptr, *right_last = nullptr;
@@ -339,9 +350,9 @@ RADA_INLINE void multiply_on_tiles(int64_t m, int64_t k, const word* a, int64_t 
         if (turn < turns) store_block<N>(sums[(turn + 1) % 2]);
       }
     };
-    const int64_t pairs = panels.width == 2 ? panels.count : panels.wide;  // panels of two vectors: the first ones
-    with(std::integral_constant<int, 2>(), 0, pairs);
-    with(std::integral_constant<int, 1>(), pairs, panels.count);
+    const int64_t double_panels = panels.width == 2 ? panels.count : panels.wide;  // the first ones
+    with(std::integral_constant<int, 2>(), 0, double_panels);
+    with(std::integral_constant<int, 1>(), double_panels, panels.count);
   }
 }
 #endif
@@ -372,7 +383,7 @@ RADA_INLINE void multiply_in_place(int64_t m, int64_t k, const word* a, int64_t 
         for (int r = 0; r < R; r++) left[r] = a + smaller_of(row + r, m - 1) * ld;
         for (int j = 0; j < C; j++) right[j] = rows + smaller_of(column + c + j, end - 1) * k;
         vec dots[W] = {};
-        auto step = [&](auto&& load_at) __attribute__((always_inline)) {
+        auto step = [&](auto&& load_at) RADA_LAMBDA {
           vec y[C];
 #pragma GCC unroll 4
           for (int j = 0; j < C; j++) y[j] = load_at(right[j]);
@@ -384,9 +395,8 @@ RADA_INLINE void multiply_in_place(int64_t m, int64_t k, const word* a, int64_t 
           }
         };
         int64_t i = 0;
-        for (; i + W <= k; i += W) step([=](const word* p) __attribute__((always_inline)) { return load(p + i); });
-        if (i < k)
-          step([=](const word* p) __attribute__((always_inline)) { return load_first((const float*)p + i, k - i); });
+        for (; i + W <= k; i += W) step([=](const word* p) RADA_LAMBDA { return load(p + i); });
+        if (i < k) step([=](const word* p) RADA_LAMBDA { return load_first((const float*)p + i, k - i); });
         transpose(dots);
         vec total{};
         for (int w = 0; w < W; w++) total += dots[w];

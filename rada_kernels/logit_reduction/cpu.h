@@ -2,44 +2,33 @@
 #pragma once
 
 #include "../csrc/call.h"
+#include "../csrc/workspace.h"
 #include "../rational_projection/cpu.h"
 
 namespace RADA_ISA {
 
 using rada::Penalty;
 
-// Rows of a task that runs products against whole layers, at most. Tile registers finish so many that reading the
-// weight takes longer; more rows share it.
-#if defined(RADA_TILES)
-constexpr int64_t BLOCK_ROWS = 256;
-#else
-constexpr int64_t BLOCK_ROWS = 64;
-#endif
-
 // Attended rows [m, D] -> sums[m] = Σ_d M f h and statistic[m] (largest, sum or sum of squares of M - 1 over d), over
 // columns first to end. f[r], h[r]: the unit features of row r, whole vectors. change [m, D] receives M - 1 unless null.
 template <class P>
 void reduce_logits(float* sums, float* statistic, typename P::element* change, const typename P::element* attended,
-                   int64_t m, int64_t width, const Layer<P>& layer, const float* const* f, const float* const* h,
+                   int64_t m, int64_t width, const Linear<P>& layer, const float* const* f, const float* const* h,
                    Penalty penalty, int64_t first, int64_t end) {
   vec totals[BLOCK_ROWS], peaks[BLOCK_ROWS];
   for (int64_t r = 0; r < m; r++) totals[r] = peaks[r] = vec{};
-  apply<P>(layer, attended, m, width, first, end,
-           [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
-             tile.each([&](int r, int v, vec x) __attribute__((always_inline)) {
-               const int64_t d = column + v * W;
-               const vec out = x + load(layer.bias + d);
-               const vec diff = out < splat(-1.0f) ? splat(-1.0f) : out;  // NaN stays NaN
-               if (change) P::put_first(change + (row + r) * width + d, diff, width - d);
-               totals[row + r] += (diff + 1.0f) * (load(f[row + r] + d) * load(h[row + r] + d));
-               if (penalty == Penalty::LINF)
-                 peaks[row + r] = larger(magnitude(diff), peaks[row + r]);
-               else if (penalty == Penalty::L1)
-                 peaks[row + r] += magnitude(diff);
-               else
-                 peaks[row + r] += diff * diff;
-             });
-           });
+  apply<P>(layer, attended, m, width, first, end, for_each([&](int64_t r, int64_t d, vec x) {
+             const vec out = x + load(layer.bias + d);
+             const vec diff = out < splat(-1.0f) ? splat(-1.0f) : out;  // NaN stays NaN
+             if (change) P::put_first(change + r * width + d, diff, width - d);
+             totals[r] += (diff + 1.0f) * (load(f[r] + d) * load(h[r] + d));
+             if (penalty == Penalty::LINF)
+               peaks[r] = larger(magnitude(diff), peaks[r]);
+             else if (penalty == Penalty::L1)
+               peaks[r] += magnitude(diff);
+             else
+               peaks[r] += diff * diff;
+           }));
   for (int64_t r = 0; r < m; r++) {
     sums[r] = sum(totals[r]);
     statistic[r] = penalty == Penalty::LINF ? largest(peaks[r]) : sum(peaks[r]);

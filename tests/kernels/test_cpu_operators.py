@@ -46,11 +46,11 @@ def threads():
     ("batch", "classes", "width", "heads"),
     [
         pytest.param(3, 97, 32, 2, id="several score blocks, the last one partial"),
-        pytest.param(70, 31, 24, 2, id="several waves, rows of many images in a block"),
+        pytest.param(70, 31, 24, 2, id="several slices, rows of many images in a block"),
         pytest.param(2, 65, 130, 2, id="width and head width past whole panels"),
     ],
 )
-def test_blocks_waves_and_what_is_kept(save_bytes, batch, classes, width, heads, monkeypatch, poisoned_empty):
+def test_blocks_slices_and_what_is_kept(save_bytes, batch, classes, width, heads, monkeypatch, poisoned_empty):
     monkeypatch.setenv("RADA_SAVE_BYTES", save_bytes)
     case = make_case(batch, classes, width, heads)
     assert_as_good_as_reference(case, "cpu", torch.float32)

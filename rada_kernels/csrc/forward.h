@@ -1,0 +1,115 @@
+// The head's forward phases over one slice of images.
+#pragma once
+
+#include "head.h"
+
+namespace RADA_ISA {
+
+template <class P>
+void Head<P>::place_forward(int64_t rows) {
+  const int64_t shares = split(rows, linear[rada::OUT].packed).shares;
+  row_sums = arena.take<float>(shares * rows);
+  row_statistics = arena.take<float>(shares * rows);
+}
+
+// Unit rows padded to whole vectors, weights packed.
+template <class P>
+void Head<P>::prepare() {
+  run_rows(pool, c.images + c.classes, LIGHT_ROWS, [&](int64_t row, int64_t count, int) {
+    for (int64_t i = row; i < row + count; i++) {
+      const bool image = i < c.images;
+      const int64_t k = image ? i : i - c.images;
+      const element* features = (const element*)(image ? c.image : c.text) + k * c.width;
+      inverse_norms[i] = unit_row<P>((image ? f : h) + k * over_width, features, c.width, over_width, c.normalize);
+    }
+  });
+  const int64_t words = c.width / P::per_word;
+  run_tasks(pool, 2 * rada::LAYERS, [&](int64_t i, int) {
+    const Linear<P>& l = linear[i / 2];
+    if (i % 2 == 0)
+      for (int64_t d = 0; d < over_width && l.weight; d += W)
+        store((float*)l.bias + d, P::get_first((const element*)c.layers[i / 2].bias + d, c.width - d));
+    if (i % 2 == 0 && l.packed) pack_columns((word*)l.packed, (const word*)l.weight, words, words, c.width);
+    if (i % 2 && l.packed_back) pack_rows<P>((word*)l.packed_back, l.weight, c.width, c.width, c.width);
+  });
+}
+
+// Keys, values and rational queries of the slice; with the first slice the image and text queries.
+template <class P>
+void Head<P>::project_rows() {
+  struct Part {
+    int layer;
+    Split split;
+    const float* unit;  // rows that a query is made of; null: the rows of X
+    int64_t tasks;
+  };
+  auto part = [&](int l, int64_t rows, const float* unit) {
+    const Split split = this->split(rows, linear[l].packed);
+    return Part{l, split, unit, !unit || (first == 0 && output[l].base) ? split.tasks() : 0};
+  };
+  const Part parts[] = {part(rada::KEY, slice_rows(), nullptr), part(rada::QUERY_TEXT, c.classes, h),
+                        part(rada::QUERY_IMAGE, c.images, f)};
+  const float root = __builtin_sqrtf(c.scale);
+  run_tasks(pool, parts[0].tasks + parts[1].tasks + parts[2].tasks, [&](int64_t task, int thread) {
+    const Part* part = parts;
+    while (task >= part->tasks) task -= part++->tasks;
+    element* x = scratch.at<ProjectionScratch>(thread, c.width).rows;
+    part->split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t) {
+      auto project_to = [&](int l) {
+        project<P>(rows_of(l) + row * c.width, x, count, c.width, linear[l], column, end);
+      };
+      if (part->unit) {
+        scaled_rows<P>(x, part->unit + row * over_width, over_width, count, c.width, root);
+        return project_to(part->layer);
+      }
+      rational_rows<P>(x, f + first * over_width, h, over_width, row, count, c.classes, c.width, c.scale);
+      for (int l = rada::QUERY_RATIONAL; l <= rada::VALUE; l++)
+        if (linear[l].weight) project_to(l);
+    });
+  });
+}
+
+template <class P>
+void Head<P>::attend_pairs() {
+  run_tasks(pool, images * c.heads, [&](int64_t i, int thread) {
+    const Pair<P> pair = pair_of(i);
+    const Attention<P> attention(pair, forward_shape, c.score_factor,
+                                 states.at<typename Attention<P>::State>(thread, forward_shape),
+                                 scratch.at<typename Attention<P>::Scratch>(thread, forward_shape));
+    float* const shift_of_kind[] = {shift_of(rada::TEXT_KIND, i), shift_of(rada::RATIONAL_KIND, i)};
+    attention.prepare();
+    for (int64_t chunk = 0; chunk < forward_shape.chunks; chunk++) attention.score(chunk);
+    for (int64_t chunk = 0; chunk < forward_shape.chunks; chunk++)
+      attention.attend(chunk, attended_rows() + place_of(i).rows, c.width, shift_of_kind);
+  });
+}
+
+// Logits without their scale and each image's deviation, from the attended rows.
+template <class P>
+void Head<P>::reduce_rows() {
+  const int64_t rows = slice_rows();
+  const Split split = this->split(rows, linear[rada::OUT].packed);
+  run_tasks(pool, split.tasks(), [&](int64_t task, int) {
+    split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t share) {
+      const float *fs[BLOCK_ROWS], *hs[BLOCK_ROWS];
+      for (int64_t r = 0; r < count; r++) fs[r] = f_of(row + r), hs[r] = h_of(row + r);
+      element* change = rows_of(rada::OUT);
+      reduce_logits<P>(row_sums + share * rows + row, row_statistics + share * rows + row,
+                       change ? change + row * c.width : nullptr, attended_rows() + row * c.width, count, c.width,
+                       linear[rada::OUT], fs, hs, c.penalty, column, end);
+    });
+  });
+  for (int64_t share = 1; share < split.shares; share++)
+    for (int64_t row = 0; row < rows; row++) {
+      const float part = row_statistics[share * rows + row];
+      row_sums[row] += row_sums[share * rows + row];
+      float& statistic = row_statistics[row];
+      statistic = c.penalty != rada::Penalty::LINF ? statistic + part : part > statistic ? part : statistic;
+    }
+  std::memcpy(c.sums + first * c.classes, row_sums, rows * sizeof(float));
+  for (int64_t b = 0; b < images; b++)
+    c.deviation[first + b] =
+        deviation_of(row_sums + b * c.classes, row_statistics + b * c.classes, c.classes, c.width, c.penalty);
+}
+
+}  // namespace RADA_ISA
