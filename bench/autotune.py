@@ -46,12 +46,12 @@ class Tuning(Target):
         super().__init__(*arguments)
         self.configs = {}
         self.trying = False
-        self.asked: dict[str, tuple[Config, dict]] = {}  # by config_key, with what its fields must be
+        self.asked: dict[str, Config] = {}  # by config_key
 
-    def config(self, kernel, dtype, sizes, default, **takes):
-        config = super().config(kernel, dtype, sizes, default, **takes)
+    def config(self, kernel, dtype, sizes, default):
+        config = super().config(kernel, dtype, sizes, default)
         if not self.trying:
-            self.asked[config_key(kernel, self.device, dtype, *sizes)] = config, takes
+            self.asked[config_key(kernel, self.device, dtype, *sizes)] = config
         return config
 
     def usage(self, kernel, grid, arguments):
@@ -65,8 +65,8 @@ class TuningGpu(Tuning, Gpu):
     pass
 
 
-def neighbours(config: Config, takes: dict[str, tuple]) -> Iterator[Config]:
-    """Configurations that differ in one field, or in rows and warps together, and go with the other kernels'."""
+def neighbours(config: Config) -> Iterator[Config]:
+    """Configurations that differ in one field, or in rows and warps together."""
     changes = [{name: value} for name in asdict(config) for value in POWERS[name]]
     changes += [
         {rows: value, "num_warps": warps}
@@ -76,7 +76,7 @@ def neighbours(config: Config, takes: dict[str, tuple]) -> Iterator[Config]:
     tried = {config}
     for change in changes:
         other = replace(config, **change)
-        if other not in tried and all(getattr(other, name) in values for name, values in takes.items()):
+        if other not in tried:
             tried.add(other)
             yield other
 
@@ -88,8 +88,8 @@ def search(seconds: Callable[[], float], target: Tuning, passes: int) -> tuple[f
     start = best = seconds()
     for _ in range(passes):
         seconds()  # what is asked for may follow what the last pass found
-        for key, (config, takes) in list(target.asked.items()):
-            for other in neighbours(config, takes):
+        for key, config in list(target.asked.items()):
+            for other in neighbours(config):
                 kept, target.configs, target.trying = target.configs, target.configs | {key: asdict(other)}, True
                 try:
                     took = seconds()

@@ -46,8 +46,8 @@ KINDS = {
     "float32": (torch.float32, "high", [arch for arch in ARCHITECTURES if arch != "gfx1100"]),  # `usable` says why
     "float32-highest": (torch.float32, "highest", ["sm_90"]),
 }
-# Every head width at a CLIP's width D: (E, D). 10 and 24 classes take the direct form in both its blocks, where it
-# serves them, 100 and 1000 the streaming form with few and many classes.
+# Every head width at a CLIP's width D: (E, D). 10 and 24 classes have blocks of 16 and 32, 100 and 1000 those of few
+# and of many classes.
 HEADS = ((16, 512), (32, 512), (48, 768), (64, 512), (80, 640), (96, 768), (128, 512))
 CLASSES = (10, 24, 100, 1000)
 SIZES = {

@@ -107,12 +107,9 @@ def work_of(launch: Launch) -> tuple[int, int]:
         return n * 2 * a["SPLIT"] * c.BR * c.BC * c.BD, 0
     if launch.name in ("logit_reduction_fwd", "logit_reduction_bwd"):
         columns = -(-s.D // c.BC) * c.BC if launch.name.endswith("fwd") else c.BC
-        return n * 2 * c.BR * columns * s.D, 0
-    if launch.name == "mask_attention_direct_fwd":
-        return n * 2 * c.BN**2 * s.E * (kinds + 1), n * kinds * c.BN**2
-    if launch.name == "mask_attention_direct_bwd":
-        return n * 2 * c.BN**2 * s.E * (3 * kinds + 2), n * kinds * c.BN**2
-    if launch.name in ("mask_attention_streaming_fwd", "mask_attention_bwd_queries"):
+        contracted = s.H * -(-s.E // c.BD) * c.BD
+        return n * 2 * c.BR * columns * contracted, 0
+    if launch.name in ("mask_attention_fwd", "mask_attention_bwd_queries"):
         scores = n * c.BM * -(-a["K"] // c.BN) * c.BN
         products = 2 * kinds if launch.name.endswith("fwd") else kinds + 1 + kinds * (not a["DELTA"])
         return 2 * scores * s.E * products, kinds * scores

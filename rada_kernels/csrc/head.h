@@ -194,6 +194,3 @@ class Head {
 };
 
 }  // namespace RADA_ISA
-
-#include "backward.h"
-#include "forward.h"

@@ -1,6 +1,7 @@
 // The loops of one instruction set: compiled once for each, with RADA_ISA its name.
+#include "backward.h"
 #include "convert.h"
-#include "head.h"
+#include "forward.h"
 
 namespace RADA_ISA {
 

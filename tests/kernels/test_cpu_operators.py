@@ -349,7 +349,7 @@ def operator_arguments(batch=3, classes=5, width=16, heads=4, dtype=torch.float3
     """Of torch.ops.rada_cpu.forward."""
     case = make_case(batch, classes, width, heads, **options).cast(dtype)
     params = Params(*case.layers, case.scale.float())
-    kept = cpu.empty_kept(case.image, case.text, case.options, save=True).tensors()
+    kept = cpu.empty_saved(case.image, case.text, case.options, save=True)
     arguments = cpu.operator_arguments(case.image, case.text, params, case.options, kept)
     return [*arguments, torch.empty(batch, classes), torch.empty(batch)]
 

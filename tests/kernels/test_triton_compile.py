@@ -18,8 +18,7 @@ from codegen.machine_code import Code, Store, compile_all, compile_launch, key_o
 from codegen.prediction import ARCHITECTURES, predicted_s, predicted_torch_s, resident_programs, stretch, work_of
 from workloads import WORKLOADS
 
-from rada_kernels import Options
-from rada_kernels.mask_attention.triton.backward import mask_attention_bwd
+from rada_kernels.mask_attention.triton import backward
 from rada_kernels.triton_common.config import AttentionConfig
 
 
@@ -64,7 +63,7 @@ def test_forward_kernels(arch, name, dtype):
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_halved_by_what_was_compiled(arch, wish, limit):
+def test_what_does_not_fit_is_halved_by_what_was_compiled(arch, wish, limit, monkeypatch):
     """The key gradients at E = 128 with blocks that are too large, through the launch that a GPU goes through."""
     tried = []
 
@@ -77,21 +76,17 @@ def test_what_does_not_fit_is_halved_by_what_was_compiled(arch, wish, limit):
     target = recorder(arch, usage_of)
     if limit:
         target.device = replace(target.device, shared_bytes=limit)
-    launches = Recorder(target.device, configs={})
-    record_calls(SIZES["E128-K100"], "forward", torch.bfloat16, launches)
-    attention = launches.calls[1].arguments
-    projected, attended = attention["projected"], attention["out"]._replace(tile=launches.calls[2].arguments["R"].TILE)
-    options = Options(num_heads=SIZES["E128-K100"].heads)
-    mask_attention_bwd(
-        torch.empty_like(attended.rows[0]), projected, attended, options, keys_config=wish, target=target
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(backward, "keys_bwd_config", lambda *call: wish)
+        record_calls(SIZES["E128-K100"], "step", torch.bfloat16, target)
     assert tried[0][0] == wish
     *misfits, (fitted, usage) = tried
     assert misfits
     assert all(other.spill_bytes or other.shared_bytes > target.device.shared_bytes for _, other in misfits)
     assert usage.spill_bytes == 0
     assert usage.shared_bytes <= target.device.shared_bytes
-    assert target.calls[-1].arguments["C"] == fitted != wish
+    (launched,) = (call for call in target.calls if getattr(call, "name", "").endswith("bwd_keys"))
+    assert launched.arguments["C"] == fitted != wish
 
 
 def test_a_pass_is_recorded_with_torchs_own_products():
@@ -152,7 +147,7 @@ def code(**fields) -> Code:
 
 def test_predicted_time_of_a_launch():
     launches = record_launches(WORKLOADS["imagenet"], "forward", torch.bfloat16, recorder())
-    attention = next(launch for launch in launches if launch.name == "mask_attention_streaming_fwd")
+    attention = next(launch for launch in launches if launch.name == "mask_attention_fwd")
     flop, exponentials = work_of(attention)
     assert flop >= 2 * 32 * 4 * 1000 * 1000 * 512, "four products of two query kinds"
     assert exponentials >= 2 * 32 * 8 * 1000 * 1000
@@ -208,7 +203,7 @@ def test_the_report_resumes_and_compiles_what_changed(tmp_path, monkeypatch):
     assert "E32-K10" not in text, "a size has no predicted time"
     kernels = list(csv.DictReader((tables / "kernels.csv").open()))
     assert len(kernels) == first
-    assert {f"mask_attention_{form}_fwd" for form in ("direct", "streaming")} <= {row["kernel"] for row in kernels}
+    assert {"mask_attention_fwd", "mask_attention_bwd_keys"} <= {row["kernel"] for row in kernels}
     predicted = list(csv.DictReader((tables / "predicted.csv").open()))
     assert {row["workload"] for row in predicted} == {"caltech101"}
     assert any(row["call"] == "torch mm" for row in predicted)

@@ -42,7 +42,7 @@ def test_16_bits(classes, dtype, device, poisoned_empty):
     assert_as_good_as_reference(case, "triton", dtype)
 
 
-@pytest.mark.parametrize("classes", [24, 48, 200], ids=["direct", "streaming", "several row tiles"])
+@pytest.mark.parametrize("classes", [24, 48, 200], ids=["few classes", "one row tile", "several row tiles"])
 @pytest.mark.parametrize("head_width", backend.HEAD_WIDTHS)
 @pytest.mark.parametrize("dtype", backend.DTYPES, ids=str)
 def test_head_widths(dtype, head_width, classes, device, poisoned_empty):

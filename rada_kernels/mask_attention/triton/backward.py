@@ -3,15 +3,13 @@
     dO [B, K, D], Projections, Attended  →  AttentionGrads
 
 With P = A_n: dS = P (dP - delta) / (√E τ), dP = dO Vᵀ the same for every query kind, and one delta per (image, head,
-query kind). The direct kernel has all pairs of classes in registers. The streaming form takes three or four launches:
-what all rows share and the image query's row (joint); delta, from the stored rows in 16 bits, in float32 from the P and
-dP that the gradients are made of, because rounded rows would show where dP - delta cancels; the queries' gradients by
-score rows; the keys' and values' by classes.
+query kind). Three or four launches: what all rows share and the image query's row (joint); delta, from the stored rows
+in 16 bits, in float32 from the P and dP that the gradients are made of, because rounded rows would show where
+dP - delta cancels; the queries' gradients by score rows; the keys' and values' by classes.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -19,20 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_kernels.mask_attention.config import (
-    JOINT_BWD,
-    direct_bwd_classes,
-    keys_bwd_config,
-    queries_bwd_config,
-)
-from rada_kernels.mask_attention.config import (
-    direct_config as direct_config_of,
-)
-from rada_kernels.mask_attention.triton.backward_direct import mask_attention_direct_bwd_kernel
+from rada_kernels.mask_attention.config import joint_bwd_config, keys_bwd_config, queries_bwd_config
 from rada_kernels.mask_attention.triton.forward import launch_arguments, of_kinds, unit_offsets
-from rada_kernels.mask_attention.triton.state import Attended, AttentionGrads
-from rada_kernels.options import Options
-from rada_kernels.rational_projection.triton.state import Projections
+from rada_kernels.triton_common.call import Call
 from rada_kernels.triton_common.config import AttentionConfig
 from rada_kernels.triton_common.dialect import (
     add_dot,
@@ -45,7 +32,7 @@ from rada_kernels.triton_common.dialect import (
     sum_rows,
     zero_head,
 )
-from rada_kernels.triton_common.target import Target, target_of
+from rada_kernels.triton_common.state import Attended, AttentionGrads, Projections
 
 
 @triton.jit
@@ -293,70 +280,77 @@ def _mask_attention_bwd_keys_kernel(
     store_head(grad_keys + plane, b_dv, m_n, S.E)
 
 
-def mask_attention_bwd(
-    dO: Tensor,  # [B, K, D]
-    projected: Projections,
-    attended: Attended,
-    options: Options,
-    *,
-    direct_config: AttentionConfig | None = None,
-    queries_config: AttentionConfig | None = None,
-    keys_config: AttentionConfig | None = None,
-    target: Target | None = None,
-) -> AttentionGrads:
-    """Gradients of the projections, the text query by image, and the image query."""
-    projections = projected.projections
-    _, batch, classes, width = projections.shape
-    heads, target = options.num_heads, target or target_of(projections)
-    sizes = projections.dtype, width // heads
-    images, units = batch * ("image" in options.queries), batch * heads
+def mask_attention_bwd(call: Call, projected: Projections, attended: Attended, dO: Tensor) -> AttentionGrads:
+    """Gradients of the projections, of the text query by image, and of the image query. dO: [B, K, D]"""
+    batch, classes, width = call.sizes
     grads = AttentionGrads(
-        projections=torch.empty_like(projections),
-        query_text=projections.new_empty(batch * ("text" in options.queries), classes, width),
-        query_image=projections.new_empty(images, width, dtype=torch.float32),
+        projections=torch.empty_like(projected.projections),
+        query_text=dO.new_empty(batch * call.shapes.TEXT, classes, width),
+        query_image=dO.new_empty(batch * call.shapes.IMAGE, width, dtype=torch.float32),
     )
-    arguments = launch_arguments(projections[0], options, target) | {"dO": dO, "projected": projected}
-    arguments["grad_factor"] = options.score_factor(width) / len(options.queries)
-    if classes <= direct_bwd_classes(*sizes):
-        config = direct_config or direct_config_of(target, "mask_attention_direct_bwd", classes, *sizes)
-        target.launch(
-            mask_attention_direct_bwd_kernel, config, lambda c: ((units,), {}), keep=("BM", "BN"),
-            attended=attended.pointers, grads=grads, **arguments,
-        )  # fmt: skip
-        return grads
+    arguments = launch_arguments(call) | {"dO": dO, "projected": projected}
+    arguments["grad_factor"] = call.options.score_factor(width) / call.shapes.KINDS
+    joint = mask_attention_bwd_joint(call, attended, grads, arguments)
+    if call.shapes.MATRIX:
+        if dO.dtype == torch.float32:
+            joint = joint._replace(delta=mask_attention_bwd_queries(call, joint, grads, arguments, delta=True))
+        mask_attention_bwd_queries(call, joint, grads, arguments)
+    mask_attention_bwd_keys(call, joint, grads, arguments)
+    return grads
 
+
+def mask_attention_bwd_joint(call: Call, attended: Attended, grads: AttentionGrads, arguments: dict) -> Joint:
+    """arguments: the launch arguments that the backward kernels share. Fills grads.query_image."""
+    classes, tiles = call.sizes[1], attended.m.shape[-1]
     m, scale, delta = (attended.m.new_empty(attended.m.shape[:-1]) for _ in range(3))
+    images = len(grads.query_image)
     joint = Joint(
         m,
         scale,
         delta,
         image_dO=torch.empty_like(grads.query_image),
-        image_P=grads.query_image.new_empty(images, heads, classes),
-        image_dS=grads.query_image.new_empty(images, heads, classes),
+        image_P=m.new_empty(images, call.shapes.H, classes),
+        image_dS=m.new_empty(images, call.shapes.H, classes),
     )
-    tiles, exact = attended.m.shape[-1], projections.dtype == torch.float32
-    target.launch(
-        _mask_attention_bwd_joint_kernel, JOINT_BWD[width // heads > 64], lambda c: ((units,), {}), keep=("BM",),
+    call.target.launch(
+        _mask_attention_bwd_joint_kernel, joint_bwd_config(call.shapes),
+        lambda c: ((call.sizes[0] * call.shapes.H,), {}), keep=("BM",), **arguments,
         attended=attended.pointers, joint=joint, grad_query_image=grads.query_image, T=tiles,
-        ROWS=not exact, TILE=attended.tile, BT=32 if tiles <= 32 else 128, **arguments,
+        ROWS=call.dtype != torch.float32, TILE=attended.tile, BT=32 if tiles <= 32 else 128,
     )  # fmt: skip
-    if len(joint.m):
-        config = queries_config or queries_bwd_config(target, *sizes)
+    return joint
 
-        def blocks(c: AttentionConfig, count: int = 0):
-            row_tiles = triton.cdiv(classes, c.BM)
-            return (units * row_tiles,), {"parts": joint.m.new_empty(count, batch, heads, row_tiles)}
 
-        for of_delta in (True, False) if exact else (False,):
-            launched = target.launch(
-                _mask_attention_bwd_queries_kernel, config,
-                functools.partial(blocks, count=len(joint.m) * of_delta),
-                joint=joint, grads=grads, DELTA=of_delta, **arguments,
-            )  # fmt: skip
-            if of_delta:
-                joint = joint._replace(delta=launched["parts"].sum(-1))
-    target.launch(
-        _mask_attention_bwd_keys_kernel, keys_config or keys_bwd_config(target, *sizes),
-        lambda c: ((units * triton.cdiv(classes, c.BN),), {}), joint=joint, grads=grads, **arguments,
+def mask_attention_bwd_queries(
+    call: Call,
+    joint: Joint,
+    grads: AttentionGrads,
+    arguments: dict,
+    *,
+    delta: bool = False,
+    config: AttentionConfig | None = None,
+) -> Tensor:
+    """Fills the queries' gradients; or, with `delta`, returns that alone, [matrix kinds, B, H]."""
+    batch, classes, _ = call.sizes
+
+    def blocks(c: AttentionConfig):
+        row_tiles = triton.cdiv(classes, c.BM)
+        parts = joint.m.new_empty(call.shapes.MATRIX * delta, batch, call.shapes.H, row_tiles)
+        return (batch * call.shapes.H * row_tiles,), {"parts": parts}
+
+    launched = call.target.launch(
+        _mask_attention_bwd_queries_kernel, config or queries_bwd_config(call.target, call.shapes, classes), blocks,
+        joint=joint, grads=grads, DELTA=delta, **arguments,
     )  # fmt: skip
-    return grads
+    return launched["parts"].sum(-1)
+
+
+def mask_attention_bwd_keys(
+    call: Call, joint: Joint, grads: AttentionGrads, arguments: dict, *, config: AttentionConfig | None = None
+) -> None:
+    """Fills the gradients of keys and values."""
+    batch, classes, _ = call.sizes
+    call.target.launch(
+        _mask_attention_bwd_keys_kernel, config or keys_bwd_config(call.target, call.shapes, classes),
+        lambda c: ((batch * call.shapes.H * triton.cdiv(classes, c.BN),), {}), joint=joint, grads=grads, **arguments,
+    )  # fmt: skip
