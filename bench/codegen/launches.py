@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +40,13 @@ def device_named(arch: str) -> Device:
     return Device(arch, SHARED_BYTES[arch])
 
 
-def tensor_bytes(values) -> int:
-    """Bytes of the distinct tensors among some values."""
-    tensors = {id(leaf): leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def tensors_of(values) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
+
+
+def tensor_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the distinct ones."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for t in tensors}.values())
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,12 @@ class Launch:
     @property
     def bytes(self) -> int:
         """Bytes moved between device memory and the multiprocessors' side, each tensor passed over once."""
-        return tensor_bytes(self.arguments.values())
+        return self.bytes_but(())
+
+    def bytes_but(self, unread: Iterable[int]) -> int:
+        """The same without those at these places among the kernel's pointers, which its code does not touch."""
+        ordered = (self.arguments[name] for name in self.kernel.arg_names if name in self.arguments)
+        return tensor_bytes([t for at, t in enumerate(tensors_of(ordered)) if at not in unread])
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class _TorchCalls(TorchDispatchMode):
         if not function.is_view and "empty" not in name and name not in ("detach", "_unsafe_view"):
             count = flop_registry.get(function.overloadpacket)
             flop = count(*args, **kwargs, out_val=out) if count else 0
-            tensors = [leaf for leaf in tree_leaves((out, args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            tensors = tensors_of((out, args, kwargs))
             self.calls.append(TorchCall(name, flop, tensor_bytes(tensors), tensors[0].dtype))
         return out
 
