@@ -100,3 +100,36 @@ def test_a_trial_that_is_no_gain_is_not_kept():
     assert autotune.search(seconds, target, 1) == (1.0, 1.0)
     assert not target.configs
     assert len(tried) > 100
+
+
+def test_no_gain_counts_that_a_second_run_does_not_confirm():
+    target = TuningRecorder()
+    run = run_on(target)
+    times = iter([1.0, 1.0, 0.5, 1.0])  # before, what is asked for, a trial, the same trial again
+
+    def seconds():
+        run()
+        return next(times, 1.0)
+
+    assert autotune.search(seconds, target, 1) == (1.0, 1.0)
+    assert not target.configs
+
+
+def test_a_search_stops_at_its_deadline():
+    target = TuningRecorder()
+    calls = []
+
+    def seconds():
+        calls.append(run_on(target)())
+        return 1.0
+
+    assert autotune.search(seconds, target, 3, deadline=0.0) == (1.0, 1.0)
+    assert len(calls) == 2, "no trial"
+
+
+def test_a_dry_run_searches_without_a_gpu(tmp_path, capsys):
+    out = tmp_path / "tuned.json"
+    options = ["--dry-run", "--workload", "eurosat", "--dtype", "bfloat16", "--passes", "1", "--seconds", "5"]
+    autotune.main([*options, "--out", str(out)])
+    assert "eurosat bfloat16: " in capsys.readouterr().out
+    assert json.loads(out.read_text()), "larger blocks are fewer programs"
