@@ -68,7 +68,7 @@ class Launch:
     @property
     def bytes(self) -> int:
         """Bytes moved between device memory and the multiprocessors' side, each tensor passed over once."""
-        return self.bytes_but(())
+        return tensor_bytes(tensors_of(self.arguments.values()))
 
     def bytes_but(self, unread: Iterable[int]) -> int:
         """The same without those at these places among the kernel's pointers, which its code does not touch."""
