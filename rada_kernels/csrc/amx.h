@@ -3,8 +3,8 @@
 // A block of up to 32 rows times a panel of up to 32 columns fills the eight registers: four of sums, two of A, two of
 // B. Panels hold their words as the instruction takes them, and so do rows of A. Sums leave through memory.
 //
-// With RADA_TILE_MODEL the instructions are a plain C++ model, which any machine runs: tests/kernels/loops compares both, bit for
-// bit, with the definition.
+// With RADA_TILE_MODEL the instructions are a plain C++ model, which any machine runs: tests/kernels/loops compares
+// both, bit for bit, with the definition.
 #pragma once
 
 #include <cstdio>

@@ -8,6 +8,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <utility>
@@ -17,16 +18,20 @@
 
 namespace rada {
 
-// Large arrays that are about to be written for the first time: in huge pages they fault and miss the TLB less.
-inline void advise_huge_pages(void* at, size_t bytes) {
+// Advice to the system about the huge pages that lie wholly in [at, at + bytes).
+inline void advise(void* at, size_t bytes, [[maybe_unused]] bool fresh) {
 #if defined(__linux__)
   constexpr size_t page = size_t(2) << 20;
   const uintptr_t first = ((uintptr_t)at + page - 1) & ~(page - 1), end = ((uintptr_t)at + bytes) & ~(page - 1);
-  if (at && end > first) madvise((void*)first, end - first, MADV_HUGEPAGE);
+  if (at && end > first) madvise((void*)first, end - first, fresh ? MADV_HUGEPAGE : MADV_FREE);
 #else
   (void)at, (void)bytes;
 #endif
 }
+// Large arrays that are about to be written for the first time: in huge pages they fault and miss the TLB less.
+inline void advise_huge_pages(void* at, size_t bytes) { advise(at, bytes, true); }
+// Nobody needs what is there: where memory is short, the system takes the pages.
+inline void advise_free(void* at, size_t bytes) { advise(at, bytes, false); }
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -38,11 +43,32 @@ inline std::unique_ptr<void, Free> allocate(size_t bytes) {
   return memory;
 }
 
-inline std::unique_ptr<void, Free> workspace(size_t bytes) {
-  auto memory = allocate(bytes);
-  advise_huge_pages(memory.get(), bytes);
-  return memory;
-}
+// What a call works in. One piece is kept for the next call, since fresh memory is mapped and cleared page by page.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) : piece(kept.exchange(nullptr)) {
+    if (piece && piece->bytes >= bytes) return;
+    piece.reset();
+    piece.reset(new Piece{allocate(bytes), bytes});
+    advise_huge_pages(at(), bytes);
+  }
+  ~Workspace() {
+    if (piece->bytes > KEPT_BYTES) return;
+    advise_free(at(), piece->bytes);
+    piece.reset(kept.exchange(piece.release()));
+  }
+  void* at() const { return piece->memory.get(); }
+
+ private:
+  static constexpr size_t KEPT_BYTES = size_t(512) << 20;
+  struct Piece {
+    std::unique_ptr<void, Free> memory;
+    size_t bytes;
+  };
+  inline static std::atomic<Piece*> kept{nullptr};  // of all threads: two calls at once do not share it
+
+  std::unique_ptr<Piece> piece;
+};
 
 // The arrays that stand for a call's tensors: the tensors' own memory, or else copies.
 class Arrays {

@@ -16,6 +16,7 @@ void Head<P>::place_backward(int64_t rows) {
     }
   grad_attended = arena.take<element>(rows * c.width);
   peaks = arena.take<int64_t>(slice_images);
+  row_peaks = arena.take<float>(rows);
   if (linear[rada::QUERY_TEXT].weight) grad_text_rows = arena.take<float>(rows * c.width);
   if (c.layers[0].grad_weight)
     for (word*& steps : inputs)
@@ -29,8 +30,13 @@ void Head<P>::reduce_rows_backward() {
   const int64_t rows = slice_rows(), width = c.width, elements = c.classes * width;
   const element* change = rows_of(rada::OUT);
   const bool find_peaks = c.grad_deviation && c.penalty == rada::Penalty::LINF;
-  if (find_peaks)
-    run_tasks(pool, images, [&](int64_t b, int) { peaks[b] = first_peak<P>(change + b * elements, c.classes, width); });
+  if (find_peaks) {
+    run_rows(pool, rows, LIGHT_ROWS, [&](int64_t row, int64_t count, int) {
+      for (int64_t r = row; r < row + count; r++) row_peaks[r] = largest_change<P>(change + r * width, width);
+    });
+    for (int64_t b = 0; b < images; b++)
+      peaks[b] = first_peak<P>(change + b * elements, row_peaks + b * c.classes, c.classes, width);
+  }
   auto form = [&](int64_t row, int64_t count) {
     for (int64_t r = row; r < row + count; r++) {
       const int64_t b = r / c.classes, k = r % c.classes;
@@ -53,25 +59,25 @@ void Head<P>::reduce_rows_backward() {
 
 template <class P>
 void Head<P>::attend_pairs_backward() {
-  run_tasks(pool, images * c.heads, [&](int64_t i, int thread) {
-    const Pair<P> pair = pair_of(i);
-    const Place at = place_of(i);
-    auto offset = [](auto* base, int64_t by) { return base ? base + by : nullptr; };
-    const PairGradients<P> grads{grad_output[rada::KEY] + at.rows,
-                                 grad_output[rada::VALUE] + at.rows,
-                                 offset(grad_output[rada::QUERY_RATIONAL], at.rows),
-                                 offset(grad_text_rows, at.rows),
-                                 offset(grad_query[rada::QUERY_IMAGE], at.image),
-                                 c.width};
-    const float* const shift_of_kind[] = {shift_of(rada::TEXT_KIND, i), shift_of(rada::RATIONAL_KIND, i)};
-    const AttentionBackward<P> attention(pair, {grad_attended + at.rows, c.width}, grads, shape, c.score_factor,
-                                         shift_of_kind, states.at<typename AttentionBackward<P>::State>(thread, shape),
-                                         scratch.at<typename AttentionBackward<P>::Scratch>(thread, shape));
-    attention.prepare();
-    for (int64_t chunk = 0; chunk < shape.chunks; chunk++) attention.score(chunk);
-    for (int64_t chunk = 0; chunk < shape.chunks; chunk++) attention.differentiate(chunk);
-    for (int64_t chunk = 0; chunk < shape.chunks; chunk++) attention.add_up(chunk);
-  });
+  typedef AttentionBackward<P> Pass;
+  auto offset = [](auto* base, int64_t by) { return base ? base + by : nullptr; };
+  auto step = [&](void (Pass::*compute)(int64_t) const) {
+    return [=](int64_t i, int64_t state, int thread, int64_t chunk) {
+      const Pair<P> pair = pair_of(i);
+      const Place at = place_of(i);
+      const PairGradients<P> grads{grad_output[rada::KEY] + at.rows,
+                                   grad_output[rada::VALUE] + at.rows,
+                                   offset(grad_output[rada::QUERY_RATIONAL], at.rows),
+                                   offset(grad_text_rows, at.rows),
+                                   offset(grad_query[rada::QUERY_IMAGE], at.image),
+                                   c.width};
+      const float* const shift_of_kind[] = {shift_of(rada::TEXT_KIND, i), shift_of(rada::RATIONAL_KIND, i)};
+      const Pass pass(pair, {grad_attended + at.rows, c.width}, grads, shape, c.score_factor, shift_of_kind,
+                      states.at<typename Pass::State>(state, shape), scratch.at<typename Pass::Scratch>(thread, shape));
+      (pass.*compute)(chunk);
+    };
+  };
+  run_pairs(step(&Pass::prepare), step(&Pass::score), step(&Pass::differentiate), step(&Pass::add_up));
 }
 
 // The text query's gradient: its rows summed over the images.
@@ -110,18 +116,22 @@ struct Head<P>::WeightGradient {
 template <class P>
 template <size_t N>
 void Head<P>::add_weight_gradients(const WeightGradient (&gradients)[N], bool fresh) {
-  const int64_t shares = ceil_div(c.width, WEIGHT_COLUMNS);
+  // A task for each thread at least, where that leaves it a vector of columns; what is summed stays the same.
+  const int64_t columns = larger_of(16, smaller_of(SHARE_COLUMNS, N * c.width / pool.threads / 16 * 16));
+  const int64_t shares = ceil_div(c.width, columns);
   run_tasks(pool, N * shares, [&](int64_t task, int thread) {
     const WeightGradient& g = gradients[task / shares];
+    const int64_t column = task % shares * columns;
     if (grad_output[g.layer])
-      add_weight_gradient(g, task % shares * WEIGHT_COLUMNS, fresh, scratch.at<WeightScratch>(thread, c.width).columns);
+      add_weight_gradient(g, column, smaller_of(columns, c.width - column), fresh,
+                          scratch.at<WeightScratch>(thread, c.width).columns);
   });
 }
 
-// Of WEIGHT_COLUMNS of a layer's outputs. columns: scratch for a step of them.
+// Of a share of a layer's outputs from `column` on. columns: scratch for a step of them.
 template <class P>
-void Head<P>::add_weight_gradient(const WeightGradient& g, int64_t column, bool fresh, word* columns) {
-  const int64_t width = c.width, share = smaller_of(WEIGHT_COLUMNS, width - column);
+void Head<P>::add_weight_gradient(const WeightGradient& g, int64_t column, int64_t share, bool fresh, word* columns) {
+  const int64_t width = c.width;
   const Panels panels(width);
   float* bias = c.layers[g.layer].grad_bias + column;
   float* weight = c.layers[g.layer].grad_weight + column * width;
@@ -130,7 +140,7 @@ void Head<P>::add_weight_gradient(const WeightGradient& g, int64_t column, bool 
     const int64_t count = smaller_of(WEIGHT_ROWS, g.rows - row), words = ceil_div(count, P::per_word);
     const element* from = grad_output[g.layer] + row * width + column;
     for (int64_t r = 0; r < count; r += P::per_word)
-      P::interleave(columns + r / P::per_word * WEIGHT_COLUMNS, from + r * width,
+      P::interleave(columns + r / P::per_word * SHARE_COLUMNS, from + r * width,
                     r + 1 < count ? from + (r + 1) * width : nullptr, share);
     for (int64_t e = 0; e < share; e += W) {
       vec total = load_first(bias + e, share - e);
@@ -138,7 +148,7 @@ void Head<P>::add_weight_gradient(const WeightGradient& g, int64_t column, bool 
       store_first(bias + e, total, share - e);
     }
     const bool first_step = fresh && row == 0;
-    multiply<P, false>(share, words, columns, WEIGHT_COLUMNS, g.inputs + row / WEIGHT_ROWS * step_words(), panels,
+    multiply<P, false>(share, words, columns, SHARE_COLUMNS, g.inputs + row / WEIGHT_ROWS * step_words(), panels,
                        for_each([&](int64_t e, int64_t d, vec x) {
                          float* to = weight + e * width + d;
                          store_first(to, first_step ? x : load_first(to, width - d) + x, width - d);
@@ -189,23 +199,28 @@ void Head<P>::add_feature_gradients() {
       }
     });
   });
-  run_rows(pool, images + c.classes, LIGHT_ROWS, [&](int64_t row, int64_t count, int) {
-    for (int64_t i = row; i < row + count; i++) {
-      const bool image = i < images;
-      const int64_t k = i - images;
-      float* to = image ? c.grad_image + (first + i) * width : c.grad_text + k * width;
-      for (int64_t d = 0; d < width; d += W) {
+  // An image's gradient sums over the classes, in shares of the columns; a class's over the images, in order.
+  const int64_t shares = ceil_div(width, SHARE_COLUMNS);
+  run_tasks(pool, images * shares + ceil_div(c.classes, LIGHT_ROWS), [&](int64_t task, int) {
+    auto add = [&](float* to, bool fresh, int64_t column, int64_t end, int64_t row, int64_t stride, int64_t count,
+                   auto&& unit) {
+      for (int64_t d = column; d < end; d += W) {
         vec total{};
-        if (image)
-          for (int64_t j = 0; j < c.classes; j++)
-            total += load(grad_rational + (i * c.classes + j) * over_width + d) * load(h + j * over_width + d);
-        else
-          for (int64_t b = 0; b < images; b++)
-            total += load(grad_rational + (b * c.classes + k) * over_width + d) * load(f_of(b * c.classes) + d);
-        if (!image && first) total += load_first(to + d, width - d);
+        for (int64_t i = 0; i < count; i++)
+          total += load(grad_rational + (row + i * stride) * over_width + d) * load(unit(i) + d);
+        if (!fresh) total += load_first(to + d, width - d);
         store_first(to + d, total, width - d);
       }
+    };
+    if (task < images * shares) {
+      const int64_t b = task / shares, column = task % shares * SHARE_COLUMNS;
+      return add(c.grad_image + (first + b) * width, true, column, smaller_of(column + SHARE_COLUMNS, width),
+                 b * c.classes, 1, c.classes, [&](int64_t k) { return h_of(k); });
     }
+    const int64_t row = (task - images * shares) * LIGHT_ROWS;
+    for (int64_t k = row; k < smaller_of(row + LIGHT_ROWS, c.classes); k++)
+      add(c.grad_text + k * width, first == 0, 0, width, k, c.classes, images,
+          [&](int64_t b) { return f_of(b * c.classes); });
   });
 }
 

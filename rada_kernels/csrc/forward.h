@@ -23,14 +23,17 @@ void Head<P>::prepare() {
       inverse_norms[i] = unit_row<P>((image ? f : h) + k * over_width, features, c.width, over_width, c.normalize);
     }
   });
-  const int64_t words = c.width / P::per_word;
-  run_tasks(pool, 2 * rada::LAYERS, [&](int64_t i, int) {
-    const Linear<P>& l = linear[i / 2];
-    if (i % 2 == 0)
-      for (int64_t d = 0; d < over_width && l.weight; d += W)
-        store((float*)l.bias + d, P::get_first((const element*)c.layers[i / 2].bias + d, c.width - d));
-    if (i % 2 == 0 && l.packed) pack_columns((word*)l.packed, (const word*)l.weight, words, words, c.width);
-    if (i % 2 && l.packed_back) pack_rows<P>((word*)l.packed_back, l.weight, c.width, c.width, c.width);
+  const int64_t words = c.width / P::per_word, parts = ceil_div(c.width, LIGHT_ROWS);
+  run_tasks(pool, rada::LAYERS * parts, [&](int64_t task, int) {
+    const int64_t part = task % parts, row = part * LIGHT_ROWS, rows = smaller_of(LIGHT_ROWS, c.width - row);
+    const Linear<P>& l = linear[task / parts];
+    if (l.weight && part == 0)
+      for (int64_t d = 0; d < over_width; d += W)
+        store((float*)l.bias + d, P::get_first((const element*)c.layers[task / parts].bias + d, c.width - d));
+    if (l.packed) pack_columns((word*)l.packed, (const word*)l.weight, words, words, c.width, part, parts);
+    if (l.packed_back)
+      pack_rows<P>((word*)l.packed_back, l.weight + row * c.width, c.width, rows, c.width,
+                   ceil_div(c.width, P::per_word), row / P::per_word);
   });
 }
 
@@ -69,19 +72,36 @@ void Head<P>::project_rows() {
   });
 }
 
+// step(pair, its state, thread, chunk) of every pair of the slice, one step after the other. A pair of one chunk is one
+// task; the steps of others spread over the threads, as many pairs at a time as there are states.
+template <class P>
+template <class... Steps>
+void Head<P>::run_pairs(Steps&&... steps) {
+  const int64_t pairs = images * c.heads, chunks = shape.chunks;
+  if (chunks == 1) return run_tasks(pool, pairs, [&](int64_t i, int thread) { (steps(i, thread, thread, 0), ...); });
+  for (int64_t from = 0; from < pairs; from += state_count) {
+    auto step_of_all = [&](auto& step) {
+      run_tasks(pool, smaller_of(state_count, pairs - from) * chunks,
+                [&](int64_t i, int thread) { step(from + i / chunks, i / chunks, thread, i % chunks); });
+    };
+    (step_of_all(steps), ...);
+  }
+}
+
 template <class P>
 void Head<P>::attend_pairs() {
-  run_tasks(pool, images * c.heads, [&](int64_t i, int thread) {
-    const Pair<P> pair = pair_of(i);
-    const Attention<P> attention(pair, forward_shape, c.score_factor,
-                                 states.at<typename Attention<P>::State>(thread, forward_shape),
-                                 scratch.at<typename Attention<P>::Scratch>(thread, forward_shape));
-    float* const shift_of_kind[] = {shift_of(rada::TEXT_KIND, i), shift_of(rada::RATIONAL_KIND, i)};
-    attention.prepare();
-    for (int64_t chunk = 0; chunk < forward_shape.chunks; chunk++) attention.score(chunk);
-    for (int64_t chunk = 0; chunk < forward_shape.chunks; chunk++)
-      attention.attend(chunk, attended_rows() + place_of(i).rows, c.width, shift_of_kind);
-  });
+  typedef Attention<P> Pass;
+  auto step = [&](void (Pass::*compute)(int64_t) const) {
+    return [=](int64_t i, int64_t state, int thread, int64_t chunk) {
+      const Pair<P> pair = pair_of(i);
+      float* const shift_of_kind[] = {shift_of(rada::TEXT_KIND, i), shift_of(rada::RATIONAL_KIND, i)};
+      const Pass pass(pair, forward_shape, c.score_factor, attended_rows() + place_of(i).rows, c.width, shift_of_kind,
+                      states.at<typename Pass::State>(state, forward_shape),
+                      scratch.at<typename Pass::Scratch>(thread, forward_shape));
+      (pass.*compute)(chunk);
+    };
+  };
+  run_pairs(step(&Pass::prepare), step(&Pass::score), step(&Pass::attend));
 }
 
 // Logits without their scale and each image's deviation, from the attended rows.

@@ -151,11 +151,14 @@ RADA_INLINE void transpose(vec (&rows)[W]) {
   }
 }
 
-// B[k, n] = rows[n, k], packed: the transpose of a matrix of words, so k counts words and so does ld.
-inline void pack_columns(word* to, const word* rows, int64_t ld, int64_t k, int64_t n) {
+// B[k, n] = rows[n, k], packed: the transpose of a matrix of words, so k counts words and so does ld. Of `parts` of the
+// panels only one.
+inline void pack_columns(word* to, const word* rows, int64_t ld, int64_t k, int64_t n, int64_t part = 0,
+                         int64_t parts = 1) {
   const Panels panels(n);
-  for (int64_t p = 0; p < panels.count; p++) {
+  for (int64_t p = panels.count * part / parts; p < panels.count * (part + 1) / parts; p++) {
     const int64_t first = panels.first_column(p), stride = panels.vectors_of(p) * W;
+    word* panel = to + first * k;
     for (int64_t j = 0; j < stride; j += W) {
       const int64_t valid = smaller_of(W, n - first - j);
       const word* from = rows + (first + j) * ld;
@@ -167,10 +170,9 @@ inline void pack_columns(word* to, const word* rows, int64_t ld, int64_t k, int6
         transpose(block);
 #pragma GCC unroll 16
         for (int c = 0; c < W; c++)
-          if (c < count) store(to + (i + c) * stride + j, block[c]);
+          if (c < count) store(panel + (i + c) * stride + j, block[c]);
       }
     }
-    to += k * stride;
   }
 }
 
@@ -190,8 +192,8 @@ struct Tile {
   }
 };
 
-// An epilogue: f(row, column, vector) for every vector of a tile. `flatten`: f is inlined with all that it calls, since no
-// vector register survives a call, and the tile would lie in memory during the whole product.
+// An epilogue: f(row, column, vector) for every vector of a tile. `flatten`: f is inlined with all that it calls, since
+// no vector register survives a call, and the tile would lie in memory during the whole product.
 template <class F>
 RADA_INLINE auto for_each(const F& f) {
   return [&](int64_t row, int64_t column, const auto& tile) RADA_LAMBDA {

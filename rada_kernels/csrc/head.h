@@ -13,11 +13,12 @@ namespace RADA_ISA {
 
 using rada::Call;
 
-constexpr int64_t SLICE_ROWS = 2048;    // rows of a slice, at least one image
-constexpr int64_t FEW_ROWS = 64;        // up to here a layer's weight is read where it lies
-constexpr int64_t WEIGHT_ROWS = 256;    // rows of one step of a weight gradient's sum
-constexpr int64_t WEIGHT_COLUMNS = 64;  // a task's share of a weight gradient
-constexpr int64_t LIGHT_ROWS = 32;      // rows of a task that only goes over them
+constexpr int64_t SLICE_ROWS = 2048;      // rows of a slice, at least one image
+constexpr int64_t FEW_ROWS = 64;          // up to here a layer's weight is read where it lies
+constexpr int64_t WEIGHT_ROWS = 256;      // rows of one step of a weight gradient's sum
+constexpr int64_t SHARE_COLUMNS = 64;     // a task's share of a gradient, at most
+constexpr int64_t CHUNKS_PER_THREAD = 2;  // at a time, at least
+constexpr int64_t LIGHT_ROWS = 32;        // rows of a task that only goes over them
 
 #if defined(RADA_TILES)
 static_assert(WEIGHT_ROWS / Bfloat16::per_word <= TRANSPOSED_WORDS, "weight gradients' A comes by columns");
@@ -65,7 +66,10 @@ class Head {
       states.fit<typename AttentionBackward<P>::State>(shape);
     }
     scratch.place(arena, pool.threads);
-    states.place(arena, pool.threads);
+    state_count = shape.chunks == 1
+                      ? pool.threads
+                      : smaller_of(ceil_div(CHUNKS_PER_THREAD * pool.threads, shape.chunks), slice_images * c.heads);
+    states.place(arena, state_count);
   }
 
   size_t bytes() const { return arena.used; }
@@ -142,17 +146,19 @@ class Head {
   };
   struct WeightScratch {
     element* rows;  // [WEIGHT_ROWS, D]
-    word* columns;  // [words of WEIGHT_ROWS, WEIGHT_COLUMNS]
+    word* columns;  // [words of WEIGHT_ROWS, SHARE_COLUMNS]
 
     WeightScratch(Arena& arena, int64_t width)
         : rows(arena.take<element>(WEIGHT_ROWS * width)),
-          columns(arena.take<word>(ceil_div(WEIGHT_ROWS, P::per_word) * WEIGHT_COLUMNS)) {}
+          columns(arena.take<word>(ceil_div(WEIGHT_ROWS, P::per_word) * SHARE_COLUMNS)) {}
   };
 
   // forward.h
   void place_forward(int64_t rows);
   void prepare();
   void project_rows();
+  template <class... Steps>
+  void run_pairs(Steps&&... steps);
   void attend_pairs();
   void reduce_rows();
 
@@ -166,7 +172,7 @@ class Head {
   void pack_inputs(word* inputs, int64_t rows, Form&& form);
   template <size_t N>
   void add_weight_gradients(const WeightGradient (&gradients)[N], bool fresh);
-  void add_weight_gradient(const WeightGradient& gradient, int64_t column, bool fresh, word* columns);
+  void add_weight_gradient(const WeightGradient& gradient, int64_t column, int64_t share, bool fresh, word* columns);
   void add_row_weight_gradients();
   void add_feature_gradients();
   void differentiate_queries();
@@ -178,7 +184,8 @@ class Head {
   const int64_t over_width, slice_images;
   int64_t first = 0, images = 0;  // of the slice at hand
   Arena arena;
-  Shares scratch, states;  // of threads
+  Slots scratch, states;  // of threads, of pairs in work
+  int64_t state_count;
 
   float *f, *h, *inverse_norms;  // unit rows [B, padded D] and [K, padded D], 1 / norms [B + K]
   Linear<P> linear[rada::LAYERS];
@@ -189,7 +196,8 @@ class Head {
   element *grad_output[rada::LAYERS] = {}, *grad_attended = nullptr;  // of a slice, or of a query
   float* grad_query[2] = {};  // [B, D] and [K, D] of the image and the text query, summed over slices
   float *grad_text_rows = nullptr, *grad_rational = nullptr;  // [rows, D] of the text query, [rows, padded D] of R
-  int64_t* peaks = nullptr;                                   // [B of the slice] where M - 1 is largest, K·D
+  int64_t* peaks = nullptr;                                   // [B of the slice] where |M - 1| is largest, K·D
+  float* row_peaks = nullptr;                                 // [rows] how large it is
   word* inputs[2] = {};                                       // of layers, packed in steps of WEIGHT_ROWS
 };
 

@@ -149,9 +149,27 @@ void set_to_zero(const Tensor& tensor) {
 void compute(const Call& call, const Loops& loops, Arrays& arrays) {
   rada::with_threads([&](const Pool& pool) {
     arrays.copy_in(pool, loops);
-    loops.run(call, pool, rada::workspace(loops.bytes(call, pool)).get());
+    loops.run(call, pool, rada::Workspace(loops.bytes(call, pool)).at());
     arrays.copy_out(pool, loops);
   });
+}
+
+// From here on this thread's calls are recorded, cut as for `threads`; see recorded_tasks.
+void record_tasks(int64_t threads) {
+  STD_TORCH_CHECK(threads > 0, "threads: got ", threads, "; it takes 1 or more");
+  rada::recorder = std::make_unique<rada::Recorder>((int)threads);
+}
+
+// Ends it: a row (call, phase, start, end) for each task, in seconds, of which `tasks` receives as many as it has room
+// for. Returns how many there were.
+int64_t recorded_tasks(Tensor tasks) {
+  STD_TORCH_CHECK(rada::recorder, "recorded_tasks: nothing is recorded; record_tasks begins it");
+  const std::vector<double> all = std::move(rada::recorder->tasks);
+  STD_TORCH_CHECK(tasks.is_cpu() && tasks.is_contiguous() && tasks.scalar_type() == ScalarType::Double,
+                  "tasks: it takes a contiguous float64 tensor");
+  std::memcpy(tasks.data_ptr(), all.data(), std::min<size_t>(tasks.numel(), all.size()) * sizeof(double));
+  rada::recorder.reset();
+  return all.size() / 4;
 }
 
 // ---- operators
@@ -223,6 +241,8 @@ STABLE_TORCH_LIBRARY(rada_cpu, m) {
   m.def("instruction_set() -> str");
   m.def("refused_instruction_sets() -> str");
   m.def("has_bfloat16() -> bool");
+  m.def("record_tasks(int threads) -> ()");
+  m.def("recorded_tasks(Tensor(a!) tasks) -> int");
   m.def("forward(" RADA_CALL("Tensor(a!)[]") "Tensor(b!) sums, Tensor(c!) deviation) -> ()");
   m.def("backward(" RADA_CALL("Tensor[]")
         "Tensor grad_sums, Tensor grad_deviation, Tensor(a!)[] grad_layers, Tensor(b!) grad_image, "
@@ -233,11 +253,13 @@ STABLE_TORCH_LIBRARY_IMPL(rada_cpu, CompositeExplicitAutograd, m) {  // no tenso
   m.impl("instruction_set", TORCH_BOX(&describe));
   m.impl("refused_instruction_sets", TORCH_BOX(&describe_refused));
   m.impl("has_bfloat16", TORCH_BOX(&has_bfloat16));
+  m.impl("record_tasks", TORCH_BOX(&record_tasks));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rada_cpu, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("recorded_tasks", TORCH_BOX(&recorded_tasks));
 }
 
 }  // namespace

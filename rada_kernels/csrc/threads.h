@@ -9,18 +9,47 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <ctime>
 #include <future>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "call.h"
 
 namespace rada {
 
+// A thread's calls, cut for `threads` threads but run on this one, task by task: what bench/schedule.py deals out to
+// threads that the machine lacks.
+struct Recorder {
+  const int threads;
+  int64_t calls = 0, phases = 0;
+  std::vector<double> tasks;  // [n, 4] call, phase, start and end in seconds
+
+  explicit Recorder(int threads) : threads(threads) {}
+
+  // This thread's own time: what else runs on the machine does not count.
+  static double now() {
+    timespec time;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return time.tv_sec + 1e-9 * time.tv_nsec;
+  }
+  void run(int64_t count, void (*task)(void*, int64_t, int), void* context) {
+    for (int64_t i = 0; i < count; i++) {
+      const double start = now();
+      task(context, i, 0);
+      tasks.insert(tasks.end(), {(double)calls, (double)phases, start, now()});
+    }
+    phases++;
+  }
+};
+inline thread_local std::unique_ptr<Recorder> recorder;
+
 inline void run_on_threads(const Pool& pool, int64_t tasks, void (*task)(void*, int64_t, int), void* context) {
+  if (recorder) return recorder->run(tasks, task, context);
   if (pool.threads == 1 || tasks <= 1) {
     for (int64_t i = 0; i < tasks; i++) task(context, i, 0);
     return;
@@ -86,6 +115,10 @@ inline thread_local std::unique_ptr<Worker> worker;
 template <class Work>
 void with_threads(Work&& work) {
   const Pool pool{(int)torch::stable::get_num_threads(), run_on_threads};
+  if (recorder) {
+    recorder->calls++;
+    return work(Pool{recorder->threads, run_on_threads});
+  }
   if (!forked || pool.threads == 1) return work(pool);
   if (!worker || worker->threads < pool.threads) worker = std::make_unique<Worker>(pool.threads);
   worker->run(std::packaged_task<void()>([&] { work(pool); }));

@@ -165,8 +165,8 @@ RADA_INLINE vec first_or(vec v, int64_t n, vec rest) {
 }
 RADA_INLINE vec keep_first(vec v, int64_t n) { return first_or(v, n, vec{}); }
 
-// 2^x; NaN stays NaN, 2^0 is 1. Results end at 2^-126 and 2^126 but on AVX-512, where larger ones go on to inf and smaller
-// ones are subnormal, which SubnormalsAreZero makes zero.
+// 2^x; NaN stays NaN, 2^0 is 1. Results end at 2^-126 and 2^126 but on AVX-512, where larger ones go on to inf and
+// smaller ones are subnormal, which SubnormalsAreZero makes zero.
 // A polynomial, minimax on [-1/2, 1/2]: of degree 5, to 2e-7 of the value, or of degree 3, to 2e-4, for what is
 // rounded to bfloat16 next.
 template <bool COARSE = false>

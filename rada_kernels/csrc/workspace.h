@@ -29,9 +29,9 @@ struct Arena {
   }
 };
 
-// Equal shares of a workspace, one a thread. Each may hold one Scratch after the other, each built by
-// Scratch(Arena&, arguments...).
-struct Shares {
+// Equal slots of a workspace, one a thread, or one a pair in work. Each may hold one Scratch after the other, each built
+// by Scratch(Arena&, arguments...).
+struct Slots {
   char* base = nullptr;
   size_t bytes = 0;
 

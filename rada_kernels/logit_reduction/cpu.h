@@ -10,7 +10,7 @@ namespace RADA_ISA {
 using rada::Penalty;
 
 // Attended rows [m, D] -> sums[m] = Σ_d M f h and statistic[m] (largest, sum or sum of squares of M - 1 over d), over
-// columns first to end. f[r], h[r]: the unit features of row r, whole vectors. change [m, D] receives M - 1 unless null.
+// columns first to end. f[r], h[r]: the unit features of row r, whole vectors. change [m, D] receives M - 1, or is null.
 template <class P>
 void reduce_logits(float* sums, float* statistic, typename P::element* change, const typename P::element* attended,
                    int64_t m, int64_t width, const Linear<P>& layer, const float* const* f, const float* const* h,
@@ -48,17 +48,21 @@ inline float deviation_of(const float* sums, const float* statistic, int64_t cla
   return (float)((penalty == Penalty::LINF ? result : result / ((double)classes * width)) + check);
 }
 
-// The first place, k·D + d, of an image's largest |M - 1|.
+// The largest |M - 1| of a row.
 template <class P>
-int64_t first_peak(const typename P::element* change, int64_t classes, int64_t width) {
+float largest_change(const typename P::element* change, int64_t width) {
+  vec top{};
+  for (int64_t d = 0; d < width; d += W) top = larger(magnitude(P::get_first(change + d, width - d)), top);
+  return largest(top);
+}
+
+// The first place, k·D + d, of an image's largest |M - 1|, from the largest one of each row.
+template <class P>
+int64_t first_peak(const typename P::element* change, const float* row_peaks, int64_t classes, int64_t width) {
   float peak = -1;
   int64_t best = 0;
-  for (int64_t k = 0; k < classes; k++) {
-    vec top{};
-    for (int64_t d = 0; d < width; d += W)
-      top = larger(magnitude(P::get_first(change + k * width + d, width - d)), top);
-    if (largest(top) > peak) peak = largest(top), best = k;
-  }
+  for (int64_t k = 0; k < classes; k++)
+    if (row_peaks[k] > peak) peak = row_peaks[k], best = k;
   for (int64_t d = 0; d < width; d += W) {
     const vec size = magnitude(P::get_first(change + best * width + d, width - d));
     for (int i = 0; i < W && d + i < width; i++)

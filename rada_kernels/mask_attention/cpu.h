@@ -27,15 +27,20 @@ constexpr int64_t HELD_SCORE_BYTES = 1 << 20;
 constexpr int64_t HELD_SCORE_BYTES = INT64_MAX;
 #endif
 
+// From so many classes on a pair's score rows fall into chunks, of about CHUNK_ROWS and no more than MAX_CHUNKS: what a
+// chunk adds to the gradients of all keys and values has an array of its own. They depend on K alone, and so do the
+// bits. Below, a pair's scores stay in a core's cache from step to step.
+constexpr int64_t CHUNKED_CLASSES = 512, CHUNK_ROWS = 128, MAX_CHUNKS = 8;
+
 struct Shape {
   int64_t classes, width;  // K, E
   Panels over_classes, over_width;
-  int64_t blocks, chunks, chunk_blocks;
+  int64_t blocks, chunks;
   bool streams;
 
   Shape(int64_t classes, int64_t width, int64_t element_bytes, int64_t score_bytes)
       : classes(classes), width(width), over_classes(classes), over_width(width), blocks(ceil_div(classes, SCORE_ROWS)),
-        chunks(1), chunk_blocks(blocks),
+        chunks(classes < CHUNKED_CLASSES ? 1 : smaller_of(ceil_div(classes, CHUNK_ROWS), MAX_CHUNKS)),
         streams(classes > SCORE_ROWS && KINDS * classes * ld() * element_bytes > score_bytes) {}
 
   int64_t ld() const { return round_up(classes, 16); }         // of a row of scores: the same for every W
@@ -43,7 +48,8 @@ struct Shape {
   int64_t held_rows() const { return streams ? 0 : classes; }  // of scores, in memory from step to step
   int64_t streamed_rows() const { return streams ? SCORE_ROWS : 0; }
   int64_t block_rows(int64_t block) const { return smaller_of(SCORE_ROWS, classes - block * SCORE_ROWS); }
-  int64_t first_block(int64_t chunk) const { return smaller_of(chunk * chunk_blocks, blocks); }
+  int64_t first_block(int64_t chunk) const { return blocks * chunk / chunks; }
+  int64_t first_row(int64_t chunk) const { return smaller_of(first_block(chunk) * SCORE_ROWS, classes); }
 };
 
 // Rows of one pair: [rows, E] elements, ld apart. Null: not in use.
@@ -118,6 +124,15 @@ float exponentials_from_maximum(typename P::element* to, const Rows<P>& query, i
   return sum(total);
 }
 
+// The largest score of one row of queries.
+template <class P>
+float largest_score(const Rows<P>& query, const word* keys, const Shape& s) {
+  vec top = splat(-__builtin_inff());
+  multiply<P, true>(1, s.width / P::per_word, query.words(), query.word_ld(), keys, s.over_classes,
+                    for_each([&](int64_t, int64_t j, vec x) { top = larger(first_or(x, s.classes - j, top), top); }));
+  return largest(top);
+}
+
 // softmax(factor · q keyᵀ) for one query row q [E] (in units of log2); keys in panels; row [ld], padding zero.
 template <class P>
 void image_row_weights(float* row, const typename P::element* query, const word* keys, const Shape& s, float factor) {
@@ -135,8 +150,8 @@ void image_row_weights(float* row, const typename P::element* query, const word*
     total += e;
     store(row + j, e);
   }
-  const float share = 1 / sum(total);
-  for (int64_t j = 0; j < s.ld(); j += W) store(row + j, load(row + j) * share);
+  const float inverse = 1 / sum(total);
+  for (int64_t j = 0; j < s.ld(); j += W) store(row + j, load(row + j) * inverse);
 }
 
 // to [E] = row [K] · rows [K, E]
@@ -149,7 +164,7 @@ void weighted_sum(float* to, const float* row, const Rows<P>& rows, const Shape&
   }
 }
 
-// One pair's forward pass: prepare, then `score` every chunk, then `attend` every chunk. Chunks of a step may run at once.
+// One pair's forward pass: prepare, score, attend, each of all chunks, which may run at once.
 template <class P>
 class Attention {
   typedef typename P::element element;
@@ -183,36 +198,38 @@ class Attention {
           image_row(arena.take<float>(s.ld())) {}
   };
 
-  Attention(const Pair<P>& pair, const Shape& shape, double score_factor, const State& state, const Scratch& scratch)
-      : pair(pair), s(shape), factor(score_factor * LOG2E), state(state), scratch(scratch) {}
+  // attended: [K, E], rows ld apart. shifts[n]: comes out, by which the backward pass computes the exponentials.
+  Attention(const Pair<P>& pair, const Shape& shape, double score_factor, element* attended, int64_t ld,
+            float* const* shifts, const State& state, const Scratch& scratch)
+      : pair(pair), s(shape), factor(score_factor * LOG2E), attended(attended), ld(ld), shifts(shifts), state(state),
+        scratch(scratch) {}
 
-  void prepare() const {
-    pack_columns(state.keys, pair.key.words(), pair.key.word_ld(), s.width / P::per_word, s.classes);
-    pack_rows<P>(state.values, pair.value.at, pair.value.ld, s.classes, s.width);
-    std::memset(state.image_part, 0, s.width_ld() * sizeof(float));
-    if (!pair.image_query) return;
-    image_row_weights<P>(scratch.image_row, pair.image_query, state.keys, s, factor);
-    weighted_sum<P>(state.image_part, scratch.image_row, pair.value, s);
-    for (int64_t e = 0; e < s.width; e += W)
-      store(state.image_part + e, load(state.image_part + e) * (1 / pair.query_count()));
+  void prepare(int64_t chunk) const {
+    const int64_t first = s.first_row(chunk), words = ceil_div(s.classes, P::per_word);
+    pack_columns(state.keys, pair.key.words(), pair.key.word_ld(), s.width / P::per_word, s.classes, chunk, s.chunks);
+    pack_rows<P>(state.values, pair.value.from(first).at, pair.value.ld, s.first_row(chunk + 1) - first, s.width, words,
+                 first / P::per_word);
   }
 
   void score(int64_t chunk) const {
+    if (chunk == s.chunks - 1) attend_image_row();
     for (int n = 0; n < KINDS; n++) {
       if (!pair.queries[n].at) continue;
-      float shift = 0, total = 0, top = 0;  // total: of the chunk so far, shifted by top
+      // total: of the chunk so far, shifted by top. The first shift is the first block's maximum, and in later chunks,
+      // where that would cost a second product too often, that of their first row.
+      float total = 0, shift = 0, top = 0;
+      if (chunk) shift = top = largest_score<P>(pair.queries[n].from(s.first_row(chunk)), state.keys, s);
       for (int64_t block = s.first_block(chunk); block < s.first_block(chunk + 1); block++) {
         const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
-        const bool begins = block == s.first_block(chunk);
         const Rows<P> query = pair.queries[n].from(first);
         element* to = s.streams ? scratch.block : held(n, block);
         float sum = LARGE;
-        if (!begins) sum = exponentials<P>(to, query, rows, state.keys, s, factor, shift);
+        if (block) sum = exponentials<P>(to, query, rows, state.keys, s, factor, shift);
         if (!(sum < LARGE))
           sum = exponentials_from_maximum<P>(to, query, rows, state.keys, s, factor, &shift, scratch.scores);
         state.shifts[n * s.blocks + block] = shift;
-        if (begins || shift > top) {
-          total = begins ? 0 : total * __builtin_exp2f((top - shift) * factor);
+        if (block == 0 || shift > top) {
+          total = block ? total * __builtin_exp2f((top - shift) * factor) : 0;
           top = shift;
         }
         total += sum;  // the shift is top: it never falls below a block before it
@@ -226,29 +243,28 @@ class Attention {
     }
   }
 
-  // Attended rows of the chunk. shift_of_kind[n]: the pair's shift, by which the backward pass computes the exponentials.
-  void attend(int64_t chunk, element* attended, int64_t attended_ld, float* const* shift_of_kind) const {
-    auto put = [&](int64_t row, int64_t e, vec v) RADA_LAMBDA {
-      P::put_first(attended + row * attended_ld + e, v + load(state.image_part + e), s.width - e);
-    };
+  // Attended rows of the chunk.
+  void attend(int64_t chunk) const {
+    auto put = [&](int64_t row, int64_t e, vec v)
+                   RADA_LAMBDA { P::put_first(attended + row * ld + e, v + load(state.image_part + e), s.width - e); };
     const int one = pair.one(), other = pair.other();
-    float tops[KINDS] = {}, shares[KINDS] = {};
+    float tops[KINDS] = {}, scales[KINDS] = {};
     for (int n = 0; n < KINDS; n++) {
       if (!pair.queries[n].at) continue;
       float total = 0;
       for (int64_t i = 0; i < s.chunks; i++) tops[n] = i == 0 || shift_of(n, i) > tops[n] ? shift_of(n, i) : tops[n];
       for (int64_t i = 0; i < s.chunks; i++)
         total += state.totals[n * s.chunks + i] * __builtin_exp2f((shift_of(n, i) - tops[n]) * factor);
-      shares[n] = s.classes / (pair.query_count() * total);
-      if (chunk == 0) *shift_of_kind[n] = tops[n];
+      scales[n] = s.classes / (pair.query_count() * total);
+      if (chunk == 0) *shifts[n] = tops[n];
     }
     for (int64_t block = s.first_block(chunk); block < s.first_block(chunk + 1); block++) {
       const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
-      auto share_of = [&](int n) {
+      auto scale_of = [&](int n) {
         if (!pair.queries[n].at) return 0.0f;
-        return __builtin_exp2f((state.shifts[n * s.blocks + block] - tops[n]) * factor) * shares[n];
+        return __builtin_exp2f((state.shifts[n * s.blocks + block] - tops[n]) * factor) * scales[n];
       };
-      const float a = share_of(0), b = share_of(1);
+      const float a = scale_of(0), b = scale_of(1);
       if (!pair.kinds()) {
         for (int64_t r = 0; r < rows; r++)
           for (int64_t e = 0; e < s.width; e += W) put(first + r, e, vec{});
@@ -266,6 +282,15 @@ class Attention {
   }
 
  private:
+  void attend_image_row() const {
+    std::memset(state.image_part, 0, s.width_ld() * sizeof(float));
+    if (!pair.image_query) return;
+    image_row_weights<P>(scratch.image_row, pair.image_query, state.keys, s, factor);
+    weighted_sum<P>(state.image_part, scratch.image_row, pair.value, s);
+    for (int64_t e = 0; e < s.width; e += W)
+      store(state.image_part + e, load(state.image_part + e) * (1 / pair.query_count()));
+  }
+
   element* held(int n, int64_t block) const { return state.exps + (n * s.classes + block * SCORE_ROWS) * s.ld(); }
   // Of the last block of a chunk, which is the largest one.
   float shift_of(int n, int64_t chunk) const { return state.shifts[n * s.blocks + s.first_block(chunk + 1) - 1]; }
@@ -279,6 +304,9 @@ class Attention {
   const Pair<P>& pair;
   const Shape& s;
   const float factor;
+  element* const attended;
+  const int64_t ld;
+  float* const* const shifts;
   const State state;
   const Scratch scratch;
 };

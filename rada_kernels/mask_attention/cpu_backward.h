@@ -1,17 +1,18 @@
-// The mask attention on the CPU, backward: dS_n = A_n ⊙ (dA - δ_n) with one δ_n a pair. The scores are computed once more:
-// that costs less than fresh memory for what would be kept of them.
+// The mask attention on the CPU, backward: dS_n = A_n ⊙ (dA - δ_n) with one δ_n a pair. The scores are computed once
+// more: that costs less than fresh memory for what would be kept of them.
 #pragma once
 
 #include "cpu.h"
 
 namespace RADA_ISA {
 
-// grad [K, padded E] += A B over `words` words of score rows: A in columns, rows ld apart, B packed.
+// grad [K, padded E] = A B, or adds it unless `fresh`, over `words` words of score rows: A in columns, rows ld apart,
+// B packed.
 template <class P>
-void add_by_class(float* grad, const word* a, int64_t words, const word* b, const Shape& s) {
+void add_by_class(float* grad, bool fresh, const word* a, int64_t words, const word* b, const Shape& s) {
   multiply<P, false>(s.classes, words, a, s.ld(), b, s.over_width, for_each([&](int64_t row, int64_t e, vec x) {
                        float* at = grad + row * s.width_ld() + e;
-                       store(at, load(at) + x);
+                       store(at, fresh ? x : load(at) + x);
                      }));
 }
 
@@ -25,7 +26,7 @@ struct PairGradients {
   int64_t ld;
 };
 
-// One pair's backward pass: prepare, then `score`, `differentiate` and `add_up` every chunk, each step after the one before.
+// One pair's backward pass: prepare, score, differentiate, add_up, each of all chunks, which may run at once.
 template <class P>
 class AttentionBackward {
   typedef typename P::element element;
@@ -71,15 +72,16 @@ class AttentionBackward {
       : pair(pair), grad_rows(grad_rows), grads(grads), s(shape), score_factor(score_factor), shifts(shift_of_kind),
         state(state), scratch(scratch) {}
 
-  void prepare() const {
-    const int64_t words = s.width / P::per_word;
-    pack_columns(state.keys, pair.key.words(), pair.key.word_ld(), words, s.classes);
-    pack_columns(state.values, pair.value.words(), pair.value.word_ld(), words, s.classes);
-    pack_rows<P>(state.key_rows, pair.key.at, pair.key.ld, s.classes, s.width);
-    if (pair.image_query) differentiate_image_row();
+  void prepare(int64_t chunk) const {
+    const int64_t first = s.first_row(chunk), words = s.width / P::per_word;
+    pack_columns(state.keys, pair.key.words(), pair.key.word_ld(), words, s.classes, chunk, s.chunks);
+    pack_columns(state.values, pair.value.words(), pair.value.word_ld(), words, s.classes, chunk, s.chunks);
+    pack_rows<P>(state.key_rows, pair.key.from(first).at, pair.key.ld, s.first_row(chunk + 1) - first, s.width,
+                 ceil_div(s.classes, P::per_word), first / P::per_word);
   }
 
   void score(int64_t chunk) const {
+    if (pair.image_query && chunk == s.chunks - 1) differentiate_image_row();
     float totals[KINDS] = {}, dots[KINDS] = {};
     for (int64_t block = s.first_block(chunk); block < s.first_block(chunk + 1) && pair.kinds(); block++)
       score_block(block, totals, dots);
@@ -89,11 +91,9 @@ class AttentionBackward {
     }
   }
 
-  // The queries' gradients, and the chunk's share of the keys' and values'.
+  // The queries' gradients, and the chunk's part of the keys' and values'.
   void differentiate(int64_t chunk) const {
     const int64_t size = s.classes * s.width_ld();
-    std::memset(state.grad_key + chunk * size, 0, size * sizeof(float));
-    std::memset(state.grad_value + chunk * size, 0, size * sizeof(float));
     float delta[KINDS] = {}, scale[KINDS] = {};  // A_n / query count = exponentials · scale
     for (int n = 0; n < KINDS; n++) {
       if (!pair.queries[n].at) continue;
@@ -104,18 +104,19 @@ class AttentionBackward {
       scale[n] = s.classes / (pair.query_count() * total);
     }
     for (int64_t block = s.first_block(chunk); block < s.first_block(chunk + 1) && pair.kinds(); block++)
-      differentiate_block(block, delta, scale, state.grad_key + chunk * size, state.grad_value + chunk * size);
+      differentiate_block(block, block == s.first_block(chunk), delta, scale, state.grad_key + chunk * size,
+                          state.grad_value + chunk * size);
   }
 
-  // The keys' and values' gradients for the chunk's classes, from all chunks' shares and the image query.
+  // The keys' and values' gradients for the chunk's classes, from all chunks' parts and the image query.
   void add_up(int64_t chunk) const {
     const int64_t size = s.classes * s.width_ld();
-    const int64_t end = smaller_of(s.first_block(chunk + 1) * SCORE_ROWS, s.classes);
-    for (int64_t j = s.first_block(chunk) * SCORE_ROWS; j < end; j++)
+    const int64_t parts = pair.kinds() ? s.chunks : 0;
+    for (int64_t j = s.first_row(chunk); j < s.first_row(chunk + 1); j++)
       for (int64_t e = 0; e < s.width; e += W) {
         const int64_t at = j * s.width_ld() + e, n = s.width - e;
-        vec key = load(state.grad_key + at), value = load(state.grad_value + at);
-        for (int64_t i = 1; i < s.chunks; i++)
+        vec key{}, value{};
+        for (int64_t i = 0; i < parts; i++)
           key += load(state.grad_key + i * size + at), value += load(state.grad_value + i * size + at);
         if (pair.image_query) {
           key += P::get_first(pair.image_query + e, n) * state.grad_scores[j];
@@ -135,8 +136,8 @@ class AttentionBackward {
   }
   element* dP(int64_t block) const { return s.streams ? scratch.dP : state.dP + block * SCORE_ROWS * s.ld(); }
 
-  // Exponentials and dP of one block; adds to the sums of the exponentials and of their products with dP. All sums are of
-  // the numbers that `differentiate` reads, so that what cancels, cancels.
+  // Exponentials and dP of one block; adds to the sums of the exponentials and of their products with dP. All sums are
+  // of the numbers that `differentiate` reads, so that what cancels, cancels.
   void score_block(int64_t block, float* totals, float* dots) const {
     const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
     for (int n = 0; n < KINDS; n++)
@@ -156,7 +157,7 @@ class AttentionBackward {
     for (int n = 0; n < KINDS; n++) totals[n] += sum(parts[n]), dots[n] += sum(products[n]);
   }
 
-  void differentiate_block(int64_t block, const float* delta, const float* scale, float* grad_key,
+  void differentiate_block(int64_t block, bool fresh, const float* delta, const float* scale, float* grad_key,
                            float* grad_value) const {
     const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block), row_words = ceil_div(rows, P::per_word);
     if (s.streams) {
@@ -188,9 +189,9 @@ class AttentionBackward {
       pack_rows<P>(scratch.rows, query.at, query.ld, rows, s.width, kinds * row_words, packed);
       packed += row_words;
     }
-    add_by_class<P>(grad_key, by_column[pair.one()], kinds * row_words, scratch.rows, s);
+    add_by_class<P>(grad_key, fresh, by_column[pair.one()], kinds * row_words, scratch.rows, s);
     pack_rows<P>(scratch.rows, grad_rows.from(first).at, grad_rows.ld, rows, s.width);
-    add_by_class<P>(grad_value, scratch.weights_by_column, row_words, scratch.rows, s);
+    add_by_class<P>(grad_value, fresh, scratch.weights_by_column, row_words, scratch.rows, s);
   }
 
   // dS of both kinds and A; by row where a product has score rows to its left, by column where it sums over them.

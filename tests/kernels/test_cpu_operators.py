@@ -48,6 +48,7 @@ def threads():
         pytest.param(3, 97, 32, 2, id="several score blocks, the last one partial"),
         pytest.param(70, 31, 24, 2, id="several slices, rows of many images in a block"),
         pytest.param(2, 65, 130, 2, id="width and head width past whole panels"),
+        pytest.param(2, 515, 12, 2, id="several chunks of score rows, the last block of three"),
     ],
 )
 def test_blocks_slices_and_what_is_kept(save_bytes, batch, classes, width, heads, monkeypatch, poisoned_empty):
@@ -57,6 +58,33 @@ def test_blocks_slices_and_what_is_kept(save_bytes, batch, classes, width, heads
     assert_as_good_as_reference(
         make_case(batch, classes, width, heads, clear_gates=True, penalty="mse"), "cpu", torch.bfloat16
     )
+
+
+@pytest.mark.parametrize("tile_bytes", ["1", "100000000"], ids=["stream", "hold"])
+@pytest.mark.parametrize("queries", [("image",), ("text", "image"), ("rational",)], ids="+".join)
+def test_chunks_of_score_rows(queries, tile_bytes, monkeypatch, poisoned_empty):
+    """Each subset of kinds: what a pair's chunks carry from step to step."""
+    monkeypatch.setenv("RADA_TILE_BYTES", tile_bytes)
+    assert_as_good_as_reference(make_case(1, 515, 12, 2, queries=queries), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("classes", "width"), [(65, 1152), (9, 1280), (3, 1536)])
+def test_wide_embeddings_in_eight_heads(classes, width, dtype):
+    """One image through the widths of large encoders: head widths of 144, 160 and 192."""
+    case = make_case(1, classes, width, 8, scale=width / 4, penalty="mse", clear_gates=dtype != torch.float32)
+    assert_as_good_as_reference(case, "cpu", dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_as_many_classes_as_imagenet21k(dtype):
+    """21,841: scores stream. Against the `torch` backend in float64."""
+    case = make_case(1, 21841, 8, 1, clear_gates=True, penalty="mse")
+    expected, got = results(case, "torch"), results(case.cast(dtype), "cpu")
+    for name, tensor in got.items():
+        error = (tensor.double() - expected[name]).norm() / expected[name].norm()
+        assert error < {torch.float32: 1e-3, torch.bfloat16: 4e-2}[dtype], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -73,7 +101,7 @@ def test_scores_that_outgrow_the_first_block(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("batch", "classes"), [(1, 70), (1, 1), (9, 70), (5, 3)])
+@pytest.mark.parametrize(("batch", "classes"), [(1, 70), (1, 1), (9, 70), (5, 3), (2, 515)])
 def test_same_bits_again_at_every_thread_count(batch, classes, dtype, threads):
     case = make_case(batch, classes, 32, 4).cast(dtype)
     once = results(case, "cpu")

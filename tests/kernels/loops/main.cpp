@@ -2,9 +2,9 @@
 //
 //   loops_test [instruction set ...]
 //
-// Memory is of the exact size that is asked for and holds NaN before a call, so that AddressSanitizer sees a step over an
-// end and the comparison sees what was read before it was written. Every call is made with 1, 2 and 3 threads, each time
-// by two callers at once, and always for the same bits: ThreadSanitizer sees what they share.
+// Memory is of the exact size that is asked for and holds NaN before a call, so that AddressSanitizer sees a step over
+// an end and the comparison sees what was read before it was written. Every call is made with 1, 2 and 3 threads, each
+// time by two callers at once, and always for the same bits: ThreadSanitizer sees what they share.
 #include <atomic>
 #include <cstdlib>
 #include <functional>
@@ -214,6 +214,7 @@ std::vector<Case> cases(bool bfloat16) {
       {5, 13, 36, 6},   // one vector and a part of one
       {2, 65, 48, 2},   // score blocks, the last one of one row; whole panels
       {70, 31, 12, 2},  // several slices
+      {1, 515, 8, 2},   // several chunks of score rows, the last block of three
       {2, 70, 68, 2},   // width and head width past whole panels, weight gradients in several shares
       {3, 37, 35, 5},   // odd width and head width (float32 alone: dot products take pairs)
       {2, 19, 33, 3},

@@ -13,8 +13,8 @@
 RADA_DECLARE_TILES(amx_bf16)
 RADA_DECLARE_TILES(amx_model)
 
-// What Intel's manual gives for TDPBF16PS, in steps of 32 along k: even and odd products are added up apart, each with one
-// rounding; the two sums are added, and the result to what was there. Numbers below the normal ones are zero.
+// What Intel's manual gives for TDPBF16PS, in steps of 32 along k: even and odd products are added up apart, each with
+// one rounding; the two sums are added, and the result to what was there. Numbers below the normal ones are zero.
 inline float tile_definition(const uint16_t* a, const uint16_t* b, int64_t n, int64_t k) {
   auto normal = [](float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; };
   float sum = 0;
