@@ -84,6 +84,7 @@ class TorchCall:
     flop: int  # of its matrix product, if it is one
     bytes: int  # operands and results, once each
     dtype: torch.dtype
+    launches: int = 1
 
 
 class _TorchCalls(TorchDispatchMode):
@@ -101,7 +102,11 @@ class _TorchCalls(TorchDispatchMode):
             count = flop_registry.get(function.overloadpacket)
             flop = count(*args, **kwargs, out_val=out) if count else 0
             tensors = tensors_of((out, args, kwargs))
-            self.calls.append(TorchCall(name, flop, tensor_bytes(tensors), tensors[0].dtype))
+            # Of tensors in one dtype torch makes one launch, of several dtypes one for each tensor.
+            lists = [argument for argument in args if isinstance(argument, list | tuple)]
+            mixed = name.startswith("_foreach_") and any(len({t.dtype for t in one}) > 1 for one in lists)
+            launches = len(lists[0]) if mixed else 1
+            self.calls.append(TorchCall(name, flop, tensor_bytes(tensors), tensors[0].dtype, launches))
         return out
 
 

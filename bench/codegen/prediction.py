@@ -259,7 +259,8 @@ def product_rate(flop_s: dict[str, float], dtype: torch.dtype, precision: str) -
 def predicted_torch(call: TorchCall, arch: str, precision: str) -> Spent:
     part = PARTS[arch]
     products = call.flop / (LIBRARY_SHARE * product_rate(part.flop_s, call.dtype, precision))
-    return Spent(torch=max(products, call.bytes / (MEMORY_SHARE * part.bytes_s)))
+    seconds = max(products, call.bytes / (MEMORY_SHARE * part.bytes_s))
+    return Spent(torch=seconds, launches=call.launches * LAUNCH_S)
 
 
 def limit_s(load: Workload, mode: str, arch: str) -> float:

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from codegen import prediction
 from codegen.calibration import POINTS, calibration_table, error
-from codegen.launches import Launch, Recorder, TorchCall, device_named, record_launches
+from codegen.launches import Launch, Recorder, TorchCall, device_named, record_calls, record_launches
 from codegen.machine_code import Code, _products, _unread, compile_launch
 from codegen.prediction import (
     ARCHITECTURES,
@@ -109,6 +109,16 @@ def test_torchs_own_calls():
     assert predicted_torch(TorchCall("sum", 0, 10**9, torch.bfloat16), "sm_90", "high").torch == pytest.approx(
         1e9 / (0.9 * 3.35e12)
     )
+
+
+def test_one_call_of_torch_may_be_many_launches():
+    """The rounding of a step's gradients: in 16 bits its sources have two dtypes."""
+    for dtype, launches in ((torch.float32, 1), (torch.bfloat16, 12)):
+        recorder = Recorder(device_named("sm_90"), configs={})
+        calls = record_calls(WORKLOADS["caltech101"], "step", dtype, recorder)
+        (copy,) = (call for call in calls if isinstance(call, TorchCall) and call.name == "_foreach_copy_")
+        assert copy.launches == launches
+        assert predicted_torch(copy, "sm_90", "highest").launches == pytest.approx(launches * LAUNCH_S)
 
 
 def test_residency_counts_tensor_memory():
