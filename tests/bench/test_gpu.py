@@ -106,7 +106,7 @@ MISSING = {"typer", "rich", "matplotlib", "open_clip", "safetensors", "hypothesi
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in MISSING:
-            raise ModuleNotFoundError(name)
+            raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Absent())
 """
