@@ -13,20 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rada_kernels.numerics import accumulation_dtype
+from rada_kernels.numerics import accumulation_dtype, matmul_precision
 from rada_kernels.options import Options, Params, Wanted
 
 _OPTIONS = "int num_heads, float temperature, str queries, str penalty, bool normalize, str backend"
 _INPUTS = "Tensor image, Tensor text, Tensor logit_scale, Tensor[] layers"
 
 LIBRARY = torch.library.Library("rada", "DEF")
+# precision: torch.get_float32_matmul_precision() of the forward pass, which the backward pass keeps; "": as it is.
 # sums [B, K]: Σ_d M R; deviation [B]: each image's deviation |M - 1|; saved: what the backward pass starts from.
 LIBRARY.define(
     f"masked_similarity({_INPUTS}, {_OPTIONS}, bool save) -> (Tensor sums, Tensor deviation, Tensor[] saved)"
 )
 LIBRARY.define(
     f"masked_similarity_backward(Tensor grad_sums, Tensor? grad_deviation, {_INPUTS}, Tensor[] saved, {_OPTIONS}, "
-    "bool want_image, bool want_text, bool want_layers) -> Tensor[]"
+    "bool want_image, bool want_text, bool want_layers, *, str precision='') -> Tensor[]"
 )
 # The first two steps alone, O [B, K, D] before the output layer; not differentiable.
 LIBRARY.define(f"attended_rows({_INPUTS}, {_OPTIONS}) -> Tensor")
@@ -96,16 +97,17 @@ def _forward_fake(image, text, logit_scale, layers, *packed):
 
 
 @torch.library.impl(LIBRARY, "masked_similarity_backward", "CompositeExplicitAutograd")
-def _backward(grad_sums, grad_deviation, image, text, logit_scale, layers, saved, *packed):
+def _backward(grad_sums, grad_deviation, image, text, logit_scale, layers, saved, *packed, precision=""):
     *options, backend, want_image, want_text, want_layers = packed
     params, wanted = Params._make((*layers, logit_scale, None)), Wanted(want_image, want_text, want_layers)
-    return KERNELS[backend].backward(
-        grad_sums, grad_deviation, image, text, params, saved, _unpack_options(*options), wanted
-    )
+    with matmul_precision(precision):
+        return KERNELS[backend].backward(
+            grad_sums, grad_deviation, image, text, params, saved, _unpack_options(*options), wanted
+        )
 
 
 @torch.library.register_fake("rada::masked_similarity_backward", lib=LIBRARY)
-def _backward_fake(grad_sums, grad_deviation, image, text, logit_scale, layers, saved, *packed):
+def _backward_fake(grad_sums, grad_deviation, image, text, logit_scale, layers, saved, *packed, precision=""):
     want_image, want_text, want_layers = packed[-3:]
     like = [image] * want_image + [text] * want_text + list(layers) * want_layers
     return [t.new_empty(t.shape) for t in like]
@@ -128,6 +130,7 @@ def _setup_context(ctx, inputs, output):
     _, _, saved = output
     ctx.set_materialize_grads(False)  # no zeros as large as what is saved
     ctx.packed = packed
+    ctx.precision = torch.get_float32_matmul_precision()
     ctx.layer_count = len(layers)
     ctx.save_for_backward(image, text, logit_scale, *layers, *saved)
 
@@ -141,7 +144,16 @@ def _autograd(ctx, grad_sums, grad_deviation, _):
         grad_sums = image.new_zeros(image.shape[0], text.shape[0], dtype=accumulation_dtype(image.dtype))
     grads = iter(
         torch.ops.rada.masked_similarity_backward(
-            grad_sums, grad_deviation, image, text, logit_scale, layers, saved, *ctx.packed, *wanted
+            grad_sums,
+            grad_deviation,
+            image,
+            text,
+            logit_scale,
+            layers,
+            saved,
+            *ctx.packed,
+            *wanted,
+            precision=ctx.precision,
         )
     )
     grad_image = next(grads) if wanted.image else None
@@ -174,9 +186,9 @@ def _register_autocast(device_type: str, key: str) -> None:
         with torch.autocast(device_type, enabled=False):
             return operator(image, text, logit_scale, layers, *packed)
 
-    def backward(*args):
+    def backward(*args, **kwargs):
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.rada.masked_similarity_backward(*args)
+            return torch.ops.rada.masked_similarity_backward(*args, **kwargs)
 
     for name in ("masked_similarity", "attended_rows"):
         torch.library.impl(LIBRARY, name, key)(functools.partial(follow, getattr(torch.ops.rada, name)))

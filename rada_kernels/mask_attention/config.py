@@ -6,31 +6,58 @@ from rada_kernels.triton_common.call import Shapes
 from rada_kernels.triton_common.config import AttentionConfig, Table, look_up
 from rada_kernels.triton_common.target import Target
 
-# {family: {bits: ((BM, BN, num_warps, num_stages) up to E = 64, above)}}
+# {family: {bits: ((BM, BN, num_warps, num_stages) up to E = 64, up to 128, up to 256)}}
 # wgmma reads operands from shared memory: large blocks. mma and AMD's instructions hold them in registers.
 # float32 by multiply-adds, torch's default, spills kilobytes with 4 warps. The interpreter's time is numpy's calls:
 # large blocks.
 FORWARD = {
-    "wgmma": {16: ((64, 64, 4, 2), (64, 32, 4, 2)), 32: ((32, 16, 8, 2), (32, 16, 8, 1))},
-    "mma": {16: ((64, 32, 4, 2), (64, 32, 4, 2)), 32: ((32, 16, 8, 2), (32, 16, 8, 1))},
-    "cdna": {16: ((64, 64, 4, 1), (64, 32, 4, 1)), 32: ((64, 16, 4, 1), (32, 16, 4, 1))},
-    "rdna": {16: ((64, 16, 4, 1), (32, 16, 8, 1))},
-    "interpreter": {16: ((64, 64, 4, 1), (64, 64, 4, 1)), 32: ((64, 64, 4, 1), (64, 64, 4, 1))},
+    "wgmma": {
+        16: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
+        32: ((32, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    "mma": {
+        16: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+        32: ((32, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    "cdna": {
+        16: ((64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
+        32: ((64, 16, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "rdna": {16: ((64, 16, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1))},
+    "interpreter": {16: ((64, 64, 4, 1),) * 3, 32: ((64, 64, 4, 1),) * 3},
 }
 # dO stays in registers with the queries and their gradients.
 QUERIES_BWD = {
-    "wgmma": {16: ((64, 64, 4, 2), (64, 32, 4, 2)), 32: ((32, 16, 8, 2), (32, 16, 8, 2))},
-    "mma": {16: ((64, 32, 4, 2), (64, 32, 4, 1)), 32: ((32, 16, 8, 2), (32, 16, 8, 2))},
-    "cdna": {16: ((64, 32, 4, 1), (64, 32, 4, 1)), 32: ((64, 16, 4, 1), (32, 16, 4, 1))},
-    "rdna": {16: ((32, 16, 4, 1), (16, 16, 4, 1))},
+    "wgmma": {
+        16: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1)),
+        32: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
+    },
+    "mma": {
+        16: ((64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)),
+        32: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
+    },
+    "cdna": {
+        16: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+        32: ((64, 16, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "rdna": {16: ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1))},
     "interpreter": FORWARD["interpreter"],
 }
 # BN classes stay, BM rows are loaded: two accumulators of BN x E, so few rows at a time.
 KEYS_BWD = {
-    "wgmma": {16: ((64, 64, 4, 2), (32, 64, 4, 1)), 32: ((16, 64, 4, 2), (16, 32, 8, 2))},
-    "mma": {16: ((32, 64, 4, 1), (16, 64, 4, 2)), 32: ((16, 64, 4, 2), (16, 32, 8, 2))},
-    "cdna": {16: ((32, 64, 4, 1), (32, 64, 4, 1)), 32: ((16, 64, 4, 1), (16, 16, 4, 1))},
-    "rdna": {16: ((16, 32, 4, 1), (16, 16, 4, 1))},
+    "wgmma": {
+        16: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 8, 1)),
+        32: ((16, 64, 4, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+    },
+    "mma": {
+        16: ((32, 64, 4, 1), (16, 64, 4, 2), (16, 32, 4, 1)),
+        32: ((16, 64, 4, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+    },
+    "cdna": {
+        16: ((32, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),
+        32: ((16, 64, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "rdna": {16: ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1))},
     "interpreter": FORWARD["interpreter"],
 }
 
@@ -42,6 +69,8 @@ def forward_config(target: Target, shapes: Shapes, classes: int) -> AttentionCon
     if many and shapes.E <= 64 and shapes.dtype.itemsize == 2 and target.device.family == "wgmma":
         # Twice the rows halve the reads of keys and values per product; with fewer classes there are too few programs.
         config = AttentionConfig(128, 64, 8, 2)
+    if shapes.E > 192 and config.BM > 16 and target.device.family in ("wgmma", "mma"):
+        config = config.changed(BM=config.BM // 2)  # BM x E numbers of two query kinds spill; a row tile is not fitted
     # The image query's row is one more.
     return _of_few("mask_attention_fwd", target, shapes, config, classes + shapes.IMAGE, int(many))
 
@@ -56,11 +85,11 @@ def keys_bwd_config(target: Target, shapes: Shapes, classes: int) -> AttentionCo
 
 def joint_bwd_config(shapes: Shapes) -> AttentionConfig:
     """Of the image query's row and what all rows share: BN classes at a time."""
-    return AttentionConfig(16, 64 if shapes.E <= 64 else 32, 4, 2)
+    return AttentionConfig(16, 64 if shapes.E <= 64 else 32, 4 if shapes.E <= 128 else 8, 2)
 
 
 def _look_up(table: Table, target: Target, shapes: Shapes) -> AttentionConfig:
-    return AttentionConfig(*look_up(table, target.device, shapes.dtype)[shapes.E > 64])
+    return AttentionConfig(*look_up(table, target.device, shapes.dtype)[(shapes.E > 64) + (shapes.E > 128)])
 
 
 def _of_few(

@@ -82,6 +82,15 @@ def _logit_reduction_bwd_kernel(
         store_rows(masked, b_upstream * (1.0 + b_change), pairs.o_r, pairs.m_r, o_c, D, C.BC)
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, summed and returned in float32; torch's own 16-bit products may round partial sums to 16 bits."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if torch.version.hip or left.is_cpu:  # torch has no such product there
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
 def logit_reduction_bwd(
     call: Call,
     projected: Projections,
@@ -112,5 +121,5 @@ def logit_reduction_bwd(
         PENALTY="none" if grad_deviation is None else call.options.penalty,
     )  # fmt: skip
     flat = grad_out.flatten(0, 1)
-    layers = {"out": (flat.t() @ rows.flatten(0, 1), launched["grad_biases"].sum(0))} if wanted.layers else {}
+    layers = {"out": (_product(flat.t(), rows.flatten(0, 1)), launched["grad_biases"].sum(0))} if wanted.layers else {}
     return ReductionGrads((flat @ call.params.out_weight).view_as(grad_out), masked, layers)

@@ -53,19 +53,28 @@ def _joint_normaliser(m, l, o_tiles, T, BT: tl.constexpr):
 
 @triton.jit
 def _image_row(keys, values, b_q, b_dO, o_k, K, factor, S: tl.constexpr):
-    """A block of classes: keys [BN, E], the image query's scores and their dP [BN]."""
+    """A block of classes: keys [BN, E], the image query's scores and their dP [BN].
+
+    b_q: [16, E], zero but for its first row: scores are products of the precision of all others.
+    """
     m_k = o_k < K
     o_d = o_k.to(tl.int64) * S.D
     b_k = load_head(keys + o_d, m_k, S.E)
-    b_s = tl.where(m_k, dot_rows(b_k, b_q) * factor, float("-inf"))
+    b_s = tl.sum(dot_transposed(b_q, b_k, S.PRECISION), 0) * factor
+    b_s = tl.where(m_k, b_s, float("-inf"))
     return b_k, b_s, dot_rows(load_head(values + o_d, m_k, S.E), b_dO)
 
 
 class Joint(NamedTuple):
-    """What all rows of an (image, head) share: P = scale exp2(score - m); and the image query's row."""
+    """What all rows of an (image, head) share: P = unit scale exp2(score - m); and the image query's row.
+
+    float16 ends at 65504, and P goes up to K: there `unit` is a power of two, scale is from 1 to 2, and what a product
+    takes in 16 bits is P / unit. Its sum is multiplied in float32. For other dtypes `unit` is 1.
+    """
 
     m: Tensor  # [matrix kinds, B, H] largest score of all pairs of classes
-    scale: Tensor  # [matrix kinds, B, H] K / their sum of exp2(score - m)
+    scale: Tensor  # [matrix kinds, B, H] K / their sum of exp2(score - m), over unit
+    unit: Tensor  # [matrix kinds, B, H]
     delta: Tensor  # [matrix kinds, B, H]
     image_dO: Tensor  # [B, D] Σ_i dO[i]
     image_P: Tensor  # [B, H, K]
@@ -100,7 +109,11 @@ def _mask_attention_bwd_joint_kernel(
     for n in tl.static_range(MATRIX):
         b_m, b_l = _joint_normaliser(attended.m, attended.l, (n * units + unit) * T, T, BT)
         tl.store(joint.m + n * units + unit, b_m)
-        tl.store(joint.scale + n * units + unit, K / b_l)
+        b_unit = 1.0
+        if dO.dtype.element_ty == tl.float16:
+            b_unit = tl.exp2(tl.floor(tl.log2(K / b_l)))
+        tl.store(joint.scale + n * units + unit, K / b_l / b_unit)
+        tl.store(joint.unit + n * units + unit, b_unit)
         b_joint += ((b_m, b_l),)
         b_deltas += (tl.zeros([C.BN], tl.float32),)
     b_sum_dO = zero_head(1, S.E)
@@ -125,7 +138,8 @@ def _mask_attention_bwd_joint_kernel(
     if S.IMAGE:
         o_one = tl.arange(0, 1)
         store_head(joint.image_dO + o_image + o_one, b_sum_dO, o_one == 0, S.E)
-        b_q = load_head(projected.query_image + o_image + o_one, o_one == 0, S.E)  # [1, E]
+        o_16 = tl.arange(0, 16)
+        b_q = load_head(projected.query_image + o_image + o_16 * 0, o_16 == 0, S.E)  # [16, E]
         keys = projected.projections + o_rows
         # A softmax of its own again: rounded otherwise, the forward pass's would not cancel where dP - delta does.
         row_m = float("-inf")
@@ -225,7 +239,8 @@ def _mask_attention_bwd_queries_kernel(
         if DELTA:
             tl.store(parts + (n * B * S.H + unit) * T + tile, tl.sum(tl.where(o_r < K, b_sums[n], 0.0), 0))
         else:
-            store_head(grad_queries[n] + o_d, scale_head(b_sums[n], grad_factor), o_r < K, S.E)
+            b_factor = tl.load(joint.unit + n * B * S.H + unit) * grad_factor
+            store_head(grad_queries[n] + o_d, scale_head(b_sums[n], b_factor), o_r < K, S.E)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -241,8 +256,12 @@ def _mask_attention_bwd_keys_kernel(
     S: tl.constexpr,
     C: tl.constexpr,  # AttentionConfig
 ):
-    """Scores are transposed, [BN, BM]: what is rounded for the next product lies as that takes its left operand."""
+    """Scores are transposed, [BN, BM]: what is rounded for the next product lies as that takes its left operand.
+
+    b_dk is summed in the unit of the query kind whose turn it is, b_dv in the greatest unit.
+    """
     MATRIX: tl.constexpr = S.MATRIX
+    FLOAT16: tl.constexpr = dO.dtype.element_ty == tl.float16
     unit, _, _, o_n = _row_tile(K, C.BN)
     o_head, o_image, o_rows, plane = unit_offsets(unit, B, K, S)
     m_n = o_n < K
@@ -253,10 +272,19 @@ def _mask_attention_bwd_keys_kernel(
     b_v = load_head(keys + plane + o_d, m_n, S.E)
     b_dk = zero_head(C.BN, S.E)
     b_dv = zero_head(C.BN, S.E)
+    b_units = ()
+    greatest = 1.0
+    if FLOAT16 and MATRIX > 0:
+        for n in tl.static_range(MATRIX):
+            b_units += (tl.load(joint.unit + n * B * S.H + unit),)
+        greatest = tl.maximum(b_units[0], b_units[MATRIX - 1])
     if S.IMAGE:
         o_one = tl.arange(0, 1)
         b_row = tl.load(joint.image_P + unit.to(tl.int64) * K + o_n, mask=m_n, other=0.0) * (1.0 / S.KINDS)
         b_row_dS = tl.load(joint.image_dS + unit.to(tl.int64) * K + o_n, mask=m_n, other=0.0)
+        if FLOAT16 and MATRIX > 0:
+            b_row = b_row / greatest
+            b_row_dS = b_row_dS / b_units[MATRIX - 1]
         b_dk = scale_head(load_head(projected.query_image + o_image + o_one, o_one == 0, S.E), b_row_dS[:, None])
         b_dv = scale_head(load_head(joint.image_dO + o_image + o_one, o_one == 0, S.E), b_row[:, None])
     for start in range(0, K if S.MATRIX else 0, C.BM):
@@ -270,11 +298,18 @@ def _mask_attention_bwd_keys_kernel(
             b_q = load_head(queries[n] + o_rd, o_r < K, S.E)
             b_m, b_scale = tl.load(joint.m + o_kind), tl.load(joint.scale + o_kind)
             b_p = _weights(b_k, b_q, b_m, b_scale, start, o_r, K, factor, C.BM, S.PRECISION)
-            b_sum += b_p
+            if FLOAT16 and MATRIX == 2:
+                b_sum += b_p * (b_units[n] / greatest)
+                b_dk = scale_head(b_dk, b_units[1 - n] / b_units[n])
+            else:
+                b_sum += b_p
             b_dS = (b_p * (b_dP - tl.load(joint.delta + o_kind))).to(b_k[0].dtype)
             b_dk = add_dot(b_dk, b_dS, b_q, S.PRECISION)
         b_sum = (b_sum * (1.0 / S.KINDS)).to(b_dO[0].dtype)
         b_dv = add_dot(b_dv, b_sum, b_dO, S.PRECISION)
+    if FLOAT16 and MATRIX > 0:
+        b_dk = scale_head(b_dk, b_units[MATRIX - 1])
+        b_dv = scale_head(b_dv, greatest)
     grad_keys = grads.projections + o_rows + o_d
     store_head(grad_keys, scale_head(b_dk, grad_factor), m_n, S.E)
     store_head(grad_keys + plane, b_dv, m_n, S.E)
@@ -302,11 +337,12 @@ def mask_attention_bwd(call: Call, projected: Projections, attended: Attended, d
 def mask_attention_bwd_joint(call: Call, attended: Attended, grads: AttentionGrads, arguments: dict) -> Joint:
     """arguments: the launch arguments that the backward kernels share. Fills grads.query_image."""
     classes, tiles = call.sizes[1], attended.m.shape[-1]
-    m, scale, delta = (attended.m.new_empty(attended.m.shape[:-1]) for _ in range(3))
+    m, scale, unit, delta = (attended.m.new_empty(attended.m.shape[:-1]) for _ in range(4))
     images = len(grads.query_image)
     joint = Joint(
         m,
         scale,
+        unit,
         delta,
         image_dO=torch.empty_like(grads.query_image),
         image_P=m.new_empty(images, call.shapes.H, classes),

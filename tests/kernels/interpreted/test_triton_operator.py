@@ -26,6 +26,12 @@ SHAPES = [  # (B, K, D, H)
     pytest.param(2, 200, 32, 2, id="several row tiles"),
     pytest.param(1, 192, 96, 1, id="E = 96"),
     pytest.param(1, 140, 128, 1, id="E = 128"),
+    pytest.param(2, 19, 18, 2, id="E = 9, padded to 16"),
+    pytest.param(2, 40, 72, 1, id="E = 72, padded to 64 + 16"),
+    pytest.param(1, 40, 144, 1, id="E = 144"),
+    pytest.param(1, 70, 160, 1, id="E = 160"),
+    pytest.param(1, 20, 192, 1, id="E = 192"),
+    pytest.param(1, 40, 512, 2, id="E = 256"),
 ]
 
 
@@ -85,6 +91,8 @@ def on_target(target: Target):
         (Device("sm_90", 227 * KIB), torch.float32, 128, 10),
         (Device("gfx1100", 64 * KIB), torch.float16, 128, 20),
         (Device("gfx1100", 64 * KIB), torch.float16, 128, 70),
+        (Device("sm_90", 227 * KIB), torch.bfloat16, 144, 40),
+        (Device("sm_80", 163 * KIB), torch.float16, 160, 40),
     ],
     ids=str,
 )
