@@ -1,4 +1,4 @@
-"""How the `torch` backend cuts a call into tiles, and what it keeps for the backward pass: bytes, from shapes alone."""
+"""How the `torch` backend cuts a call into tiles, and what it saves for the backward pass: bytes, from shapes alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIB = 1 << 20
 # A score tile should stay in a CPU's last-level cache between its passes; other devices want launches to be large.
 TILE_BYTES = {"cpu": 8 * MIB}
 TILE_BYTES_ELSEWHERE = 128 * MIB
-# What the forward pass may keep for the backward pass. The rest is computed again.
+# What the forward pass may save for the backward pass. The rest is computed again.
 SAVE_BYTES = 512 * MIB
 
 

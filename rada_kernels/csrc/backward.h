@@ -58,26 +58,26 @@ void Head<P>::reduce_rows_backward() {
 }
 
 template <class P>
-void Head<P>::attend_pairs_backward() {
+void Head<P>::attend_units_backward() {
   typedef AttentionBackward<P> Pass;
   auto offset = [](auto* base, int64_t by) { return base ? base + by : nullptr; };
   auto step = [&](void (Pass::*compute)(int64_t) const) {
     return [=](int64_t i, int64_t state, int thread, int64_t chunk) {
-      const Pair<P> pair = pair_of(i);
+      const Unit<P> unit = unit_of(i);
       const Place at = place_of(i);
-      const PairGradients<P> grads{grad_output[rada::KEY] + at.rows,
+      const UnitGradients<P> grads{grad_output[rada::KEY] + at.rows,
                                    grad_output[rada::VALUE] + at.rows,
                                    offset(grad_output[rada::QUERY_RATIONAL], at.rows),
                                    offset(grad_text_rows, at.rows),
                                    offset(grad_query[rada::QUERY_IMAGE], at.image),
                                    c.width};
       const float* const shift_of_kind[] = {shift_of(rada::TEXT_KIND, i), shift_of(rada::RATIONAL_KIND, i)};
-      const Pass pass(pair, {grad_attended + at.rows, c.width}, grads, shape, c.score_factor, shift_of_kind,
+      const Pass pass(unit, {grad_attended + at.rows, c.width}, grads, shape, c.score_factor, shift_of_kind,
                       states.at<typename Pass::State>(state, shape), scratch.at<typename Pass::Scratch>(thread, shape));
       (pass.*compute)(chunk);
     };
   };
-  run_pairs(step(&Pass::prepare), step(&Pass::score), step(&Pass::differentiate), step(&Pass::add_up));
+  run_units(step(&Pass::prepare), step(&Pass::score), step(&Pass::differentiate), step(&Pass::add_up));
 }
 
 // The text query's gradient: its rows summed over the images.
@@ -203,11 +203,11 @@ void Head<P>::add_feature_gradients() {
   const int64_t shares = ceil_div(width, SHARE_COLUMNS);
   run_tasks(pool, images * shares + ceil_div(c.classes, LIGHT_ROWS), [&](int64_t task, int) {
     auto add = [&](float* to, bool fresh, int64_t column, int64_t end, int64_t row, int64_t stride, int64_t count,
-                   auto&& unit) {
+                   auto&& unit_row) {
       for (int64_t d = column; d < end; d += W) {
         vec total{};
         for (int64_t i = 0; i < count; i++)
-          total += load(grad_rational + (row + i * stride) * over_width + d) * load(unit(i) + d);
+          total += load(grad_rational + (row + i * stride) * over_width + d) * load(unit_row(i) + d);
         if (!fresh) total += load_first(to + d, width - d);
         store_first(to + d, total, width - d);
       }
@@ -229,7 +229,7 @@ template <class P>
 void Head<P>::differentiate_queries() {
   const float root = __builtin_sqrtf(c.scale);
   const struct Query {
-    const float *unit, *inverse_norms;
+    const float *unit_rows, *inverse_norms;
     float* grad_features;
   } queries[] = {{f, inverse_norms, c.grad_image}, {h, inverse_norms + c.images, c.grad_text}};
   for (int l = 0; l < 2; l++)
@@ -239,7 +239,7 @@ void Head<P>::differentiate_queries() {
     for (int l = 0; l < 2; l++)
       if (grad_query[l])
         pack_inputs(inputs[l], all_rows(l), [&](element* x, int64_t row, int64_t count) {
-          scaled_rows<P>(x, queries[l].unit + row * over_width, over_width, count, c.width, root);
+          scaled_rows<P>(x, queries[l].unit_rows + row * over_width, over_width, count, c.width, root);
           return x;
         });
     const WeightGradient gradients[] = {{rada::QUERY_IMAGE, c.images, inputs[0]},
@@ -268,7 +268,7 @@ void Head<P>::differentiate_queries() {
       });
     run_rows(pool, all_rows(l), LIGHT_ROWS, [&](int64_t row, int64_t count, int) {
       for (int64_t i = row; i < row + count; i++)
-        unit_row_backward(q.grad_features + i * c.width, q.unit + i * over_width, q.inverse_norms[i], c.width,
+        unit_row_backward(q.grad_features + i * c.width, q.unit_rows + i * over_width, q.inverse_norms[i], c.width,
                           c.normalize);
     });
   }

@@ -31,16 +31,16 @@ struct Matrix {
 struct Layer {
   const void* weight;  // [D, D] elements; null for a query that is not in use
   const void* bias;    // [D] elements
-  void*
-      output;  // kept for the backward pass, or null: [B, D] of the image query, [K, D] of the text query, or [B, K, D]
-               // elements; of OUT M - 1
+  // Saved for the backward pass, or null: elements [B, D] of the image query, [K, D] of the text query, else [B, K, D];
+  // of OUT M - 1.
+  void* output;
   float* grad_weight;  // [D, D]
   float* grad_bias;    // [D]
 };
 
 // `element` arrays hold floats or bfloat16, as the loops were chosen. A null pointer: not in use or not wanted.
 struct Call {
-  bool backward;  // the gradients; what was not kept is computed first. Otherwise the forward pass
+  bool backward;  // the gradients; what was not saved is computed first. Otherwise the forward pass
   int64_t images, classes, width, heads;
   float scale;
   double score_factor;
@@ -51,9 +51,9 @@ struct Call {
   const void* text;   // [K, D] elements
   Layer layers[LAYERS];
 
-  // Kept for the backward pass as the layers' outputs, or null.
+  // Saved for the backward pass as the layers' outputs, or null.
   void* attended;  // [B, K, D] elements
-  float* shifts;   // [KINDS, B·H] what is subtracted from a pair's q·k before it is exponentiated
+  float* shifts;   // [KINDS, B·H] what is subtracted from a unit's q·k before it is exponentiated
 
   float* sums;       // [B, K]; null: attended rows alone
   float* deviation;  // [B]

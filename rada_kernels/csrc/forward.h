@@ -9,7 +9,7 @@ template <class P>
 void Head<P>::place_forward(int64_t rows) {
   const int64_t shares = split(rows, linear[rada::OUT].packed).shares;
   row_sums = arena.take<float>(shares * rows);
-  row_statistics = arena.take<float>(shares * rows);
+  row_deviations = arena.take<float>(shares * rows);
 }
 
 // Unit rows padded to whole vectors, weights packed.
@@ -43,12 +43,12 @@ void Head<P>::project_rows() {
   struct Part {
     int layer;
     Split split;
-    const float* unit;  // rows that a query is made of; null: the rows of X
+    const float* unit_rows;  // rows that a query is made of; null: the rows of X
     int64_t tasks;
   };
-  auto part = [&](int l, int64_t rows, const float* unit) {
+  auto part = [&](int l, int64_t rows, const float* unit_rows) {
     const Split split = this->split(rows, linear[l].packed);
-    return Part{l, split, unit, !unit || (first == 0 && output[l].base) ? split.tasks() : 0};
+    return Part{l, split, unit_rows, !unit_rows || (first == 0 && output[l].base) ? split.tasks() : 0};
   };
   const Part parts[] = {part(rada::KEY, slice_rows(), nullptr), part(rada::QUERY_TEXT, c.classes, h),
                         part(rada::QUERY_IMAGE, c.images, f)};
@@ -61,8 +61,8 @@ void Head<P>::project_rows() {
       auto project_to = [&](int l) {
         project<P>(rows_of(l) + row * c.width, x, count, c.width, linear[l], column, end);
       };
-      if (part->unit) {
-        scaled_rows<P>(x, part->unit + row * over_width, over_width, count, c.width, root);
+      if (part->unit_rows) {
+        scaled_rows<P>(x, part->unit_rows + row * over_width, over_width, count, c.width, root);
         return project_to(part->layer);
       }
       rational_rows<P>(x, f + first * over_width, h, over_width, row, count, c.classes, c.width, c.scale);
@@ -72,16 +72,16 @@ void Head<P>::project_rows() {
   });
 }
 
-// step(pair, its state, thread, chunk) of every pair of the slice, one step after the other. A pair of one chunk is one
-// task; the steps of others spread over the threads, as many pairs at a time as there are states.
+// step(unit, its state, thread, chunk) of every unit of the slice, one step after the other. A unit of one chunk is one
+// task; the steps of others spread over the threads, as many units at a time as there are states.
 template <class P>
 template <class... Steps>
-void Head<P>::run_pairs(Steps&&... steps) {
-  const int64_t pairs = images * c.heads, chunks = shape.chunks;
-  if (chunks == 1) return run_tasks(pool, pairs, [&](int64_t i, int thread) { (steps(i, thread, thread, 0), ...); });
-  for (int64_t from = 0; from < pairs; from += state_count) {
+void Head<P>::run_units(Steps&&... steps) {
+  const int64_t units = images * c.heads, chunks = shape.chunks;
+  if (chunks == 1) return run_tasks(pool, units, [&](int64_t i, int thread) { (steps(i, thread, thread, 0), ...); });
+  for (int64_t from = 0; from < units; from += state_count) {
     auto step_of_all = [&](auto& step) {
-      run_tasks(pool, smaller_of(state_count, pairs - from) * chunks,
+      run_tasks(pool, smaller_of(state_count, units - from) * chunks,
                 [&](int64_t i, int thread) { step(from + i / chunks, i / chunks, thread, i % chunks); });
     };
     (step_of_all(steps), ...);
@@ -89,19 +89,19 @@ void Head<P>::run_pairs(Steps&&... steps) {
 }
 
 template <class P>
-void Head<P>::attend_pairs() {
+void Head<P>::attend_units() {
   typedef Attention<P> Pass;
   auto step = [&](void (Pass::*compute)(int64_t) const) {
     return [=](int64_t i, int64_t state, int thread, int64_t chunk) {
-      const Pair<P> pair = pair_of(i);
+      const Unit<P> unit = unit_of(i);
       float* const shift_of_kind[] = {shift_of(rada::TEXT_KIND, i), shift_of(rada::RATIONAL_KIND, i)};
-      const Pass pass(pair, forward_shape, c.score_factor, attended_rows() + place_of(i).rows, c.width, shift_of_kind,
+      const Pass pass(unit, forward_shape, c.score_factor, attended_rows() + place_of(i).rows, c.width, shift_of_kind,
                       states.at<typename Pass::State>(state, forward_shape),
                       scratch.at<typename Pass::Scratch>(thread, forward_shape));
       (pass.*compute)(chunk);
     };
   };
-  run_pairs(step(&Pass::prepare), step(&Pass::score), step(&Pass::attend));
+  run_units(step(&Pass::prepare), step(&Pass::score), step(&Pass::attend));
 }
 
 // Logits without their scale and each image's deviation, from the attended rows.
@@ -114,22 +114,22 @@ void Head<P>::reduce_rows() {
       const float *fs[BLOCK_ROWS], *hs[BLOCK_ROWS];
       for (int64_t r = 0; r < count; r++) fs[r] = f_of(row + r), hs[r] = h_of(row + r);
       element* change = rows_of(rada::OUT);
-      reduce_logits<P>(row_sums + share * rows + row, row_statistics + share * rows + row,
+      reduce_logits<P>(row_sums + share * rows + row, row_deviations + share * rows + row,
                        change ? change + row * c.width : nullptr, attended_rows() + row * c.width, count, c.width,
                        linear[rada::OUT], fs, hs, c.penalty, column, end);
     });
   });
   for (int64_t share = 1; share < split.shares; share++)
     for (int64_t row = 0; row < rows; row++) {
-      const float part = row_statistics[share * rows + row];
+      const float part = row_deviations[share * rows + row];
       row_sums[row] += row_sums[share * rows + row];
-      float& statistic = row_statistics[row];
-      statistic = c.penalty != rada::Penalty::LINF ? statistic + part : part > statistic ? part : statistic;
+      float& deviation = row_deviations[row];
+      deviation = c.penalty != rada::Penalty::LINF ? deviation + part : part > deviation ? part : deviation;
     }
   std::memcpy(c.sums + first * c.classes, row_sums, rows * sizeof(float));
   for (int64_t b = 0; b < images; b++)
     c.deviation[first + b] =
-        deviation_of(row_sums + b * c.classes, row_statistics + b * c.classes, c.classes, c.width, c.penalty);
+        deviation_of(row_sums + b * c.classes, row_deviations + b * c.classes, c.classes, c.width, c.penalty);
 }
 
 }  // namespace RADA_ISA

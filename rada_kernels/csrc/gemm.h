@@ -1,7 +1,7 @@
 // Matrix products on register tiles of MR rows by up to NV vectors.
 //
-// A product C[m, n] = Σ_k A[m, k] B[k, n] reads A where it lies, one scalar at a time, and B from panels packed by
-// pack_rows or pack_columns, or, where A has too few rows to pay for the packing, where B lies (RowsOf,
+// A product C[m, n] = Σ_k A[m, k] B[k, n] reads A in place, one scalar at a time, and B from panels packed by
+// pack_rows or pack_columns, or, where A has too few rows to pay for the packing, in place (RowsOf,
 // multiply_in_place). The result never goes through memory here: each finished tile is handed to an epilogue.
 //
 // Operands are made of 32-bit words: a float, or two bfloat16 that are neighbours along k. So the same loops serve
@@ -193,7 +193,7 @@ struct Tile {
 };
 
 // An epilogue: f(row, column, vector) for every vector of a tile. `flatten`: f is inlined with all that it calls, since
-// no vector register survives a call, and the tile would lie in memory during the whole product.
+// no vector register survives a call, and the tile would stay in memory during the whole product.
 template <class F>
 RADA_INLINE auto for_each(const F& f) {
   return [&](int64_t row, int64_t column, const auto& tile) RADA_LAMBDA {
@@ -209,7 +209,7 @@ struct Panel {
   RADA_INLINE vec operator()(int64_t i, int v) const { return load(at + i * (N * W) + v * W); }
 };
 
-// B = rows of a matrix [k, columns], read where they lie.
+// B = rows of a matrix [k, columns], read in place.
 template <class P>
 struct RowsOf {
   const typename P::element* at;
@@ -371,7 +371,7 @@ RADA_INLINE void multiply(int64_t m, int64_t k, const word* a, int64_t ld, const
 #endif
 }
 
-// C[m, columns first to end] = A rowsᵀ, rows [n, k] read where they lie: every element is a dot product along k, and
+// C[m, columns first to end] = A rowsᵀ, rows [n, k] read in place: every element is a dot product along k, and
 // W of them share the loads and one transpose. first is a multiple of W. Tiles of one row and one vector.
 template <class P, class Epilogue>
 RADA_INLINE void multiply_in_place(int64_t m, int64_t k, const word* a, int64_t ld, const word* rows, int64_t first,

@@ -14,7 +14,7 @@ namespace RADA_ISA {
 using rada::Call;
 
 constexpr int64_t SLICE_ROWS = 2048;      // rows of a slice, at least one image
-constexpr int64_t FEW_ROWS = 64;          // up to here a layer's weight is read where it lies
+constexpr int64_t FEW_ROWS = 64;          // up to here a layer's weight is read in place
 constexpr int64_t WEIGHT_ROWS = 256;      // rows of one step of a weight gradient's sum
 constexpr int64_t SHARE_COLUMNS = 64;     // a task's share of a gradient, at most
 constexpr int64_t CHUNKS_PER_THREAD = 2;  // at a time, at least
@@ -80,12 +80,12 @@ class Head {
       images = smaller_of(slice_images, c.images - first);
       if (runs_forward) {
         project_rows();
-        attend_pairs();
+        attend_units();
         if (c.sums) reduce_rows();
       }
       if (c.backward) {
         reduce_rows_backward();
-        attend_pairs_backward();
+        attend_units_backward();
         if (output[rada::QUERY_TEXT].base) add_text_rows();
         if (c.layers[0].grad_weight) add_row_weight_gradients();
         if (c.grad_image) add_feature_gradients();
@@ -95,18 +95,18 @@ class Head {
   }
 
  private:
-  // [B, K, D] rows, of all images where they are kept, or of the slice at hand; or a query's, which no slice cuts.
+  // [B, K, D] rows, of all images where they are saved, or of the slice at hand; or a query's, which no slice cuts.
   struct SliceRows {
     element* base = nullptr;
     int64_t image_stride = 0;
 
     element* from(int64_t image) const { return base + image * image_stride; }
   };
-  SliceRows rows_at(void* kept, int l) {
+  SliceRows rows_at(void* saved, int l) {
     const bool query = l <= rada::QUERY_TEXT;
     const int64_t rows = query ? all_rows(l) : slice_images * c.classes;
-    if (!kept) return {arena.take<element>(rows * c.width), 0};
-    return {(element*)kept, query ? 0 : c.classes * c.width};
+    if (!saved) return {arena.take<element>(rows * c.width), 0};
+    return {(element*)saved, query ? 0 : c.classes * c.width};
   }
   element* rows_of(int l) const { return output[l].from(first); }
   element* attended_rows() const { return attended.from(first); }
@@ -121,7 +121,7 @@ class Head {
   const float* f_of(int64_t row) const { return f + (first + row / c.classes) * over_width; }
   const float* h_of(int64_t row) const { return h + row % c.classes * over_width; }
 
-  // Where an (image, head) pair of the slice begins: in [B, K, D] rows of the slice, in [K, D] and in [B, D] of all.
+  // Where a unit of the slice begins, an (image, head): in [B, K, D] rows of the slice, in [K, D] and in [B, D] of all.
   struct Place {
     int64_t rows, text, image;
   };
@@ -129,7 +129,7 @@ class Head {
     const int64_t column = i % c.heads * shape.width, image = i / c.heads;
     return {image * c.classes * c.width + column, column, (first + image) * c.width + column};
   }
-  Pair<P> pair_of(int64_t i) const {
+  Unit<P> unit_of(int64_t i) const {
     const Place at = place_of(i);
     auto from = [&](int l, int64_t offset) -> const element* { return output[l].base ? rows_of(l) + offset : nullptr; };
     return {{{from(rada::QUERY_TEXT, at.text), c.width}, {from(rada::QUERY_RATIONAL, at.rows), c.width}},
@@ -158,15 +158,15 @@ class Head {
   void prepare();
   void project_rows();
   template <class... Steps>
-  void run_pairs(Steps&&... steps);
-  void attend_pairs();
+  void run_units(Steps&&... steps);
+  void attend_units();
   void reduce_rows();
 
   // backward.h
   struct WeightGradient;
   void place_backward(int64_t rows);
   void reduce_rows_backward();
-  void attend_pairs_backward();
+  void attend_units_backward();
   void add_text_rows();
   template <class Form>
   void pack_inputs(word* inputs, int64_t rows, Form&& form);
@@ -180,18 +180,18 @@ class Head {
   const Call& c;
   const Pool& pool;
   const Shape shape, forward_shape;
-  const bool runs_forward;  // the call is forward, or nothing was kept of it
+  const bool runs_forward;  // forward call, or backward without saved tensors
   const int64_t over_width, slice_images;
   int64_t first = 0, images = 0;  // of the slice at hand
   Arena arena;
-  Slots scratch, states;  // of threads, of pairs in work
+  Slots scratch, states;  // of threads, of units in work
   int64_t state_count;
 
   float *f, *h, *inverse_norms;  // unit rows [B, padded D] and [K, padded D], 1 / norms [B + K]
   Linear<P> linear[rada::LAYERS];
   SliceRows output[rada::LAYERS], attended;
   float* shifts;
-  float *row_sums = nullptr, *row_statistics = nullptr;  // [shares of columns, rows]
+  float *row_sums = nullptr, *row_deviations = nullptr;  // [shares of columns, rows]
 
   element *grad_output[rada::LAYERS] = {}, *grad_attended = nullptr;  // of a slice, or of a query
   float* grad_query[2] = {};  // [B, D] and [K, D] of the image and the text query, summed over slices

@@ -55,7 +55,7 @@ std::string describe_refused() {
 // What both operators take first, in the order of RADA_CALL.
 struct Arguments {
   const Tensor &image, &text;
-  const Tensors &layers, &kept;  // weight and bias of each layer; each layer's output, attended, shifts
+  const Tensors &layers, &saved;  // weight and bias of each layer; each layer's output, attended, shifts
   int64_t num_heads;
   double scale, score_factor;
   bool normalize;
@@ -81,25 +81,25 @@ Matrix matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t colu
   return {tensor.data_ptr(), type, rows, columns, columns, one ? tensor.stride(0) : 1};
 }
 
-Type element_of(const Tensors& kept) {
-  STD_TORCH_CHECK(kept.size() == rada::LAYERS + 2, "kept: it takes ", rada::LAYERS + 2, " tensors");
-  return type_of("kept", kept[rada::KEY]);
+Type element_of(const Tensors& saved) {
+  STD_TORCH_CHECK(saved.size() == rada::LAYERS + 2, "saved: it takes ", rada::LAYERS + 2, " tensors");
+  return type_of("saved", saved[rada::KEY]);
 }
 
 Loops loops_for(const Arguments& given) {
-  const Type element = element_of(given.kept);
+  const Type element = element_of(given.saved);
   STD_TORCH_CHECK(element == Type::FLOAT ||
                       (element == Type::BFLOAT16 && type_of("image", given.image) == element && has_bfloat16()),
-                  "kept: it takes float32, or bfloat16 for bfloat16 features where the machine has its dot products");
+                  "saved: it takes float32, or bfloat16 for bfloat16 features where the machine has its dot products");
   return element == Type::FLOAT ? instruction_set().float_loops() : instruction_set().bfloat16_loops();
 }
 
-// The fields that both passes share. The forward pass writes what is kept, the backward pass reads it.
+// The fields that both passes share. The forward pass writes what is saved, the backward pass reads it.
 Call make_call(Arrays& arrays, bool backward, const Arguments& given) {
   STD_TORCH_CHECK(given.image.dim() == 2 && given.text.dim() == 2, "image, text: they take [B, D] and [K, D]");
   STD_TORCH_CHECK(given.layers.size() == 2 * rada::LAYERS, "layers: they take ", 2 * rada::LAYERS, " tensors");
   Call call{};
-  const Type type = type_of("image", given.image), element = element_of(given.kept);
+  const Type type = type_of("image", given.image), element = element_of(given.saved);
   const int64_t B = call.images = given.image.size(0), K = call.classes = given.text.size(0);
   const int64_t D = call.width = given.image.size(1), heads = call.heads = given.num_heads;
   STD_TORCH_CHECK(K > 0 && D > 0, "image, text: they take at least one class and column");
@@ -116,27 +116,28 @@ Call make_call(Arrays& arrays, bool backward, const Arguments& given) {
   auto input = [&](const char* name, const Tensor& tensor, int64_t rows) {
     return arrays.input(matrix(name, tensor, rows, D, type), element);
   };
-  auto kept = [&](int i, int64_t rows, int64_t columns, Type type) {
-    const Matrix at = matrix("kept", given.kept[i], rows, columns, type);
+  auto saved = [&](int i, int64_t rows, int64_t columns, Type type) {
+    const Matrix at = matrix("saved", given.saved[i], rows, columns, type);
     return backward ? arrays.input(at, type) : arrays.output(at, type);
   };
   call.image = input("image", given.image, B);
   call.text = input("text", given.text, K);
-  call.attended = kept(rada::LAYERS, B * K, D, element);
-  call.shifts = (float*)kept(rada::LAYERS + 1, rada::KINDS, B * heads, Type::FLOAT);
+  call.attended = saved(rada::LAYERS, B * K, D, element);
+  call.shifts = (float*)saved(rada::LAYERS + 1, rada::KINDS, B * heads, Type::FLOAT);
   // All or nothing; a forward pass may be asked for the attended rows alone.
   bool consistent = backward ? !call.shifts == !call.attended : !call.shifts || call.attended;
   for (int l = 0; l < rada::LAYERS; l++) {
     rada::Layer& layer = call.layers[l];
     const bool used = l > rada::QUERY_RATIONAL || given.queries >> l & 1;
-    layer.output = kept(l, l == rada::QUERY_IMAGE ? B : l == rada::QUERY_TEXT ? K : B * K, D, element);
+    layer.output = saved(l, l == rada::QUERY_IMAGE ? B : l == rada::QUERY_TEXT ? K : B * K, D, element);
     consistent = consistent && !layer.output == !(used && call.shifts);
     if (!used) continue;
     layer.weight = input("layers", given.layers[2 * l], D);
     layer.bias = input("layers", given.layers[2 * l + 1], 1);
     STD_TORCH_CHECK(layer.weight && layer.bias, "layers: a layer in use is empty");
   }
-  STD_TORCH_CHECK(consistent || !B, "kept: it takes all of a call's tensors or none");  // of no images K rows are there
+  // Of no images, the text query's K rows are there.
+  STD_TORCH_CHECK(consistent || !B, "saved: it takes all of a call's tensors or none");
   return call;
 }
 
@@ -174,10 +175,10 @@ int64_t recorded_tasks(Tensor tasks) {
 
 // ---- operators
 
-void forward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t num_heads, double scale,
+void forward(Tensor image, Tensor text, Tensors layers, Tensors saved, int64_t num_heads, double scale,
              double score_factor, bool normalize, int64_t queries, int64_t penalty, int64_t score_bytes, Tensor sums,
              Tensor deviation) {
-  const Arguments given{image,        text,      layers,  kept,    num_heads,  scale,
+  const Arguments given{image,        text,      layers,  saved,   num_heads,  scale,
                         score_factor, normalize, queries, penalty, score_bytes};
   Arrays arrays;
   Call call = make_call(arrays, false, given);
@@ -186,16 +187,16 @@ void forward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t nu
   call.sums = (float*)arrays.output(matrix("sums", sums, call.images, call.classes, Type::FLOAT), Type::FLOAT);
   call.deviation = (float*)arrays.output(matrix("deviation", deviation, 1, call.images, Type::FLOAT), Type::FLOAT);
   STD_TORCH_CHECK(call.sums ? call.deviation != nullptr : call.attended && !call.shifts,
-                  "sums, deviation: they take [B, K] and [B], or nothing where kept takes the attended rows alone");
-  for (const Tensor& tensor : kept)
+                  "sums, deviation: they take [B, K] and [B], or nothing where saved takes the attended rows alone");
+  for (const Tensor& tensor : saved)
     if (tensor.numel()) rada::advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
   compute(call, loops, arrays);
 }
 
-void backward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t num_heads, double scale,
+void backward(Tensor image, Tensor text, Tensors layers, Tensors saved, int64_t num_heads, double scale,
               double score_factor, bool normalize, int64_t queries, int64_t penalty, int64_t score_bytes,
               Tensor grad_sums, Tensor grad_deviation, Tensors grad_layers, Tensor grad_image, Tensor grad_text) {
-  const Arguments given{image,        text,      layers,  kept,    num_heads,  scale,
+  const Arguments given{image,        text,      layers,  saved,   num_heads,  scale,
                         score_factor, normalize, queries, penalty, score_bytes};
   Arrays arrays;
   Call call = make_call(arrays, true, given);
@@ -232,9 +233,9 @@ void backward(Tensor image, Tensor text, Tensors layers, Tensors kept, int64_t n
   compute(call, loops_for(given), arrays);
 }
 
-#define RADA_CALL(kept)                                                                               \
-  "Tensor image, Tensor text, Tensor[] layers, " kept                                                 \
-  " kept, int num_heads, float scale, float score_factor, bool normalize, int queries, int penalty, " \
+#define RADA_CALL(saved)                                                                               \
+  "Tensor image, Tensor text, Tensor[] layers, " saved                                                 \
+  " saved, int num_heads, float scale, float score_factor, bool normalize, int queries, int penalty, " \
   "int score_bytes, "
 
 STABLE_TORCH_LIBRARY(rada_cpu, m) {

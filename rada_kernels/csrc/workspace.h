@@ -29,7 +29,7 @@ struct Arena {
   }
 };
 
-// Equal slots of a workspace, one a thread, or one a pair in work. Each may hold one Scratch after the other, each built
+// Equal slots of a workspace, one a thread, or one a unit in work. Each may hold one Scratch after the other, built
 // by Scratch(Arena&, arguments...).
 struct Slots {
   char* base = nullptr;

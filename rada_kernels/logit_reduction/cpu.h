@@ -9,10 +9,11 @@ namespace RADA_ISA {
 
 using rada::Penalty;
 
-// Attended rows [m, D] -> sums[m] = Σ_d M f h and statistic[m] (largest, sum or sum of squares of M - 1 over d), over
-// columns first to end. f[r], h[r]: the unit features of row r, whole vectors. change [m, D] receives M - 1, or is null.
+// Attended rows [m, D] -> sums[m] = Σ_d M f h and row_deviations[m] (largest, sum or sum of squares of |M - 1| over d),
+// over columns first to end. f[r], h[r]: the unit features of row r, whole vectors. change [m, D] receives M - 1, or is
+// null.
 template <class P>
-void reduce_logits(float* sums, float* statistic, typename P::element* change, const typename P::element* attended,
+void reduce_logits(float* sums, float* row_deviations, typename P::element* change, const typename P::element* attended,
                    int64_t m, int64_t width, const Linear<P>& layer, const float* const* f, const float* const* h,
                    Penalty penalty, int64_t first, int64_t end) {
   vec totals[BLOCK_ROWS], peaks[BLOCK_ROWS];
@@ -31,19 +32,20 @@ void reduce_logits(float* sums, float* statistic, typename P::element* change, c
            }));
   for (int64_t r = 0; r < m; r++) {
     sums[r] = sum(totals[r]);
-    statistic[r] = penalty == Penalty::LINF ? largest(peaks[r]) : sum(peaks[r]);
+    row_deviations[r] = penalty == Penalty::LINF ? largest(peaks[r]) : sum(peaks[r]);
   }
 }
 
-// An image's statistic of |M - 1| from those of its rows. A NaN in the image's sums makes it NaN.
-inline float deviation_of(const float* sums, const float* statistic, int64_t classes, int64_t width, Penalty penalty) {
+// An image's deviation |M - 1| from those of its rows. A NaN in the image's sums makes it NaN.
+inline float deviation_of(const float* sums, const float* row_deviations, int64_t classes, int64_t width,
+                          Penalty penalty) {
   double result = 0, check = 0;
   for (int64_t k = 0; k < classes; k++) {
     check += sums[k] - sums[k];
     if (penalty == Penalty::LINF)
-      result = statistic[k] > result ? statistic[k] : result;
+      result = row_deviations[k] > result ? row_deviations[k] : result;
     else
-      result += statistic[k];
+      result += row_deviations[k];
   }
   return (float)((penalty == Penalty::LINF ? result : result / ((double)classes * width)) + check);
 }

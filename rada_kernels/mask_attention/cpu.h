@@ -1,4 +1,4 @@
-// The mask attention on the CPU, forward: one (image, head) pair in chunks of query rows.
+// The mask attention on the CPU, forward: one unit, an (image, head), in chunks of query rows.
 //
 // A block of SCORE_ROWS score rows is exponentiated as its tiles leave the product, shifted by a maximum that the block
 // before it has seen; the exponentials of both query kinds stay in memory, as elements, until the joint normalisers are
@@ -27,9 +27,9 @@ constexpr int64_t HELD_SCORE_BYTES = 1 << 20;
 constexpr int64_t HELD_SCORE_BYTES = INT64_MAX;
 #endif
 
-// From so many classes on a pair's score rows fall into chunks, of about CHUNK_ROWS and no more than MAX_CHUNKS: what a
+// From so many classes on a unit's score rows fall into chunks, of about CHUNK_ROWS and no more than MAX_CHUNKS: what a
 // chunk adds to the gradients of all keys and values has an array of its own. They depend on K alone, and so do the
-// bits. Below, a pair's scores stay in a core's cache from step to step.
+// bits. Below, a unit's scores stay in a core's cache from step to step.
 constexpr int64_t CHUNKED_CLASSES = 512, CHUNK_ROWS = 128, MAX_CHUNKS = 8;
 
 struct Shape {
@@ -52,7 +52,7 @@ struct Shape {
   int64_t first_row(int64_t chunk) const { return smaller_of(first_block(chunk) * SCORE_ROWS, classes); }
 };
 
-// Rows of one pair: [rows, E] elements, ld apart. Null: not in use.
+// Rows of one unit: [rows, E] elements, ld apart. Null: not in use.
 template <class P>
 struct Rows {
   const typename P::element* at;
@@ -64,7 +64,7 @@ struct Rows {
 };
 
 template <class P>
-struct Pair {
+struct Unit {
   Rows<P> queries[KINDS], key, value;
   const typename P::element* image_query;  // [E] or null
 
@@ -108,7 +108,7 @@ float exponentials_from_maximum(typename P::element* to, const Rows<P>& query, i
   const int64_t ld = s.ld();
   multiply<P, true>(rows, s.width / P::per_word, query.words(), query.word_ld(), keys, s.over_classes,
                     for_each([&](int64_t row, int64_t j, vec x) {
-                      // Not the padding: its zeros may lie far above every score.
+                      // Not the padding: its zeros may be far above every score.
                       top = larger(first_or(x, s.classes - j, top), top);
                       store(scores + row * ld + j, x);
                     }));
@@ -164,13 +164,13 @@ void weighted_sum(float* to, const float* row, const Rows<P>& rows, const Shape&
   }
 }
 
-// One pair's forward pass: prepare, score, attend, each of all chunks, which may run at once.
+// One unit's forward pass: prepare, score, attend, each of all chunks, which may run at once.
 template <class P>
 class Attention {
   typedef typename P::element element;
 
  public:
-  // What a pair carries from step to step.
+  // What a unit carries from step to step.
   struct State {
     word *keys, *values;  // keyᵀ panels, value panels
     element* exps;        // [KINDS, K, ld] exponentials, unless scores stream
@@ -199,29 +199,29 @@ class Attention {
   };
 
   // attended: [K, E], rows ld apart. shifts[n]: comes out, by which the backward pass computes the exponentials.
-  Attention(const Pair<P>& pair, const Shape& shape, double score_factor, element* attended, int64_t ld,
+  Attention(const Unit<P>& unit, const Shape& shape, double score_factor, element* attended, int64_t ld,
             float* const* shifts, const State& state, const Scratch& scratch)
-      : pair(pair), s(shape), factor(score_factor * LOG2E), attended(attended), ld(ld), shifts(shifts), state(state),
+      : unit(unit), s(shape), factor(score_factor * LOG2E), attended(attended), ld(ld), shifts(shifts), state(state),
         scratch(scratch) {}
 
   void prepare(int64_t chunk) const {
     const int64_t first = s.first_row(chunk), words = ceil_div(s.classes, P::per_word);
-    pack_columns(state.keys, pair.key.words(), pair.key.word_ld(), s.width / P::per_word, s.classes, chunk, s.chunks);
-    pack_rows<P>(state.values, pair.value.from(first).at, pair.value.ld, s.first_row(chunk + 1) - first, s.width, words,
+    pack_columns(state.keys, unit.key.words(), unit.key.word_ld(), s.width / P::per_word, s.classes, chunk, s.chunks);
+    pack_rows<P>(state.values, unit.value.from(first).at, unit.value.ld, s.first_row(chunk + 1) - first, s.width, words,
                  first / P::per_word);
   }
 
   void score(int64_t chunk) const {
     if (chunk == s.chunks - 1) attend_image_row();
     for (int n = 0; n < KINDS; n++) {
-      if (!pair.queries[n].at) continue;
+      if (!unit.queries[n].at) continue;
       // total: of the chunk so far, shifted by top. The first shift is the first block's maximum, and in later chunks,
       // where that would cost a second product too often, that of their first row.
       float total = 0, shift = 0, top = 0;
-      if (chunk) shift = top = largest_score<P>(pair.queries[n].from(s.first_row(chunk)), state.keys, s);
+      if (chunk) shift = top = largest_score<P>(unit.queries[n].from(s.first_row(chunk)), state.keys, s);
       for (int64_t block = s.first_block(chunk); block < s.first_block(chunk + 1); block++) {
         const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
-        const Rows<P> query = pair.queries[n].from(first);
+        const Rows<P> query = unit.queries[n].from(first);
         element* to = s.streams ? scratch.block : held(n, block);
         float sum = LARGE;
         if (block) sum = exponentials<P>(to, query, rows, state.keys, s, factor, shift);
@@ -247,25 +247,25 @@ class Attention {
   void attend(int64_t chunk) const {
     auto put = [&](int64_t row, int64_t e, vec v)
                    RADA_LAMBDA { P::put_first(attended + row * ld + e, v + load(state.image_part + e), s.width - e); };
-    const int one = pair.one(), other = pair.other();
+    const int one = unit.one(), other = unit.other();
     float tops[KINDS] = {}, scales[KINDS] = {};
     for (int n = 0; n < KINDS; n++) {
-      if (!pair.queries[n].at) continue;
+      if (!unit.queries[n].at) continue;
       float total = 0;
       for (int64_t i = 0; i < s.chunks; i++) tops[n] = i == 0 || shift_of(n, i) > tops[n] ? shift_of(n, i) : tops[n];
       for (int64_t i = 0; i < s.chunks; i++)
         total += state.totals[n * s.chunks + i] * __builtin_exp2f((shift_of(n, i) - tops[n]) * factor);
-      scales[n] = s.classes / (pair.query_count() * total);
+      scales[n] = s.classes / (unit.query_count() * total);
       if (chunk == 0) *shifts[n] = tops[n];
     }
     for (int64_t block = s.first_block(chunk); block < s.first_block(chunk + 1); block++) {
       const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
       auto scale_of = [&](int n) {
-        if (!pair.queries[n].at) return 0.0f;
+        if (!unit.queries[n].at) return 0.0f;
         return __builtin_exp2f((state.shifts[n * s.blocks + block] - tops[n]) * factor) * scales[n];
       };
       const float a = scale_of(0), b = scale_of(1);
-      if (!pair.kinds()) {
+      if (!unit.kinds()) {
         for (int64_t r = 0; r < rows; r++)
           for (int64_t e = 0; e < s.width; e += W) put(first + r, e, vec{});
       } else if (s.streams) {
@@ -284,11 +284,11 @@ class Attention {
  private:
   void attend_image_row() const {
     std::memset(state.image_part, 0, s.width_ld() * sizeof(float));
-    if (!pair.image_query) return;
-    image_row_weights<P>(scratch.image_row, pair.image_query, state.keys, s, factor);
-    weighted_sum<P>(state.image_part, scratch.image_row, pair.value, s);
+    if (!unit.image_query) return;
+    image_row_weights<P>(scratch.image_row, unit.image_query, state.keys, s, factor);
+    weighted_sum<P>(state.image_part, scratch.image_row, unit.value, s);
     for (int64_t e = 0; e < s.width; e += W)
-      store(state.image_part + e, load(state.image_part + e) * (1 / pair.query_count()));
+      store(state.image_part + e, load(state.image_part + e) * (1 / unit.query_count()));
   }
 
   element* held(int n, int64_t block) const { return state.exps + (n * s.classes + block * SCORE_ROWS) * s.ld(); }
@@ -301,7 +301,7 @@ class Attention {
                       s.over_width, for_each(put));
   }
 
-  const Pair<P>& pair;
+  const Unit<P>& unit;
   const Shape& s;
   const float factor;
   element* const attended;

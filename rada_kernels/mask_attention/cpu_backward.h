@@ -1,5 +1,5 @@
-// The mask attention on the CPU, backward: dS_n = A_n ⊙ (dA - δ_n) with one δ_n a pair. The scores are computed once
-// more: that costs less than fresh memory for what would be kept of them.
+// The mask attention on the CPU, backward: dS_n = A_n ⊙ (dA - δ_n) with one δ_n a unit. The scores are computed once
+// more: that costs less than fresh memory for saving them.
 #pragma once
 
 #include "cpu.h"
@@ -16,9 +16,9 @@ void add_by_class(float* grad, bool fresh, const word* a, int64_t words, const w
                      }));
 }
 
-// Where one pair's gradients go.
+// Where one unit's gradients go.
 template <class P>
-struct PairGradients {
+struct UnitGradients {
   typename P::element *key, *value;  // [K, E], rows ld apart
   typename P::element* rational;     // the same; null without that kind
   float* text;                       // the same, or null
@@ -26,13 +26,13 @@ struct PairGradients {
   int64_t ld;
 };
 
-// One pair's backward pass: prepare, score, differentiate, add_up, each of all chunks, which may run at once.
+// One unit's backward pass: prepare, score, differentiate, add_up, each of all chunks, which may run at once.
 template <class P>
 class AttentionBackward {
   typedef typename P::element element;
 
  public:
-  // What a pair carries from step to step.
+  // What a unit carries from step to step.
   struct State {
     word *keys, *values, *key_rows;  // keyᵀ, valueᵀ and key panels
     element* exps;                   // [KINDS, K, ld] exponentials, unless scores stream
@@ -67,23 +67,23 @@ class AttentionBackward {
           weights_by_column(arena.take<word>(WORDS * s.ld())), rows(arena.take<word>(KINDS * WORDS * s.width_ld())) {}
   };
 
-  AttentionBackward(const Pair<P>& pair, const Rows<P>& grad_rows, const PairGradients<P>& grads, const Shape& shape,
+  AttentionBackward(const Unit<P>& unit, const Rows<P>& grad_rows, const UnitGradients<P>& grads, const Shape& shape,
                     double score_factor, const float* const* shift_of_kind, const State& state, const Scratch& scratch)
-      : pair(pair), grad_rows(grad_rows), grads(grads), s(shape), score_factor(score_factor), shifts(shift_of_kind),
+      : unit(unit), grad_rows(grad_rows), grads(grads), s(shape), score_factor(score_factor), shifts(shift_of_kind),
         state(state), scratch(scratch) {}
 
   void prepare(int64_t chunk) const {
     const int64_t first = s.first_row(chunk), words = s.width / P::per_word;
-    pack_columns(state.keys, pair.key.words(), pair.key.word_ld(), words, s.classes, chunk, s.chunks);
-    pack_columns(state.values, pair.value.words(), pair.value.word_ld(), words, s.classes, chunk, s.chunks);
-    pack_rows<P>(state.key_rows, pair.key.from(first).at, pair.key.ld, s.first_row(chunk + 1) - first, s.width,
+    pack_columns(state.keys, unit.key.words(), unit.key.word_ld(), words, s.classes, chunk, s.chunks);
+    pack_columns(state.values, unit.value.words(), unit.value.word_ld(), words, s.classes, chunk, s.chunks);
+    pack_rows<P>(state.key_rows, unit.key.from(first).at, unit.key.ld, s.first_row(chunk + 1) - first, s.width,
                  ceil_div(s.classes, P::per_word), first / P::per_word);
   }
 
   void score(int64_t chunk) const {
-    if (pair.image_query && chunk == s.chunks - 1) differentiate_image_row();
+    if (unit.image_query && chunk == s.chunks - 1) differentiate_image_row();
     float totals[KINDS] = {}, dots[KINDS] = {};
-    for (int64_t block = s.first_block(chunk); block < s.first_block(chunk + 1) && pair.kinds(); block++)
+    for (int64_t block = s.first_block(chunk); block < s.first_block(chunk + 1) && unit.kinds(); block++)
       score_block(block, totals, dots);
     for (int n = 0; n < KINDS; n++) {
       state.totals[n * s.chunks + chunk] = totals[n];
@@ -96,14 +96,14 @@ class AttentionBackward {
     const int64_t size = s.classes * s.width_ld();
     float delta[KINDS] = {}, scale[KINDS] = {};  // A_n / query count = exponentials · scale
     for (int n = 0; n < KINDS; n++) {
-      if (!pair.queries[n].at) continue;
+      if (!unit.queries[n].at) continue;
       float total = 0, dot = 0;
       for (int64_t i = 0; i < s.chunks; i++)
         total += state.totals[n * s.chunks + i], dot += state.dots[n * s.chunks + i];
       delta[n] = dot / total;
-      scale[n] = s.classes / (pair.query_count() * total);
+      scale[n] = s.classes / (unit.query_count() * total);
     }
-    for (int64_t block = s.first_block(chunk); block < s.first_block(chunk + 1) && pair.kinds(); block++)
+    for (int64_t block = s.first_block(chunk); block < s.first_block(chunk + 1) && unit.kinds(); block++)
       differentiate_block(block, block == s.first_block(chunk), delta, scale, state.grad_key + chunk * size,
                           state.grad_value + chunk * size);
   }
@@ -111,15 +111,15 @@ class AttentionBackward {
   // The keys' and values' gradients for the chunk's classes, from all chunks' parts and the image query.
   void add_up(int64_t chunk) const {
     const int64_t size = s.classes * s.width_ld();
-    const int64_t parts = pair.kinds() ? s.chunks : 0;
+    const int64_t parts = unit.kinds() ? s.chunks : 0;
     for (int64_t j = s.first_row(chunk); j < s.first_row(chunk + 1); j++)
       for (int64_t e = 0; e < s.width; e += W) {
         const int64_t at = j * s.width_ld() + e, n = s.width - e;
         vec key{}, value{};
         for (int64_t i = 0; i < parts; i++)
           key += load(state.grad_key + i * size + at), value += load(state.grad_value + i * size + at);
-        if (pair.image_query) {
-          key += P::get_first(pair.image_query + e, n) * state.grad_scores[j];
+        if (unit.image_query) {
+          key += P::get_first(unit.image_query + e, n) * state.grad_scores[j];
           value += load(state.upstream + e) * state.image_row[j];
         }
         P::put_first(grads.key + j * grads.ld + e, key, n);
@@ -141,11 +141,11 @@ class AttentionBackward {
   void score_block(int64_t block, float* totals, float* dots) const {
     const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
     for (int n = 0; n < KINDS; n++)
-      if (pair.queries[n].at)
-        exponentials<P>(exps(n, block), pair.queries[n].from(first), rows, state.keys, s, score_factor * LOG2E,
+      if (unit.queries[n].at)
+        exponentials<P>(exps(n, block), unit.queries[n].from(first), rows, state.keys, s, score_factor * LOG2E,
                         *shifts[n]);
     vec products[KINDS] = {}, parts[KINDS] = {};
-    const element *a = exps(pair.one(), block), *b = exps(pair.other(), block);
+    const element *a = exps(unit.one(), block), *b = exps(unit.other(), block);
     element* to = dP(block);
     multiply<P, true>(rows, s.width / P::per_word, grad_rows.from(first).words(), grad_rows.word_ld(), state.values,
                       s.over_classes, for_each([&](int64_t row, int64_t j, vec x) {
@@ -168,7 +168,7 @@ class AttentionBackward {
     word* by_column[KINDS] = {};
     int kinds = 0;
     for (int n = 0; n < KINDS; n++) {
-      if (!pair.queries[n].at) continue;
+      if (!unit.queries[n].at) continue;
       dS[n] = scratch.dS + kinds * rows * s.ld();
       by_column[n] = P::per_word > 1 ? scratch.dS_by_column + kinds * row_words * s.ld() : (word*)dS[n];
       kinds++;
@@ -185,11 +185,11 @@ class AttentionBackward {
                           else
                             P::put_first(grads.rational + at, x, s.width - e);
                         }));
-      const Rows<P> query = pair.queries[n].from(first);
+      const Rows<P> query = unit.queries[n].from(first);
       pack_rows<P>(scratch.rows, query.at, query.ld, rows, s.width, kinds * row_words, packed);
       packed += row_words;
     }
-    add_by_class<P>(grad_key, fresh, by_column[pair.one()], kinds * row_words, scratch.rows, s);
+    add_by_class<P>(grad_key, fresh, by_column[unit.one()], kinds * row_words, scratch.rows, s);
     pack_rows<P>(scratch.rows, grad_rows.from(first).at, grad_rows.ld, rows, s.width);
     add_by_class<P>(grad_value, fresh, scratch.weights_by_column, row_words, scratch.rows, s);
   }
@@ -198,7 +198,7 @@ class AttentionBackward {
   void form_score_gradients(int64_t block, const float* delta, const float* scale, element* const* dS,
                             word* const* by_column) const {
     const int64_t rows = s.block_rows(block), ld = s.ld();
-    const element *d_at = dP(block), *x = exps(pair.one(), block), *y = exps(pair.other(), block);
+    const element *d_at = dP(block), *x = exps(unit.one(), block), *y = exps(unit.other(), block);
     const float a = scale[0], b = scale[1], factor = score_factor;
     for (int64_t i = 0; i < rows; i += P::per_word)
       for (int64_t j = 0; j < ld; j += W) {
@@ -224,7 +224,7 @@ class AttentionBackward {
   // The image query's weights and the gradients of its scores, by class, for `add_up`; its own gradient.
   void differentiate_image_row() const {
     float *weights = state.image_row, *grad = state.grad_scores;
-    image_row_weights<P>(weights, pair.image_query, state.keys, s, score_factor * LOG2E);
+    image_row_weights<P>(weights, unit.image_query, state.keys, s, score_factor * LOG2E);
     for (int64_t j = 0; j < s.ld(); j++) grad[j] = 1;
     weighted_sum<P>(state.upstream, grad, grad_rows, s);
     float dot = 0;
@@ -232,20 +232,20 @@ class AttentionBackward {
       vec u{};
       for (int64_t e = 0; e < s.width; e += W)
         u += keep_first(load(state.upstream + e), s.width - e) *
-             P::get_first(pair.value.at + j * pair.value.ld + e, s.width - e);
+             P::get_first(unit.value.at + j * unit.value.ld + e, s.width - e);
       grad[j] = sum(u);
       dot += weights[j] * grad[j];
     }
     for (int64_t j = 0; j < s.classes; j++) {
-      weights[j] /= pair.query_count();
+      weights[j] /= unit.query_count();
       grad[j] = (float)score_factor * weights[j] * (grad[j] - dot);
     }
-    weighted_sum<P>(grads.image, grad, pair.key, s);
+    weighted_sum<P>(grads.image, grad, unit.key, s);
   }
 
-  const Pair<P>& pair;
+  const Unit<P>& unit;
   const Rows<P> grad_rows;
-  const PairGradients<P>& grads;
+  const UnitGradients<P>& grads;
   const Shape& s;
   const double score_factor;
   const float* const* shifts;

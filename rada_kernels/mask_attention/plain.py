@@ -117,7 +117,7 @@ def mask_attention_backward(
     key: Tensor,
     value: Tensor,
     attended: Attended,
-    exponentials: Tensor,  # [n, U, K, K], or with U = 0 where they were not kept
+    exponentials: Tensor,  # [n, U, K, K], or with U = 0 where they were not saved
     factor: float,
     tiling: Tiling,
 ) -> AttentionGradients:

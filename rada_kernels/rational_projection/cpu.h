@@ -5,7 +5,7 @@
 
 namespace RADA_ISA {
 
-// A layer y = x Wᵀ + c. Its weight is packed once a call as the operand of each direction, or read where it lies
+// A layer y = x Wᵀ + c. Its weight is packed once a call as the operand of each direction, or read in place
 // where too few rows go through it to pay for that.
 template <class P>
 struct Linear {

@@ -107,7 +107,7 @@ Outcome compute(const Loops& loops, const Case& c, const Inputs& in, int threads
   const int64_t B = c.images, K = c.classes, D = c.width;
   Array image(in.image, c.bfloat16), text(in.text, c.bfloat16);
   Array grad_sums(in.grad_sums), grad_deviation(in.grad_deviation);
-  Array attended(c.kept ? B * K * D : 0, c.bfloat16), shifts(c.kept ? rada::KINDS * B * c.heads : 0);
+  Array attended(c.saved ? B * K * D : 0, c.bfloat16), shifts(c.saved ? rada::KINDS * B * c.heads : 0);
   Array sums(B * K), deviation(B), grad_image(c.features ? B * D : 0), grad_text(c.features ? K * D : 0);
   std::vector<Array> weight, bias, output, grad_weight, grad_bias;
   auto in_use = [&](int l) { return l > rada::QUERY_RATIONAL || c.queries >> l & 1; };
@@ -115,7 +115,7 @@ Outcome compute(const Loops& loops, const Case& c, const Inputs& in, int threads
     const int64_t rows = l == rada::QUERY_IMAGE ? B : l == rada::QUERY_TEXT ? K : B * K;
     weight.emplace_back(in.weight[l], c.bfloat16);
     bias.emplace_back(in.bias[l], c.bfloat16);
-    output.emplace_back(c.kept && in_use(l) ? rows * D : 0, c.bfloat16);
+    output.emplace_back(c.saved && in_use(l) ? rows * D : 0, c.bfloat16);
     grad_weight.emplace_back(c.layers ? D * D : 0);
     grad_bias.emplace_back(c.layers ? D : 0);
   }
@@ -141,7 +141,7 @@ Outcome compute(const Loops& loops, const Case& c, const Inputs& in, int threads
     call.layers[l].grad_weight = grad_weight[l].data(), call.layers[l].grad_bias = grad_bias[l].data();
   call.grad_sums = grad_sums.data(), call.grad_deviation = grad_deviation.data();
   call.grad_image = grad_image.data(), call.grad_text = grad_text.data();
-  Array recomputed_sums(c.kept ? 0 : B * K), recomputed_deviation(c.kept ? 0 : B);
+  Array recomputed_sums(c.saved ? 0 : B * K), recomputed_deviation(c.saved ? 0 : B);
   call.sums = recomputed_sums.data(), call.deviation = recomputed_deviation.data();
   loops.run(call, pool, workspace(loops.bytes(call, pool)).get());
 
@@ -199,9 +199,9 @@ void expect_same(Judge& judge, const std::string& where, const Outcome& a, const
 
 std::string describe(const InstructionSet& set, const Case& c) {
   char text[200];
-  std::snprintf(text, sizeof text, "%s %s B=%d K=%d D=%d H=%d queries=%d penalty=%d kept=%d streams=%d", set.name,
+  std::snprintf(text, sizeof text, "%s %s B=%d K=%d D=%d H=%d queries=%d penalty=%d saved=%d streams=%d", set.name,
                 c.bfloat16 ? "bfloat16" : "float32", (int)c.images, (int)c.classes, (int)c.width, (int)c.heads,
-                c.queries, (int)c.penalty, c.kept, c.streams);
+                c.queries, (int)c.penalty, c.saved, c.streams);
   return text;
 }
 
@@ -223,11 +223,11 @@ std::vector<Case> cases(bool bfloat16) {
   int n = 0;
   for (const auto& s : shapes) {
     if (bfloat16 && s.width / s.heads % 2) continue;
-    for (bool kept : {false, true})
+    for (bool saved : {false, true})
       for (bool streams : {false, true}) {
         // The rest takes turns: 7 subsets of queries, 3 penalties, whose gradients are wanted.
         Case c{s.images, s.classes, s.width,    s.heads,    7 - n % 7,  (Penalty)(n % 3),
-               kept,     streams,   n % 5 != 1, n % 5 != 2, n % 4 != 3, bfloat16};
+               saved,    streams,   n % 5 != 1, n % 5 != 2, n % 4 != 3, bfloat16};
         if (bfloat16 && c.penalty == Penalty::LINF)
           c.penalty = Penalty::MSE;  // near ties decide where its gradient goes
         out.push_back(c);

@@ -33,7 +33,7 @@ struct Case {
   int64_t images, classes, width, heads;
   int queries;
   Penalty penalty;
-  bool kept;
+  bool saved;
   bool streams, layers, features;  // scores stream; whose gradients are wanted
   bool normalize, bfloat16;
 };
