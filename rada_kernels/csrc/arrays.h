@@ -43,7 +43,8 @@ inline std::unique_ptr<void, Free> allocate(size_t bytes) {
   return memory;
 }
 
-// What a call works in. One piece is kept for the next call, since fresh memory is mapped and cleared page by page.
+// What a call works in. A large piece is kept for the next call, since fresh memory is mapped and cleared page by page;
+// smaller ones the allocator keeps itself, and more of the tensors' memory with them.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) : piece(kept.exchange(nullptr)) {
@@ -53,14 +54,14 @@ class Workspace {
     advise_huge_pages(at(), bytes);
   }
   ~Workspace() {
-    if (piece->bytes > KEPT_BYTES) return;
+    if (piece->bytes <= SMALL_BYTES || piece->bytes > KEPT_BYTES) return;
     advise_free(at(), piece->bytes);
     piece.reset(kept.exchange(piece.release()));
   }
   void* at() const { return piece->memory.get(); }
 
  private:
-  static constexpr size_t KEPT_BYTES = size_t(512) << 20;
+  static constexpr size_t SMALL_BYTES = size_t(32) << 20, KEPT_BYTES = size_t(512) << 20;
   struct Piece {
     std::unique_ptr<void, Free> memory;
     size_t bytes;

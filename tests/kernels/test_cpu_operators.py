@@ -373,6 +373,34 @@ def test_forked_children(isa):
     subprocess.run([sys.executable, "-c", FORKED], check=True, env=os.environ | {"RADA_CPU_ISA": isa})
 
 
+WORKSPACE = """
+import re, resource
+from pathlib import Path
+import torch
+from tests.kernels.test_cpu_operators import operator_arguments
+
+def mapped():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+torch.set_num_threads(1)
+small, large = operator_arguments(), operator_arguments(batch=1, classes=2040, width=16, heads=1)
+torch.ops.rada_cpu.forward(*small)
+before = mapped()
+torch.ops.rada_cpu.forward(*large)
+first = mapped()
+torch.ops.rada_cpu.forward(*large)
+assert 4 * (mapped() - first) < first - before, (mapped() - first, first - before)
+free = re.search(r"LazyFree: *(\\d+) kB", Path("/proc/self/smaps_rollup").read_text())
+assert not free or int(free[1]) > 16 << 10, free
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are counted on Linux")
+def test_a_large_workspace_stays_for_the_next_call():
+    """It is not mapped anew, and between calls the system may take it."""
+    subprocess.run([sys.executable, "-c", WORKSPACE], check=True)
+
+
 def operator_arguments(batch=3, classes=5, width=16, heads=4, dtype=torch.float32, **options):
     """Of torch.ops.rada_cpu.forward."""
     case = make_case(batch, classes, width, heads, **options).cast(dtype)
