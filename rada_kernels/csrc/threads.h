@@ -22,7 +22,7 @@
 
 namespace rada {
 
-// A thread's calls, cut for `threads` threads but run on this one, task by task: what bench/schedule.py deals out to
+// A thread's calls, cut for `threads` threads but run on this one, task by task: what bench/thread_model.py deals out to
 // threads that the machine lacks.
 struct Recorder {
   const int threads;

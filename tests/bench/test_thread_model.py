@@ -1,4 +1,4 @@
-"""bench/schedule.py: the model by hand, and against the operators' real tasks."""
+"""bench/thread_model.py: the model by hand, and against the operators' real tasks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import typer
 from methods import choose_methods, work
-from schedule import main, makespan, record, schedule
+from thread_model import main, makespan, record, schedule
 from typer.testing import CliRunner
 from workloads import Workload, make_inputs
 

@@ -1,4 +1,4 @@
-"""How busy many threads would be with the C++ operators: python bench/schedule.py --threads 64
+"""How busy many threads would be with the C++ operators: python bench/thread_model.py --threads 64
 
 A call's tasks are cut for the threads that are asked for, run one after the other on this one and timed; a model then
 deals them out as the operators do: in order, each to the first thread that is free, a phase after the other. What the
