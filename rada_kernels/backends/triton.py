@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rada_kernels import ops
-from rada_kernels.budget import SAVE_BYTES, budget
+from rada_kernels.budget import MIB, SAVE_BYTES, budget
 from rada_kernels.mask_attention.config import forward_config
 from rada_kernels.options import Options, Params, Wanted
 from rada_kernels.triton_common.call import Call, Shapes
@@ -26,6 +26,9 @@ from rada_kernels.triton_common.target import Target, target_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_WIDTH, MAX_HEADS = 256, 32
+# What is not saved is computed in chunks of images that would save so many bytes; a backward pass takes about thrice
+# that. 100 images of 1000 classes of width 512 in 16 bits: 100,000 rows, programs for every multiprocessor.
+CHUNK_BYTES = 512 * MIB
 OLDEST = (8, 0)  # compute capability: bfloat16 tensor cores and asynchronous copies
 
 STATUS = "compiled for, verified by interpreter, not yet run on hardware"
@@ -106,10 +109,22 @@ def _row_tile(image: Tensor, classes: int, options: Options, target: Target) -> 
     return forward_config(target, shapes, classes).BM
 
 
-def _fits_budget(image: Tensor, classes: int, options: Options) -> bool:
+def _bytes_of(image: Tensor, classes: int, options: Options) -> int:
+    """What the forward pass of these images saves."""
     kinds = len(options.queries) - ("image" in options.queries)
     row_tensors = 2 + ("rational" in options.queries) + kinds
-    return row_tensors * classes * image.numel() * image.dtype.itemsize <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
+    return row_tensors * classes * image.numel() * image.dtype.itemsize
+
+
+def _fits_budget(image: Tensor, classes: int, options: Options) -> bool:
+    return _bytes_of(image, classes, options) <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
+
+
+def _chunks(call: Call) -> list[slice]:
+    """Images at a time: as many as CHUNK_BYTES have room for."""
+    batch, classes, _ = call.sizes
+    images = max(1, CHUNK_BYTES // _bytes_of(call.image[:1], classes, call.options))
+    return [slice(start, start + images) for start in range(0, batch, images)]
 
 
 def _call(image: Tensor, text: Tensor, params: Params, options: Options, target: Target | None) -> Call:
@@ -149,9 +164,14 @@ def forward(
         sums = image.new_empty(0, text.shape[0], dtype=torch.float32)
         return sums, sums.new_empty(0), empty_saved(image, text, options, save)
     save = save and _fits_budget(image, text.shape[0], options)
+    call = _call(image, text, params, options, target)
     with _on_device(image):
-        reduced, saved = _forward(_call(image, text, params, options, target), save)
-    return *reduced, saved.tensors() if save else []
+        if save:
+            reduced, saved = _forward(call, save)
+            return *reduced, saved.tensors()
+        chunks = [_forward(call.of_images(b), save)[0] for b in _chunks(call)]
+    sums, deviation = chunks[0] if len(chunks) == 1 else map(torch.cat, zip(*chunks, strict=True))
+    return sums, deviation, []
 
 
 def attended_rows(
@@ -162,9 +182,10 @@ def attended_rows(
 
     if image.shape[0] == 0:
         return image.new_empty(0, text.shape[0], image.shape[1])
+    call = _call(image, text, params, options, target)
     with _on_device(image):
-        call = _call(image, text, params, options, target)
-        return combine_rows(call, _attend(call, save=False).attended)
+        chunks = [call.of_images(b) for b in _chunks(call)]
+        return torch.cat([combine_rows(chunk, _attend(chunk, save=False).attended) for chunk in chunks])
 
 
 def backward(
@@ -182,9 +203,9 @@ def backward(
         call = _call(image, text, params, options, target)
         if saved:
             state = Saved.of(saved, _row_tile(image, text.shape[0], options, call.target))
+            grads = _backward(call, state, grad_sums, grad_deviation, wanted)
         else:
-            state = _forward(call, save=True)[1]
-        grads = _backward(call, state, grad_sums, grad_deviation, wanted)
+            grads = _backward_in_chunks(call, grad_sums, grad_deviation, wanted)
     # Rounded in one launch, into memory of their own: an operator's results must not overlap.
     rounded = [torch.empty_like(tensor) for tensor in of]
     torch._foreach_copy_(rounded, grads)
@@ -203,6 +224,19 @@ def _backward(
     projection = rational_projection_bwd(call, saved.projected, attention, reduction.masked, wanted)
     grads = [grad for grad in (projection.image, projection.text) if grad is not None]
     return grads + call.params.layer_grads(projection.layers | reduction.layers) if wanted.layers else grads
+
+
+def _backward_in_chunks(call: Call, grad_sums: Tensor, grad_deviation: Tensor | None, wanted: Wanted) -> list[Tensor]:
+    """With everything computed again, and summed in float32."""
+    of_images, total = [], None
+    for b in _chunks(call):
+        chunk = call.of_images(b)
+        deviation = None if grad_deviation is None else grad_deviation[b]
+        grads = _backward(chunk, _forward(chunk, save=True)[1], grad_sums[b], deviation, wanted)
+        if wanted.image:
+            of_images.append(grads.pop(0))
+        total = grads if total is None else [sum_ + grad for sum_, grad in zip(total, grads, strict=True)]
+    return [torch.cat(of_images)] * wanted.image + (total or [])
 
 
 masked_similarity, attended_rows = ops.register("triton", forward, backward, empty_saved, attended_rows)

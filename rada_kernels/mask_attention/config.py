@@ -16,7 +16,7 @@ FORWARD = {
         32: ((32, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
     },
     "mma": {
-        16: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+        16: ((64, 32, 4, 2), (64, 32, 4, 2), (16, 32, 8, 2)),
         32: ((32, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
     },
     "cdna": {
@@ -33,7 +33,7 @@ QUERIES_BWD = {
         32: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
     },
     "mma": {
-        16: ((64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)),
+        16: ((64, 32, 4, 2), (64, 32, 4, 1), (16, 32, 8, 1)),
         32: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
     },
     "cdna": {
@@ -50,7 +50,7 @@ KEYS_BWD = {
         32: ((16, 64, 4, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
     },
     "mma": {
-        16: ((32, 64, 4, 1), (16, 64, 4, 2), (16, 32, 4, 1)),
+        16: ((32, 64, 4, 1), (16, 64, 4, 2), (16, 32, 8, 1)),
         32: ((16, 64, 4, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
     },
     "cdna": {
@@ -69,7 +69,7 @@ def forward_config(target: Target, shapes: Shapes, classes: int) -> AttentionCon
     if many and shapes.E <= 64 and shapes.dtype.itemsize == 2 and target.device.family == "wgmma":
         # Twice the rows halve the reads of keys and values per product; with fewer classes there are too few programs.
         config = AttentionConfig(128, 64, 8, 2)
-    if shapes.E > 192 and config.BM > 16 and target.device.family in ("wgmma", "mma"):
+    if shapes.E > 192 and target.device.family == "wgmma" and shapes.dtype.itemsize == 2:
         config = config.changed(BM=config.BM // 2)  # BM x E numbers of two query kinds spill; a row tile is not fitted
     # The image query's row is one more.
     return _of_few("mask_attention_fwd", target, shapes, config, classes + shapes.IMAGE, int(many))

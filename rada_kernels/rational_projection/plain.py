@@ -97,7 +97,7 @@ class ProjectionGradients:
         self.query_image, self.query_text = torch.zeros_like(self.f), torch.zeros_like(self.h)
 
     def add(self, b: slice, queries: Queries, key: Tensor, value: Tensor, masked: Tensor | None) -> None:
-        """A chunk's, of queries, keys, values; masked [b, K, D]: of R through the sums, if features want gradients."""
+        """A chunk's, of queries, keys and values; masked [b, K, D]: of R through the sums, if features want them."""
         (f, h), heads, matrix = self.features[:2], self.options.num_heads, list(queries.matrix)
         if queries.image is not None:
             self.query_image[b] = queries.image.reshape_as(f[b])

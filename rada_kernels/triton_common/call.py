@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,6 +80,9 @@ class Call:
     @property
     def dtype(self) -> torch.dtype:
         return self.image.dtype
+
+    def of_images(self, b: slice) -> Call:
+        return replace(self, image=self.image[b])
 
     def features(self, projected: Projections) -> Features:
         return Features(self.image, self.text, projected.inverse_image, projected.inverse_text)

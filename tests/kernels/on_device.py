@@ -12,7 +12,7 @@ import torch
 from rada.fused import RAdaHead
 from rada_kernels import Params, rada_logits
 from rada_kernels.ops import pack_options
-from tests.kernels.truth import make_case, results
+from tests.kernels.truth import assert_one_graph_serves_every_batch, make_case, results
 
 CLASSES = pytest.mark.parametrize("classes", [9, 50, 131], ids=["few classes", "one row tile", "several row tiles"])
 
@@ -108,6 +108,10 @@ def test_compiles_without_a_graph_break(classes, device):
             outcome[run] = logits, penalty, *(parameter.grad.clone() for parameter in head.parameters())
         for mine, eager in zip(outcome[compiled], outcome[head], strict=True):
             torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_one_graph_serves_every_batch(device):
+    assert_one_graph_serves_every_batch("triton", device)
 
 
 @pytest.mark.parametrize("sizes", [(9, 12), (40, 50)], ids=str)

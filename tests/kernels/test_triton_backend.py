@@ -115,6 +115,7 @@ def sm_90(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("RADA_SELF_CHECK", "0")
 
 
 def test_every_open_clip_model_is_served_by_the_kernels(sm_90):
@@ -449,3 +450,13 @@ def test_the_fake_has_the_shapes_of_what_is_saved(queries, classes, interpreted)
     score_rows = classes * (queries != ("image",)) + ("image" in queries)
     assert again.attended.m.shape[-1] == -(-score_rows // again.attended.tile)
     assert backend.empty_saved(image, text, options, save=False) == []
+
+
+@pytest.mark.parametrize("dtype", backend.DTYPES, ids=str)
+def test_the_output_weights_gradient_is_summed_in_float32(dtype):
+    from rada_kernels.logit_reduction.triton.backward import _product
+
+    left, right = torch.randn(8, 4000).to(dtype), torch.randn(4000, 8).to(dtype)
+    assert torch.equal(_product(left, right), left.float() @ right.float())
+    on_gpu = _product(left.to("meta"), right.to("meta"))
+    assert on_gpu.dtype == torch.float32

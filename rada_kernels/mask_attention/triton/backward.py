@@ -273,11 +273,10 @@ def _mask_attention_bwd_keys_kernel(
     b_dk = zero_head(C.BN, S.E)
     b_dv = zero_head(C.BN, S.E)
     b_units = ()
-    greatest = 1.0
-    if FLOAT16 and MATRIX > 0:
-        for n in tl.static_range(MATRIX):
-            b_units += (tl.load(joint.unit + n * B * S.H + unit),)
-        greatest = tl.maximum(b_units[0], b_units[MATRIX - 1])
+    greatest = 0.0
+    for n in tl.static_range(MATRIX):
+        b_units += (tl.load(joint.unit + n * B * S.H + unit),)
+        greatest = tl.maximum(greatest, b_units[n])
     if S.IMAGE:
         o_one = tl.arange(0, 1)
         b_row = tl.load(joint.image_P + unit.to(tl.int64) * K + o_n, mask=m_n, other=0.0) * (1.0 / S.KINDS)

@@ -10,7 +10,7 @@ from rada_kernels.backends import triton as backend
 from rada_kernels.triton_common.device import KIB, Device
 from rada_kernels.triton_common.target import Target
 from tests.kernels.test_reference import SUBSETS
-from tests.kernels.truth import assert_as_good_as_reference, make_case, results
+from tests.kernels.truth import assert_as_good_as_reference, assert_loss_scale_is_borne, make_case, results
 
 TILES = ["few classes", "one row tile", "several row tiles"]
 SHAPES = [  # (B, K, D, H)
@@ -54,6 +54,17 @@ def test_16_bits(dtype, batch, classes, poisoned_empty):
 def test_16_bits_in_every_shape(dtype, batch, classes, width, heads, poisoned_empty):
     case = make_case(batch, classes, width, heads, clear_gates=True, penalty="l1")
     assert_as_good_as_reference(case, "triton", dtype)
+
+
+def test_a_loss_scale_is_borne_in_float16():
+    assert_loss_scale_is_borne("triton")
+
+
+@pytest.mark.parametrize("queries", [("text",), ("rational",), ("image", "rational")], ids="+".join)
+def test_query_subsets_in_float16(queries, poisoned_empty):
+    """One matrix query kind has no other whose unit its sums would follow."""
+    case = make_case(2, 40, 32, 2, queries=queries, clear_gates=True, penalty="mse")
+    assert_as_good_as_reference(case, "triton", torch.float16)
 
 
 class _OnTarget(torch.autograd.Function):
@@ -132,6 +143,14 @@ def test_frozen_features_computed_again_and_unnormalised(classes, monkeypatch, p
     monkeypatch.setenv("RADA_SAVE_BYTES", "0")
     case = make_case(2, classes, 32, 2, scale=0.5, normalize=False)
     assert_as_good_as_reference(case, "triton", torch.float32, features=False)
+
+
+@pytest.mark.parametrize("features", [True, False])
+def test_images_in_chunks(features, monkeypatch, poisoned_empty):
+    monkeypatch.setenv("RADA_SAVE_BYTES", "0")
+    case = make_case(5, 19, 32, 2)
+    monkeypatch.setattr(backend, "CHUNK_BYTES", 2 * 5 * 19 * 32 * 4)  # of five tensors: two images, two, and one
+    assert_as_good_as_reference(case, "triton", torch.float32, features=features)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
