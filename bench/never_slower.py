@@ -6,13 +6,13 @@ times as long as another, in the median of the rounds. Another instruction set: 
 
 from __future__ import annotations
 
+import argparse
 import statistics
-from typing import Annotated
+from collections.abc import Sequence
 
 import torch
-import typer
-from measure import make_clock, run_rounds
 from methods import choose_methods, why_unusable, work
+from timing import make_clock, run_rounds
 from workloads import DTYPES, SUITES, Cell, choose_cells, make_inputs
 
 from rada_kernels import BACKENDS
@@ -41,31 +41,34 @@ def measure(cell: Cell, device: torch.device, seconds: float) -> tuple[str, dict
     return chosen, ratios
 
 
-def main(
-    suite: Annotated[str, typer.Option(help=f"Any of {', '.join(SUITES)}.")] = "paper",
-    workloads: Annotated[str, typer.Option(help="Names or sizes, as in kernels.py; by default the suite's.")] = "",
-    modes: Annotated[str, typer.Option(help="As in kernels.py; by default the suite's.")] = "",
-    dtypes: Annotated[str, typer.Option(help="As in kernels.py; by default the suite's.")] = "",
-    device: Annotated[str, typer.Option(help="Where the backends run.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's choice.")] = None,
-    seconds: Annotated[float, typer.Option(help="Time for the rounds of one cell.")] = 10.0,
-) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the chosen backend of each cell and its time over that of each other one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--suite", default="paper", help=f"any of {', '.join(SUITES)}; default: %(default)s")
+    add("--workloads", default="", help="names or sizes, as in kernels.py; default: the suite's")
+    add("--modes", default="", help="as in kernels.py; default: the suite's")
+    add("--dtypes", default="", help="as in kernels.py; default: the suite's")
+    add("--device", default="cpu", help="where the backends run; default: %(default)s")
+    add("--threads", type=int, help="CPU threads; default: torch's choice")
+    add("--seconds", type=float, default=10.0, help="time for the rounds of one cell; default: %(default)s")
+    options = parser.parse_args(arguments)
+    chosen_cells = (options.workloads, options.modes, options.dtypes)
     try:
-        cells = choose_cells(suite, *(names.split(",") if names else None for names in (workloads, modes, dtypes)))
+        cells = choose_cells(options.suite, *(names.split(",") if names else None for names in chosen_cells))
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    if threads:
-        torch.set_num_threads(threads)
+        parser.error(str(error))
+    if options.threads:
+        torch.set_num_threads(options.threads)
     never_slower = True
     for cell in cells:
-        chosen, ratios = measure(cell, torch.device(device), seconds)
+        chosen, ratios = measure(cell, torch.device(options.device), options.seconds)
         slower = max(ratios.values(), default=0) > LIMIT
         never_slower &= not slower
         line = "  ".join(f"{ratio:.2f} x {name}" for name, ratio in ratios.items())
         print(f"{INSTRUCTION_SET:11} {cell!s:38} {chosen}: {line}{'   SLOWER' if slower else ''}", flush=True)
-    raise typer.Exit(0 if never_slower else 1)
+    return 0 if never_slower else 1
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    raise SystemExit(main())

@@ -7,13 +7,12 @@ model leaves out: threads share caches, memory and clock.
 
 from __future__ import annotations
 
+import argparse
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-import typer
 from methods import choose_methods, work
 from workloads import DTYPES, MODES, choose_cells, make_inputs
 
@@ -27,8 +26,8 @@ class Schedule:
 
     phases: int
     tasks: int
-    total_s: float  # of all tasks and what lies between the phases, on one thread
-    serial_s: float  # what lies between the phases
+    total_s: float  # of all tasks and what is between the phases, on one thread
+    serial_s: float  # what is between the phases
     makespan_s: float
 
     def busy(self, threads: int) -> float:
@@ -68,22 +67,23 @@ def schedule(runs: list[torch.Tensor], threads: int) -> Schedule:
     return Schedule(len(phases), len(costs), total, serial, serial + sum(makespan(tasks, threads) for tasks in phases))
 
 
-def main(
-    threads: Annotated[str, typer.Option(help="Numbers of threads, a line each.")] = "1,2,16,64",
-    workloads: Annotated[str, typer.Option(help="Names or sizes, as in kernels.py.")] = (
-        "b1-k1000-d512,b4-k1000-d512,b32-k100-d512"
-    ),
-    modes: Annotated[str, typer.Option(help=f"Any of {', '.join(MODES)}.")] = "forward,step",
-    dtypes: Annotated[str, typer.Option(help=f"Any of {', '.join(DTYPES)}.")] = "float32",
-) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print tasks, the time on one thread, the makespan and the busy share of each number of threads."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--threads", default="1,2,16,64", help="numbers of threads, a line each; default: %(default)s")
+    workloads = "b1-k1000-d512,b4-k1000-d512,b32-k100-d512"
+    add("--workloads", default=workloads, help="names or sizes, as in kernels.py; default: %(default)s")
+    add("--modes", default="forward,step", help=f"any of {', '.join(MODES)}; default: %(default)s")
+    add("--dtypes", default="float32", help=f"any of {', '.join(DTYPES)}; default: %(default)s")
+    options = parser.parse_args(arguments)
     try:
-        cells = choose_cells("quick", workloads.split(","), modes.split(","), dtypes.split(","))
-        counts = [int(count) for count in threads.split(",")]
+        cells = choose_cells("quick", *(getattr(options, name).split(",") for name in ("workloads", "modes", "dtypes")))
+        counts = [int(count) for count in options.threads.split(",")]
         if min(counts) < 1:
-            raise ValueError(f"threads: got {threads}; it takes numbers from 1 on")
+            raise ValueError(f"threads: got {options.threads}; it takes numbers from 1 on")
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        parser.error(str(error))
     print(f"{'cell':32} threads phases  tasks  one thread ms  makespan ms  serial ms  busy")
     for cell in cells:
         (method,) = choose_methods(["cpu"])
@@ -94,7 +94,8 @@ def main(
                 f"{cell!s:32} {count:7} {found.phases:6} {found.tasks:6} {1e3 * found.total_s:14.2f} "
                 f"{1e3 * found.makespan_s:12.2f} {1e3 * found.serial_s:10.2f} {found.busy(count):5.0%}"
             )
+    return 0
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    raise SystemExit(main())

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import typer
 from methods import choose_methods, work
 from thread_model import main, makespan, record, schedule
-from typer.testing import CliRunner
 from workloads import Workload, make_inputs
 
 from rada_kernels.backends import cpu
@@ -73,13 +71,10 @@ def test_recording_ends():
 
 
 @needs_operators
-def test_a_line_for_each_number_of_threads():
-    app = typer.Typer()
-    app.command()(main)
-    arguments = ["--threads", "1,64", "--workloads", "b2-k9-d16", "--modes", "forward"]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0
-    lines = result.output.splitlines()
+def test_a_line_for_each_number_of_threads(capsys):
+    assert main(["--threads", "1,64", "--workloads", "b2-k9-d16", "--modes", "forward"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[1].endswith("100%")  # on one thread nothing waits
-    assert CliRunner().invoke(app, ["--threads", "0"]).exit_code == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--threads", "0"])
