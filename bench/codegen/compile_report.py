@@ -59,6 +59,7 @@ KINDS = {
 # Every head width at a CLIP's width D: (E, D). 10 and 24 classes have blocks of 16 and 32, 100 and 1000 those of few
 # and of many classes.
 HEADS = ((16, 512), (32, 512), (48, 768), (64, 512), (80, 640), (96, 768), (128, 512))
+HEADS += ((144, 1152), (160, 1280), (192, 1536), (256, 2048))
 CLASSES = (10, 24, 100, 1000)
 SIZES = {
     load.name: load

@@ -83,11 +83,11 @@ class TorchCall:
     name: str
     flop: int  # of its matrix product, if it is one
     bytes: int  # operands and results, once each
-    dtype: torch.dtype
+    dtype: torch.dtype  # of its first operand
     launches: int = 1
 
 
-class _TorchCalls(TorchDispatchMode):
+class TorchCalls(TorchDispatchMode):
     """Appends to a list what is called within it; views and empty tensors are no work."""
 
     def __init__(self, calls: list):
@@ -106,7 +106,8 @@ class _TorchCalls(TorchDispatchMode):
             lists = [argument for argument in args if isinstance(argument, list | tuple)]
             mixed = name.startswith("_foreach_") and any(len({t.dtype for t in one}) > 1 for one in lists)
             launches = len(lists[0]) if mixed else 1
-            self.calls.append(TorchCall(name, flop, tensor_bytes(tensors), tensors[0].dtype, launches))
+            dtype = (tensors_of(args) or tensors)[0].dtype
+            self.calls.append(TorchCall(name, flop, tensor_bytes(tensors), dtype, launches))
         return out
 
 
@@ -153,7 +154,7 @@ def record_calls(load: Workload, mode: str, dtype: torch.dtype, recorder: Record
     params = Params(*layers, logit_scale=torch.tensor(LOGIT_SCALE, device="meta"))
     image, text = meta(load.batch, width), meta(load.classes, width)
     options = Options(num_heads=load.heads)
-    with _TorchCalls(calls):
+    with TorchCalls(calls):
         sums, deviation, kept = backend.forward(image, text, params, options, mode != "forward", recorder)
         if mode != "forward":
             features = mode == "step-features"

@@ -117,6 +117,8 @@ def work_of(launch: Launch) -> Work:
     if launch.name in ("mask_attention_fwd", "mask_attention_bwd_queries"):
         products = 2 * kinds if launch.name.endswith("fwd") else kinds + 1 + kinds * (not a["DELTA"])
         return Work(2 * n * c.BM * -(-a["K"] // c.BN) * c.BN * s.E * products)
+    if launch.name == "mask_attention_bwd_joint":  # the image's row is one of 16, in two passes over the classes
+        return Work(2 * n * 16 * -(-a["K"] // c.BN) * c.BN * s.E * 2 * s.IMAGE)
     if launch.name == "mask_attention_bwd_keys":
         return Work(2 * n * c.BN * -(-a["K"] // c.BM) * c.BM * s.E * (2 * kinds + 2))
     return Work(0)

@@ -99,16 +99,15 @@ def test_what_cannot_run_is_told(arguments, told, tmp_path, monkeypatch, capsys)
 
 
 WITHOUT = """
-import sys
+from importlib.machinery import PathFinder
 
 MISSING = {"typer", "rich", "matplotlib", "open_clip", "safetensors", "hypothesis", "torchvision", "PIL", "expecttest"}
+find = PathFinder.find_spec
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in MISSING:
-            raise ModuleNotFoundError(name, name=name)
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in MISSING else find(name, path, target)
 
-sys.meta_path.insert(0, Absent())
+PathFinder.find_spec = find_spec
 """
 
 

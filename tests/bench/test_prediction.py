@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from codegen import prediction
 from codegen.calibration import POINTS, calibration_table, error
-from codegen.launches import Launch, Recorder, TorchCall, device_named, record_calls, record_launches
+from codegen.launches import Launch, Recorder, TorchCall, TorchCalls, device_named, record_launches
 from codegen.machine_code import Code, _products, _unread, compile_launch
 from codegen.prediction import (
     ARCHITECTURES,
@@ -111,14 +111,20 @@ def test_torchs_own_calls():
     )
 
 
-def test_one_call_of_torch_may_be_many_launches():
-    """The rounding of a step's gradients: in 16 bits its sources have two dtypes."""
-    for dtype, launches in ((torch.float32, 1), (torch.bfloat16, 12)):
-        recorder = Recorder(device_named("sm_90"), configs={})
-        calls = record_calls(WORKLOADS["caltech101"], "step", dtype, recorder)
-        (copy,) = (call for call in calls if isinstance(call, TorchCall) and call.name == "_foreach_copy_")
-        assert copy.launches == launches
-        assert predicted_torch(copy, "sm_90", "highest").launches == pytest.approx(launches * LAUNCH_S)
+def test_what_a_call_of_torch_is():
+    """Copies between lists are a launch where each list has one dtype; a product is of its operands' dtype."""
+    a, b = (torch.empty(8, 8, dtype=dtype, device="meta") for dtype in (torch.float32, torch.bfloat16))
+    calls = []
+    with TorchCalls(calls):
+        torch._foreach_copy_([b, b], [a, a])
+        torch._foreach_copy_([b, b], [a, b])
+        torch.mm(b, b, out_dtype=torch.float32)
+    assert [(call.launches, call.dtype) for call in calls] == [
+        (1, torch.bfloat16),
+        (2, torch.bfloat16),
+        (1, torch.bfloat16),
+    ]
+    assert predicted_torch(calls[1], "sm_90", "highest").launches == pytest.approx(2 * LAUNCH_S)
 
 
 def test_residency_counts_tensor_memory():
