@@ -41,9 +41,13 @@ def _answer(name: str, dtype: torch.dtype, device: torch.device, embed_dim: int,
     return works, reason
 
 
-@torch.compiler.assume_constant_result
 def _self_check(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: int) -> tuple[bool, str]:
     return self_check(triton, plain, dtype, device, embed_dim, num_heads)
+
+
+# A traced call runs the check and takes its answer as a constant. torch.compiler.assume_constant_result sets this too,
+# but imports torch._dynamo, and with it all that is installed.
+_self_check._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_backend(

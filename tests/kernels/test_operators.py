@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 
 from rada.fused import RAdaHead
-from rada_kernels import BACKENDS, Options, Params, ops, rada_logits
+from rada_kernels import BACKENDS, Options, Params, dispatch, ops, rada_logits
 from rada_kernels.ops import pack_options
 from tests.kernels.test_backends import backends, every_backend
 from tests.kernels.truth import assert_one_graph_serves_every_batch, make_case
@@ -172,3 +172,16 @@ def test_one_graph_serves_every_batch(backend):
     if not BACKENDS[backend].usable(torch.float32, torch.device("cpu"), 16, 2)[0]:
         pytest.skip(f"{backend} is not usable here")
     assert_one_graph_serves_every_batch(backend, torch.device("cpu"))
+
+
+def test_a_graph_holds_the_self_checks_answer(monkeypatch, tmp_path):
+    """It runs while the call is traced: reading a file, as no graph can."""
+    (tmp_path / "answer").write_text("agrees")
+    monkeypatch.setattr(dispatch, "self_check", lambda *call: (True, (tmp_path / "answer").read_text()))
+
+    def call(x):
+        works, found = dispatch._self_check(torch.float32, torch.device("cpu"), 32, 2)
+        return x + works * len(found)
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(x), x + len("agrees"))

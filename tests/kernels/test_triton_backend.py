@@ -82,13 +82,13 @@ def test_a_gpu_is_told_what_was_never_tried(monkeypatch):
 
 def test_a_number_becomes_a_scalar_without_a_copy_from_the_host():
     """A copy would wait for the device, and a CUDA graph could not be captured."""
-    from codegen.launches import _TorchCalls
+    from codegen.launches import TorchCalls
 
     from rada_kernels import Params
     from rada_kernels.api import _on_device
 
     image, calls = torch.empty(2, 4, device="meta"), []
-    with _TorchCalls(calls):
+    with TorchCalls(calls):
         params = _on_device(Params(*[None] * 12, logit_scale=20.0, logit_bias=-3.0), image)
     assert [call.name for call in calls] == ["full", "full"]
     assert params.logit_scale.device.type == params.logit_bias.device.type == "meta"
