@@ -6,7 +6,7 @@ from rada_kernels.triton_common.call import Shapes
 from rada_kernels.triton_common.config import GemmConfig, Table, contracted_block, look_up
 from rada_kernels.triton_common.target import Target
 
-# {family: {bits: ((BR, BC, BD, num_warps, num_stages) of few rows, of many)}}
+# {family: {bits: ((BR, BC, BD, num_warps, num_stages) of few classes, of many)}}
 # A pass over the columns forms the rows anew: as few passes as registers allow. Each warp of a row forms all of it on
 # NVIDIA: 8 warps as 2 x 4 do half of what 4 do.
 FORWARD = {
@@ -21,20 +21,21 @@ BACKWARD = {
     "cdna": {16: ((64, 64, 64, 4, 2), (64, 64, 64, 4, 2)), 32: ((64, 64, 32, 4, 2), (64, 64, 32, 4, 2))},
     "rdna": {16: ((32, 64, 32, 8, 1), (32, 64, 32, 8, 1))},
 }
-FEW_ROWS = 8192  # 128 tiles of 64 rows: fewer than a large device has multiprocessors
+# Of a batch of 32, 128 tiles of 64 rows: fewer than a large device has multiprocessors. B has no say: a last batch
+# must not compile anew.
+FEW_CLASSES = 256
 
 
-def forward_config(target: Target, shapes: Shapes, rows: int) -> GemmConfig:
-    """rows: B·K"""
-    return _config("logit_reduction_fwd", FORWARD, target, shapes, rows)
+def forward_config(target: Target, shapes: Shapes, classes: int) -> GemmConfig:
+    return _config("logit_reduction_fwd", FORWARD, target, shapes, classes)
 
 
-def backward_config(target: Target, shapes: Shapes, rows: int) -> GemmConfig:
-    return _config("logit_reduction_bwd", BACKWARD, target, shapes, rows)
+def backward_config(target: Target, shapes: Shapes, classes: int) -> GemmConfig:
+    return _config("logit_reduction_bwd", BACKWARD, target, shapes, classes)
 
 
-def _config(kernel: str, table: Table, target: Target, shapes: Shapes, rows: int) -> GemmConfig:
-    many = rows > FEW_ROWS
+def _config(kernel: str, table: Table, target: Target, shapes: Shapes, classes: int) -> GemmConfig:
+    many = classes > FEW_CLASSES
     config = GemmConfig(*look_up(table, target.device, shapes.dtype)[many])
     config = config.changed(BD=contracted_block(shapes.E, config.BD))
     return target.config(kernel, shapes.dtype, (shapes.D, shapes.E, int(many)), config)

@@ -23,12 +23,12 @@ ROWS_BWD = {
     "mma": {16: (64, 128, 32, 4, 3), 32: (64, 64, 32, 4, 2)},
 }
 FEATURES = GemmConfig(16, 128, 16, 4, 2)  # it sums: nothing is contracted
-MANY_ROWS = 16384  # 128 tiles of 128 rows in each of 2 or 3 layers: programs for every multiprocessor
+# Of a batch of 32, 128 tiles of 128 rows in each of 2 or 3 layers: programs for every multiprocessor.
+MANY_CLASSES = 512
 
 
-def forward_config(target: Target, shapes: Shapes, rows: int) -> GemmConfig:
-    """rows: B·K"""
-    many = rows >= MANY_ROWS
+def forward_config(target: Target, shapes: Shapes, classes: int) -> GemmConfig:
+    many = classes >= MANY_CLASSES
     config = GemmConfig(*look_up(FORWARD, target.device, shapes.dtype))
     if many and shapes.dtype.itemsize == 2 and target.device.family == "wgmma":
         config = GemmConfig(128, 128, 64, 8, 3)  # twice the rows halve the reads of the weights per product

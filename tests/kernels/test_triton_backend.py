@@ -174,7 +174,7 @@ def shapes(device: Device, dtype: torch.dtype, head_width: int = 64) -> Shapes:
 
 
 def projection_of(target: Target, dtype: torch.dtype = torch.bfloat16) -> GemmConfig:
-    return projection.forward_config(target, shapes(target.device, dtype), 32 * 1000)
+    return projection.forward_config(target, shapes(target.device, dtype), 1000)
 
 
 def test_a_tuned_configuration_is_preferred(tuned_file):
@@ -364,12 +364,11 @@ def test_every_table_serves_every_case(device):
             attention.keys_bwd_config(*call, classes),
             projection.weight_bwd_config(*call),
         ]
-        for rows in (classes, 64 * classes):
-            contracted = projection.forward_config(*call, rows), projection.rows_bwd_config(*call)
-            assert all(-8 * head_width % config.BD <= head_width for config in contracted)
-            reductions = reduction.forward_config(*call, rows), reduction.backward_config(*call, rows)
-            assert all(-head_width % config.BD <= max(head_width // 8, 15) for config in reductions)
-            made += contracted + reductions
+        contracted = projection.forward_config(*call, classes), projection.rows_bwd_config(*call)
+        assert all(-8 * head_width % config.BD <= max(head_width, 15) for config in contracted)
+        reductions = reduction.forward_config(*call, classes), reduction.backward_config(*call, classes)
+        assert all(-head_width % config.BD <= max(head_width // 8, 15) for config in reductions)
+        made += contracted + reductions
         for config in made:
             assert all(size in BLOCKS for size in config.blocks.values()), config
 
@@ -428,7 +427,7 @@ def test_what_is_asked_of_a_device(hip, properties, device, monkeypatch):
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
 def test_pairs_of_images_and_classes_fill_a_tile(rows, classes):
     many = PairBlock.of(rows, classes, rows)
-    assert many.tiles(1, classes) * many.BK <= classes * 33 / 32, "few empty rows"
+    assert many.tiles(1, classes) * many.BK <= classes * 9 / 8, "few empty rows"
     for batch in (1, 2, 5, 31, 512):
         pairs = PairBlock.of(batch, classes, rows)
         assert rows == pairs.BI * pairs.BK
@@ -460,3 +459,31 @@ def test_the_output_weights_gradient_is_summed_in_float32(dtype):
     assert torch.equal(_product(left, right), left.float() @ right.float())
     on_gpu = _product(left.to("meta"), right.to("meta"))
     assert on_gpu.dtype == torch.float32
+
+
+def specialisations(launch) -> tuple:
+    """What Triton compiles a kernel for: constants, and of numbers that it looks at whether they are 1 or whole 16s."""
+    key = [launch.name, launch.arguments["num_warps"], launch.arguments["num_stages"]]
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            key.append(value)
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            key.append((value == 1, value % 16 == 0))
+    return tuple(key)
+
+
+def test_shapes_do_not_compile_anew():
+    """Twenty sizes, eight images or more: one set of kernels up to 256 classes, one up to 512, one above."""
+    pytest.importorskip("triton")
+    from codegen.launches import Recorder, record_launches
+    from workloads import Workload
+
+    sizes = [(b, k) for b in (8, 17, 32, 100) for k in (64, 101, 397, 1000, 2049)]
+    compiled: dict[str, set] = {}
+    for batch, classes in sizes:
+        load = Workload("size", batch, classes, 512, 8)
+        for launch in record_launches(load, "step-features", torch.bfloat16, Recorder(SM_90.device, configs={})):
+            compiled.setdefault(launch.name, set()).add(specialisations(launch))
+    assert len(compiled) == 10
+    assert {name: len(variants) for name, variants in compiled.items() if len(variants) > 3} == {}

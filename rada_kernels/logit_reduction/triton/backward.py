@@ -20,7 +20,7 @@ from rada_kernels.logit_reduction.triton.forward import (
 )
 from rada_kernels.options import Wanted
 from rada_kernels.triton_common.call import Call
-from rada_kernels.triton_common.config import GemmConfig
+from rada_kernels.triton_common.config import GemmConfig, cdiv
 from rada_kernels.triton_common.dialect import outer, outer_rows, pair_rows, store_rows, unit_features
 from rada_kernels.triton_common.state import Attended, Projections, ReductionGrads
 
@@ -109,12 +109,12 @@ def logit_reduction_bwd(
 
     def blocks(c: GemmConfig):
         pairs = RowBlocks.of(attended, call, c.BR)
-        tiles = triton.cdiv(batch, pairs.BI) * triton.cdiv(classes, pairs.BK)
+        tiles = cdiv(batch, pairs.BI) * cdiv(classes, pairs.BK)
         grad_biases = call.image.new_empty(tiles * wanted.layers, width, dtype=torch.float32)
-        return (tiles * triton.cdiv(width, c.BC),), {"R": pairs, "grad_biases": grad_biases}
+        return (tiles * cdiv(width, c.BC),), {"R": pairs, "grad_biases": grad_biases}
 
     launched = call.target.launch(
-        _logit_reduction_bwd_kernel, config or backward_config(call.target, call.shapes, batch * classes), blocks,
+        _logit_reduction_bwd_kernel, config or backward_config(call.target, call.shapes, classes), blocks,
         **launch_arguments(call, projected, attended), peak=projected.peak, grad_sums=grad_sums,
         grad_deviation=grad_sums if grad_deviation is None else grad_deviation,
         grad_out=grad_out, rows=rows, masked=masked, LAYERS=wanted.layers, FEATURES=features,

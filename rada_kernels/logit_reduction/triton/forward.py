@@ -19,7 +19,7 @@ import triton.language as tl
 
 from rada_kernels.logit_reduction.config import forward_config
 from rada_kernels.triton_common.call import Call
-from rada_kernels.triton_common.config import GemmConfig, PairBlock, next_power
+from rada_kernels.triton_common.config import GemmConfig, PairBlock, cdiv, next_power
 from rada_kernels.triton_common.dialect import (
     load_columns,
     load_rows,
@@ -45,8 +45,7 @@ class RowBlocks:
     @staticmethod
     def of(attended: Attended, call: Call, rows: int) -> RowBlocks:
         pairs, heads = PairBlock.of(*call.sizes[:2], rows), next_power(call.options.num_heads)
-        # At most 2048 numbers at a time: 8 for each of 256 threads.
-        tiles = max(1, min(next_power(attended.m.shape[-1]), 2048 // (pairs.BI * heads)))
+        tiles = max(1, min(16, 2048 // (pairs.BI * heads)))  # 2048 numbers at most: 8 for each of 256 threads
         return RowBlocks(attended.tile, tiles, heads, pairs.BI, pairs.BK)
 
 
@@ -219,10 +218,10 @@ def logit_reduction_fwd(
 
     def blocks(c: GemmConfig):
         rows = RowBlocks.of(attended, call, c.BR)
-        return (triton.cdiv(batch, rows.BI) * triton.cdiv(classes, rows.BK),), {"R": rows}
+        return (cdiv(batch, rows.BI) * cdiv(classes, rows.BK),), {"R": rows}
 
     call.target.launch(
-        _logit_reduction_fwd_kernel, config or forward_config(call.target, call.shapes, batch * classes), blocks,
+        _logit_reduction_fwd_kernel, config or forward_config(call.target, call.shapes, classes), blocks,
         **launch_arguments(call, projected, attended), sums=sums, largest=projected.largest, peak=projected.peak,
         means=means, PENALTY=call.options.penalty, PEAK=len(projected.peak) > 0,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 from rada_kernels.mask_attention.config import joint_bwd_config, keys_bwd_config, queries_bwd_config
 from rada_kernels.mask_attention.triton.forward import launch_arguments, of_kinds, unit_offsets
 from rada_kernels.triton_common.call import Call
-from rada_kernels.triton_common.config import AttentionConfig
+from rada_kernels.triton_common.config import AttentionConfig, cdiv
 from rada_kernels.triton_common.dialect import (
     add_dot,
     add_heads,
@@ -97,7 +97,6 @@ def _mask_attention_bwd_joint_kernel(
     C: tl.constexpr,  # AttentionConfig
     ROWS: tl.constexpr,  # delta = Σ_i dO[i] · O_n[i] / K from the stored rows
     TILE: tl.constexpr,  # of the forward pass
-    BT: tl.constexpr,
 ):
     """What all rows of an (image, head) share, and everything about the image's row: K numbers, not K²."""
     MATRIX: tl.constexpr = S.MATRIX
@@ -107,7 +106,7 @@ def _mask_attention_bwd_joint_kernel(
     b_joint = ()
     b_deltas = ()
     for n in tl.static_range(MATRIX):
-        b_m, b_l = _joint_normaliser(attended.m, attended.l, (n * units + unit) * T, T, BT)
+        b_m, b_l = _joint_normaliser(attended.m, attended.l, (n * units + unit) * T, T, 64)
         tl.store(joint.m + n * units + unit, b_m)
         b_unit = 1.0
         if dO.dtype.element_ty == tl.float16:
@@ -351,7 +350,7 @@ def mask_attention_bwd_joint(call: Call, attended: Attended, grads: AttentionGra
         _mask_attention_bwd_joint_kernel, joint_bwd_config(call.shapes),
         lambda c: ((call.sizes[0] * call.shapes.H,), {}), keep=("BM",), **arguments,
         attended=attended.pointers, joint=joint, grad_query_image=grads.query_image, T=tiles,
-        ROWS=call.dtype != torch.float32, TILE=attended.tile, BT=32 if tiles <= 32 else 128,
+        ROWS=call.dtype != torch.float32, TILE=attended.tile,
     )  # fmt: skip
     return joint
 
@@ -369,7 +368,7 @@ def mask_attention_bwd_queries(
     batch, classes, _ = call.sizes
 
     def blocks(c: AttentionConfig):
-        row_tiles = triton.cdiv(classes, c.BM)
+        row_tiles = cdiv(classes, c.BM)
         parts = joint.m.new_empty(call.shapes.MATRIX * delta, batch, call.shapes.H, row_tiles)
         return (batch * call.shapes.H * row_tiles,), {"parts": parts}
 
@@ -387,5 +386,5 @@ def mask_attention_bwd_keys(
     batch, classes, _ = call.sizes
     call.target.launch(
         _mask_attention_bwd_keys_kernel, config or keys_bwd_config(call.target, call.shapes, classes),
-        lambda c: ((batch * call.shapes.H * triton.cdiv(classes, c.BN),), {}), joint=joint, grads=grads, **arguments,
+        lambda c: ((batch * call.shapes.H * cdiv(classes, c.BN),), {}), joint=joint, grads=grads, **arguments,
     )  # fmt: skip

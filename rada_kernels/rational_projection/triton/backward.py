@@ -16,7 +16,7 @@ from rada_kernels.numerics import unit_rows_backward
 from rada_kernels.options import Wanted
 from rada_kernels.rational_projection.config import FEATURES, row_split, rows_bwd_config, weight_bwd_config
 from rada_kernels.triton_common.call import Call
-from rada_kernels.triton_common.config import GemmConfig, PairBlock
+from rada_kernels.triton_common.config import GemmConfig, PairBlock, cdiv
 from rada_kernels.triton_common.dialect import load_rows, outer_rows, pair_rows, store_rows, unit_features
 from rada_kernels.triton_common.state import AttentionGrads, ProjectionGrads, Projections
 
@@ -96,7 +96,7 @@ def _rational_projection_bwd_rows_kernel(
     store_rows(grad_rational, b_grad, o_r, m_r, o_c, D, C.BC)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "row_stride", "other_stride"])
 def _rational_projection_bwd_features_kernel(
     grad_rational,  # [B·K, D]
     other,  # [M, D] the features of the other side
@@ -158,10 +158,10 @@ def _layers_over_x(
 
     def blocks(c: GemmConfig):
         pairs = PairBlock.of(batch, classes, c.BR)
-        programs = layers * triton.cdiv(width, c.BC) * triton.cdiv(width, c.BD)
+        programs = layers * cdiv(width, c.BC) * cdiv(width, c.BD)
         row_tiles = pairs.tiles(batch, classes)
         split = row_split(row_tiles, programs)
-        splits = triton.cdiv(row_tiles, split)
+        splits = cdiv(row_tiles, split)
         grad_layers = call.image.new_empty(splits, layers, width + 1, width, dtype=torch.float32)
         return (splits * programs,), {"P": pairs, "SPLIT": split, "grad_layers": grad_layers}
 
@@ -183,7 +183,7 @@ def _units_through_r(
     grad_rational, p = torch.empty_like(masked), call.params
     call.target.launch(
         _rational_projection_bwd_rows_kernel, config or rows_bwd_config(call.target, call.shapes),
-        lambda c: ((triton.cdiv(batch * classes, c.BR) * triton.cdiv(width, c.BC),), {}),
+        lambda c: ((cdiv(batch * classes, c.BR) * cdiv(width, c.BC),), {}),
         scale=p.logit_scale, key_weight=p.key_weight, value_weight=p.value_weight, query_weight=p.query_rational_weight,
         grad_projections=grad_projections, masked=masked, grad_rational=grad_rational, N=batch * classes, S=call.shapes,
     )  # fmt: skip
@@ -191,7 +191,7 @@ def _units_through_r(
     def reduce(rows: Tensor, other: Tensor, inverse: Tensor, row_stride: int, other_stride: int) -> Tensor:
         grad = rows.new_empty(rows.shape, dtype=torch.float32)
         call.target.launch(
-            _rational_projection_bwd_features_kernel, FEATURES, lambda c: ((len(rows), triton.cdiv(width, c.BC)), {}),
+            _rational_projection_bwd_features_kernel, FEATURES, lambda c: ((len(rows), cdiv(width, c.BC)), {}),
             grad_rational=grad_rational, other=other, inverse=inverse, grad=grad, M=len(other),
             row_stride=row_stride, other_stride=other_stride, S=call.shapes,
         )  # fmt: skip

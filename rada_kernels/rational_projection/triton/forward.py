@@ -17,7 +17,7 @@ from torch import Tensor
 from rada_kernels.numerics import ZERO_NORM
 from rada_kernels.rational_projection.config import forward_config
 from rada_kernels.triton_common.call import Call
-from rada_kernels.triton_common.config import GemmConfig, PairBlock, next_power
+from rada_kernels.triton_common.config import GemmConfig, PairBlock, cdiv, next_power
 from rada_kernels.triton_common.dialect import (
     load_columns,
     load_rows,
@@ -161,13 +161,13 @@ def rational_projection_fwd(call: Call, *, save: bool, config: GemmConfig | None
 
     def blocks(c: GemmConfig):
         pairs = PairBlock.of(batch, classes, c.BR)
-        tiles = call.shapes.LAYERS * pairs.tiles(batch, classes) + triton.cdiv(batch, c.BR) + triton.cdiv(classes, c.BR)
-        return (tiles * triton.cdiv(width, c.BC),), {"P": pairs}
+        tiles = call.shapes.LAYERS * pairs.tiles(batch, classes) + cdiv(batch, c.BR) + cdiv(classes, c.BR)
+        return (tiles * cdiv(width, c.BC),), {"P": pairs}
 
     names, p = ("query_image", "query_text", "query_rational", "key", "value"), call.params
     layers: dict[str, Any] = {n: Linear(getattr(p, f"{n}_weight"), getattr(p, f"{n}_bias")) for n in names}
     call.target.launch(
-        _rational_projection_fwd_kernel, config or forward_config(call.target, call.shapes, batch * classes),
+        _rational_projection_fwd_kernel, config or forward_config(call.target, call.shapes, classes),
         blocks, image=call.image, text=call.text, scale=p.logit_scale, **layers, out=out, B=batch, K=classes,
         S=call.shapes, LARGEST=len(out.largest) > 0, PEAK=len(out.peak) > 0,
         ZERO=ZERO_NORM, NORMALIZE=call.options.normalize, BW=min(128, next_power(width)),
