@@ -104,7 +104,8 @@ from importlib.machinery import PathFinder
 MISSING = {"typer", "rich", "matplotlib", "open_clip", "safetensors", "hypothesis", "torchvision", "PIL", "expecttest"}
 find = PathFinder.find_spec
 
-def find_spec(name, path=None, target=None):
+@classmethod
+def find_spec(cls, name, path=None, target=None):
     return None if name.partition(".")[0] in MISSING else find(name, path, target)
 
 PathFinder.find_spec = find_spec
