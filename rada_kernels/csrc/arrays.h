@@ -1,4 +1,4 @@
-// The memory of a call: its workspace, and plain arrays in the place of tensors that the loops cannot read as they lie.
+// The memory of a call: its workspace, and plain arrays in the place of tensors that the loops cannot read in place.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -18,7 +18,7 @@
 
 namespace rada {
 
-// Advice to the system about the huge pages that lie wholly in [at, at + bytes).
+// Advice to the system about the huge pages wholly in [at, at + bytes).
 inline void advise(void* at, size_t bytes, [[maybe_unused]] bool fresh) {
 #if defined(__linux__)
   constexpr size_t page = size_t(2) << 20;

@@ -16,7 +16,7 @@ void Head<P>::place_backward(int64_t rows) {
     }
   grad_attended = arena.take<element>(rows * c.width);
   peaks = arena.take<int64_t>(slice_images);
-  row_peaks = arena.take<float>(rows);
+  row_largest = arena.take<float>(rows);
   if (linear[rada::QUERY_TEXT].weight) grad_text_rows = arena.take<float>(rows * c.width);
   if (c.layers[0].grad_weight)
     for (word*& steps : inputs)
@@ -24,7 +24,7 @@ void Head<P>::place_backward(int64_t rows) {
   if (c.grad_image) grad_rational = arena.take<float>(rows * over_width);
 }
 
-// The gradient of the output layer's result, and of what went into it.
+// Gradients of the output layer's result and of its input.
 template <class P>
 void Head<P>::reduce_rows_backward() {
   const int64_t rows = slice_rows(), width = c.width, elements = c.classes * width;
@@ -32,10 +32,10 @@ void Head<P>::reduce_rows_backward() {
   const bool find_peaks = c.grad_deviation && c.penalty == rada::Penalty::LINF;
   if (find_peaks) {
     run_rows(pool, rows, LIGHT_ROWS, [&](int64_t row, int64_t count, int) {
-      for (int64_t r = row; r < row + count; r++) row_peaks[r] = largest_change<P>(change + r * width, width);
+      for (int64_t r = row; r < row + count; r++) row_largest[r] = largest_change<P>(change + r * width, width);
     });
     for (int64_t b = 0; b < images; b++)
-      peaks[b] = first_peak<P>(change + b * elements, row_peaks + b * c.classes, c.classes, width);
+      peaks[b] = first_peak<P>(change + b * elements, row_largest + b * c.classes, c.classes, width);
   }
   auto form = [&](int64_t row, int64_t count) {
     for (int64_t r = row; r < row + count; r++) {
@@ -94,7 +94,7 @@ void Head<P>::add_text_rows() {
   });
 }
 
-// What went into layers, row by row, packed in steps of WEIGHT_ROWS. form(scratch, row, count) returns the rows.
+// Layer inputs, row by row, packed in steps of WEIGHT_ROWS. form(scratch, row, count) returns the rows.
 template <class P>
 template <class Form>
 void Head<P>::pack_inputs(word* inputs, int64_t rows, Form&& form) {

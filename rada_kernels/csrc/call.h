@@ -20,7 +20,7 @@ struct Pool {
 
 enum class Type { FLOAT, BFLOAT16, HALF };
 
-// A matrix as somebody else laid it out: strides in elements, at any address.
+// A matrix of any layout and alignment: strides in elements.
 struct Matrix {
   void* at;
   Type type;

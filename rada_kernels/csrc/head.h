@@ -197,7 +197,7 @@ class Head {
   float* grad_query[2] = {};  // [B, D] and [K, D] of the image and the text query, summed over slices
   float *grad_text_rows = nullptr, *grad_rational = nullptr;  // [rows, D] of the text query, [rows, padded D] of R
   int64_t* peaks = nullptr;                                   // [B of the slice] where |M - 1| is largest, K·D
-  float* row_peaks = nullptr;                                 // [rows] how large it is
+  float* row_largest = nullptr;                               // [rows] the largest |M - 1|
   word* inputs[2] = {};                                       // of layers, packed in steps of WEIGHT_ROWS
 };
 

@@ -22,8 +22,8 @@
 
 namespace rada {
 
-// A thread's calls, cut for `threads` threads but run on this one, task by task: what bench/thread_model.py deals out to
-// threads that the machine lacks.
+// A thread's calls, cut for `threads` threads but run on this one, task by task: what bench/thread_model.py deals out
+// to threads that the machine lacks.
 struct Recorder {
   const int threads;
   int64_t calls = 0, phases = 0;

@@ -23,8 +23,8 @@ namespace RADA_ISA {
 #define RADA_TILES
 #endif
 
-// While it lives, this thread takes subnormal operands for zero and makes zero of subnormal results; then as before.
-// The exponentials of a sharp softmax are full of them, and processors compute with them in microcode.
+// In scope, this thread reads subnormal operands as zero and flushes subnormal results to zero (DAZ, FTZ). A sharp
+// softmax has many subnormal exponentials, and processors compute with them in microcode.
 class SubnormalsAreZero {
  public:
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// Memory and tasks: where an array of a call lies, and which thread computes what.
+// Memory and tasks: where a call's arrays are, and which thread computes what.
 #pragma once
 
 #include "call.h"
@@ -8,8 +8,7 @@ namespace RADA_ISA {
 
 using rada::Pool;
 
-// Rows of a task that runs products against whole layers, at most. Tile registers finish so many that reading the
-// weight takes longer; more rows share it.
+// Most rows of a task of layer products. Tile registers finish 64 rows before the weight is read; more rows share it.
 #if defined(RADA_TILES)
 constexpr int64_t BLOCK_ROWS = 256;
 #else

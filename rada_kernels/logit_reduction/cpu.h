@@ -16,23 +16,23 @@ template <class P>
 void reduce_logits(float* sums, float* row_deviations, typename P::element* change, const typename P::element* attended,
                    int64_t m, int64_t width, const Linear<P>& layer, const float* const* f, const float* const* h,
                    Penalty penalty, int64_t first, int64_t end) {
-  vec totals[BLOCK_ROWS], peaks[BLOCK_ROWS];
-  for (int64_t r = 0; r < m; r++) totals[r] = peaks[r] = vec{};
+  vec totals[BLOCK_ROWS], deviations[BLOCK_ROWS];
+  for (int64_t r = 0; r < m; r++) totals[r] = deviations[r] = vec{};
   apply<P>(layer, attended, m, width, first, end, for_each([&](int64_t r, int64_t d, vec x) {
              const vec out = x + load(layer.bias + d);
              const vec diff = out < splat(-1.0f) ? splat(-1.0f) : out;  // NaN stays NaN
              if (change) P::put_first(change + r * width + d, diff, width - d);
              totals[r] += (diff + 1.0f) * (load(f[r] + d) * load(h[r] + d));
              if (penalty == Penalty::LINF)
-               peaks[r] = larger(magnitude(diff), peaks[r]);
+               deviations[r] = larger(magnitude(diff), deviations[r]);
              else if (penalty == Penalty::L1)
-               peaks[r] += magnitude(diff);
+               deviations[r] += magnitude(diff);
              else
-               peaks[r] += diff * diff;
+               deviations[r] += diff * diff;
            }));
   for (int64_t r = 0; r < m; r++) {
     sums[r] = sum(totals[r]);
-    row_deviations[r] = penalty == Penalty::LINF ? largest(peaks[r]) : sum(peaks[r]);
+    row_deviations[r] = penalty == Penalty::LINF ? largest(deviations[r]) : sum(deviations[r]);
   }
 }
 
@@ -53,22 +53,22 @@ inline float deviation_of(const float* sums, const float* row_deviations, int64_
 // The largest |M - 1| of a row.
 template <class P>
 float largest_change(const typename P::element* change, int64_t width) {
-  vec top{};
-  for (int64_t d = 0; d < width; d += W) top = larger(magnitude(P::get_first(change + d, width - d)), top);
-  return largest(top);
+  vec lanes{};
+  for (int64_t d = 0; d < width; d += W) lanes = larger(magnitude(P::get_first(change + d, width - d)), lanes);
+  return largest(lanes);
 }
 
 // The first place, k·D + d, of an image's largest |M - 1|, from the largest one of each row.
 template <class P>
-int64_t first_peak(const typename P::element* change, const float* row_peaks, int64_t classes, int64_t width) {
-  float peak = -1;
+int64_t first_peak(const typename P::element* change, const float* row_largest, int64_t classes, int64_t width) {
+  float largest_seen = -1;
   int64_t best = 0;
   for (int64_t k = 0; k < classes; k++)
-    if (row_peaks[k] > peak) peak = row_peaks[k], best = k;
+    if (row_largest[k] > largest_seen) largest_seen = row_largest[k], best = k;
   for (int64_t d = 0; d < width; d += W) {
     const vec size = magnitude(P::get_first(change + best * width + d, width - d));
     for (int i = 0; i < W && d + i < width; i++)
-      if (size[i] == peak) return best * width + d + i;
+      if (size[i] == largest_seen) return best * width + d + i;
   }
   return 0;  // a NaN: there is no largest
 }

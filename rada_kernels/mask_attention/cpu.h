@@ -1,9 +1,9 @@
 // The mask attention on the CPU, forward: one unit, an (image, head), in chunks of query rows.
 //
-// A block of SCORE_ROWS score rows is exponentiated as its tiles leave the product, shifted by a maximum that the block
-// before it has seen; the exponentials of both query kinds stay in memory, as elements, until the joint normalisers are
-// known, and are then added before the one product with the values. Where they would take more than score_bytes they
-// stream: forward, each kind has a product of its own (8K²D instead of 6K²D); backward, scores are computed twice.
+// exp2 in the GEMM epilogue, shifted by an earlier block's maximum, in blocks of SCORE_ROWS. The exponentials of both
+// query kinds stay in memory, as elements, until the joint normalisers are known; both are added before one product
+// with the values. Beyond score_bytes they stream: forward, a product for each kind (8K²D instead of 6K²D); backward,
+// scores are computed twice.
 #pragma once
 
 #include "../csrc/call.h"
@@ -104,15 +104,15 @@ float exponentials(typename P::element* to, const Rows<P>& query, int64_t rows, 
 template <class P>
 float exponentials_from_maximum(typename P::element* to, const Rows<P>& query, int64_t rows, const word* keys,
                                 const Shape& s, float factor, float* shift, float* scores) {
-  vec top = splat(-__builtin_inff());
+  vec m = splat(-__builtin_inff());
   const int64_t ld = s.ld();
   multiply<P, true>(rows, s.width / P::per_word, query.words(), query.word_ld(), keys, s.over_classes,
                     for_each([&](int64_t row, int64_t j, vec x) {
                       // Not the padding: its zeros may be far above every score.
-                      top = larger(first_or(x, s.classes - j, top), top);
+                      m = larger(first_or(x, s.classes - j, m), m);
                       store(scores + row * ld + j, x);
                     }));
-  *shift = largest(top);
+  *shift = largest(m);
   const vec scale = splat(factor), shifts = splat(*shift);
   vec total{};
   for (int64_t r = 0; r < rows; r++)
@@ -127,26 +127,26 @@ float exponentials_from_maximum(typename P::element* to, const Rows<P>& query, i
 // The largest score of one row of queries.
 template <class P>
 float largest_score(const Rows<P>& query, const word* keys, const Shape& s) {
-  vec top = splat(-__builtin_inff());
+  vec m = splat(-__builtin_inff());
   multiply<P, true>(1, s.width / P::per_word, query.words(), query.word_ld(), keys, s.over_classes,
-                    for_each([&](int64_t, int64_t j, vec x) { top = larger(first_or(x, s.classes - j, top), top); }));
-  return largest(top);
+                    for_each([&](int64_t, int64_t j, vec x) { m = larger(first_or(x, s.classes - j, m), m); }));
+  return largest(m);
 }
 
 // softmax(factor · q keyᵀ) for one query row q [E] (in units of log2); keys in panels; row [ld], padding zero.
 template <class P>
 void image_row_weights(float* row, const typename P::element* query, const word* keys, const Shape& s, float factor) {
-  vec highest = splat(-__builtin_inff());
+  vec lanes = splat(-__builtin_inff());
   for (int64_t j = s.over_classes.padded(); j < s.ld(); j++) row[j] = 0;
   multiply<P, true>(1, s.width / P::per_word, (const word*)query, 0, keys, s.over_classes,
                     for_each([&](int64_t, int64_t j, vec x) {
-                      highest = larger(first_or(x * factor, s.classes - j, highest), highest);
+                      lanes = larger(first_or(x * factor, s.classes - j, lanes), lanes);
                       store(row + j, x * factor);
                     }));
-  const float top = largest(highest);
+  const float m = largest(lanes);
   vec total{};
   for (int64_t j = 0; j < s.ld(); j += W) {
-    const vec e = keep_first(exp2(load(row + j) - top), s.classes - j);
+    const vec e = keep_first(exp2(load(row + j) - m), s.classes - j);
     total += e;
     store(row + j, e);
   }
@@ -215,10 +215,10 @@ class Attention {
     if (chunk == s.chunks - 1) attend_image_row();
     for (int n = 0; n < KINDS; n++) {
       if (!unit.queries[n].at) continue;
-      // total: of the chunk so far, shifted by top. The first shift is the first block's maximum, and in later chunks,
+      // total: of the chunk so far, shifted by m. The first shift is the first block's maximum, and in later chunks,
       // where that would cost a second product too often, that of their first row.
-      float total = 0, shift = 0, top = 0;
-      if (chunk) shift = top = largest_score<P>(unit.queries[n].from(s.first_row(chunk)), state.keys, s);
+      float total = 0, shift = 0, m = 0;
+      if (chunk) shift = m = largest_score<P>(unit.queries[n].from(s.first_row(chunk)), state.keys, s);
       for (int64_t block = s.first_block(chunk); block < s.first_block(chunk + 1); block++) {
         const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
         const Rows<P> query = unit.queries[n].from(first);
@@ -228,11 +228,11 @@ class Attention {
         if (!(sum < LARGE))
           sum = exponentials_from_maximum<P>(to, query, rows, state.keys, s, factor, &shift, scratch.scores);
         state.shifts[n * s.blocks + block] = shift;
-        if (block == 0 || shift > top) {
-          total = block ? total * __builtin_exp2f((top - shift) * factor) : 0;
-          top = shift;
+        if (block == 0 || shift > m) {
+          total = block ? total * __builtin_exp2f((m - shift) * factor) : 0;
+          m = shift;
         }
-        total += sum;  // the shift is top: it never falls below a block before it
+        total += sum;  // the shift is m: it never falls below a block before it
         if (s.streams) {
           float* rows_of_kind = state.streamed + (n * s.classes + first) * s.width_ld();
           weigh_values(rows, to,
@@ -248,21 +248,21 @@ class Attention {
     auto put = [&](int64_t row, int64_t e, vec v)
                    RADA_LAMBDA { P::put_first(attended + row * ld + e, v + load(state.image_part + e), s.width - e); };
     const int one = unit.one(), other = unit.other();
-    float tops[KINDS] = {}, scales[KINDS] = {};
+    float m[KINDS] = {}, scales[KINDS] = {};
     for (int n = 0; n < KINDS; n++) {
       if (!unit.queries[n].at) continue;
       float total = 0;
-      for (int64_t i = 0; i < s.chunks; i++) tops[n] = i == 0 || shift_of(n, i) > tops[n] ? shift_of(n, i) : tops[n];
+      for (int64_t i = 0; i < s.chunks; i++) m[n] = i == 0 || shift_of(n, i) > m[n] ? shift_of(n, i) : m[n];
       for (int64_t i = 0; i < s.chunks; i++)
-        total += state.totals[n * s.chunks + i] * __builtin_exp2f((shift_of(n, i) - tops[n]) * factor);
+        total += state.totals[n * s.chunks + i] * __builtin_exp2f((shift_of(n, i) - m[n]) * factor);
       scales[n] = s.classes / (unit.query_count() * total);
-      if (chunk == 0) *shifts[n] = tops[n];
+      if (chunk == 0) *shifts[n] = m[n];
     }
     for (int64_t block = s.first_block(chunk); block < s.first_block(chunk + 1); block++) {
       const int64_t first = block * SCORE_ROWS, rows = s.block_rows(block);
       auto scale_of = [&](int n) {
         if (!unit.queries[n].at) return 0.0f;
-        return __builtin_exp2f((state.shifts[n * s.blocks + block] - tops[n]) * factor) * scales[n];
+        return __builtin_exp2f((state.shifts[n * s.blocks + block] - m[n]) * factor) * scales[n];
       };
       const float a = scale_of(0), b = scale_of(1);
       if (!unit.kinds()) {

@@ -26,7 +26,7 @@ RADA_INLINE void apply(const Linear<P>& layer, const typename P::element* rows, 
     multiply_in_place<P>(m, words, (const word*)rows, words, (const word*)layer.weight, first, end, epilogue);
 }
 
-// rows[m, D] W, columns first to end: the gradient of what went into a layer, to put(row, column, vec).
+// rows[m, D] W, columns first to end: the gradient of a layer's input, to put(row, column, vec).
 template <class P, class Put>
 RADA_INLINE void apply_back(const Linear<P>& layer, const typename P::element* rows, int64_t m, int64_t width,
                             int64_t first, int64_t end, Put&& put) {
