@@ -29,11 +29,11 @@ class Silent(Target):
 
 
 def passes(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """A forward pass, and a step of layers and features, of two images and two classes of width 128."""
+    """A forward pass, and a step of layers and features, of two images and two classes of width 16."""
     target = Silent(Device("sm_90", 227 * KIB), configs={})
-    image, text = torch.randn(2, 128, dtype=dtype), torch.randn(2, 128, dtype=dtype)
-    layers = [torch.randn(128, 128, dtype=dtype) if i % 2 == 0 else torch.randn(128, dtype=dtype) for i in range(12)]
-    params, options = Params._make((*layers, torch.tensor(100.0), None)), Options(2)
+    image, text = torch.randn(2, 16, dtype=dtype), torch.randn(2, 16, dtype=dtype)
+    layers = [torch.randn(16, 16, dtype=dtype) if i % 2 == 0 else torch.randn(16, dtype=dtype) for i in range(12)]
+    params, options = Params._make((*layers, torch.tensor(100.0), None)), Options(1)
     call = image, text, params, options
 
     def forward():

@@ -82,7 +82,8 @@ class Call:
         return self.image.dtype
 
     def of_images(self, b: slice) -> Call:
-        return replace(self, image=self.image[b])
+        whole = b.start == 0 and b.stop >= self.image.shape[0]
+        return self if whole else replace(self, image=self.image[b])
 
     def features(self, projected: Projections) -> Features:
         return Features(self.image, self.text, projected.inverse_image, projected.inverse_text)

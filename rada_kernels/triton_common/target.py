@@ -61,7 +61,7 @@ class Target:
     def __init__(self, device: Device, configs: Mapping[str, Mapping[str, int]] | None = None):
         self.device = device
         self.configs = configs
-        self.compiled_in: dict[Any, list[str]] = {}  # names of arguments, by kernel
+        self.compiled_in: dict[int, list[str]] = {}  # names of arguments, by kernel
         self.fitted: dict[tuple, Any] = {}  # by kernel and what is compiled in
 
     def config(self, kernel: str, dtype: torch.dtype, sizes: tuple[int, ...], default: ConfigT) -> ConfigT:
@@ -90,9 +90,10 @@ class Target:
             return grid, arguments | own | {"C": config} | options
 
         grid, everything = complete(config)
-        if kernel not in self.compiled_in:
-            self.compiled_in[kernel] = [name for name, value in everything.items() if _is_compiled_in(value)]
-        key = kernel, *[everything[name] for name in self.compiled_in[kernel]]
+        identity = id(kernel)  # a kernel's own hash takes microseconds
+        if identity not in self.compiled_in:
+            self.compiled_in[identity] = [name for name, value in everything.items() if _is_compiled_in(value)]
+        key = identity, *[everything[name] for name in self.compiled_in[identity]]
         if key not in self.fitted:
             limit = self.device.shared_bytes
             self.fitted[key] = fit(config, lambda candidate: self.usage(kernel, *complete(candidate)), limit, keep)
