@@ -38,7 +38,7 @@ class Options:
                 f"queries: got the string {self.queries!r}; it takes a tuple of names from {QUERIES}, "
                 f"for example ({self.queries!r},)"
             )
-        # In method.md's order, whatever order they were given in: equal options compare equal.
+        # In the order of QUERIES, whatever order they were given in: equal options compare equal.
         unknown = [name for name in self.queries if name not in QUERIES]
         if unknown or not self.queries or len(set(self.queries)) != len(self.queries):
             raise ValueError(

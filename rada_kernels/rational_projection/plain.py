@@ -75,7 +75,7 @@ class FeatureQueries(NamedTuple):
 
 
 def layers_over_x(options: Options) -> list[str]:
-    """In the order in which their results lie."""
+    """Names of the layers over X, in the order of `projections`."""
     return ["key", "value"] + ["query_rational"] * ("rational" in options.queries)
 
 
