@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CPP := $(wildcard rada_kernels/csrc/*.cpp rada_kernels/*/*.h tests/kernels/loops/*.cpp)
+CPP := $(wildcard rada_kernels/csrc/*.cpp rada_kernels/*/*.h tests/kernels/loops/*.cpp tests/kernels/loops/*.h)
 
-.PHONY: run test test-all wheel loops cross-aarch64 sanitize bench compile-report lint format clean
+.PHONY: run test test-all wheel loops cross-aarch64 sanitize bench compile-report gpu gpu-long lint format clean
 
 run: $(STAMP)
 	$(PY) -m rada train $(ARGS)
@@ -61,6 +61,13 @@ sanitize: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) bench/kernels.py $(ARGS)
+
+# On a machine with a GPU: nothing is installed, the torch that PYTHON has is used.
+gpu:
+	$(PYTHON) bench/gpu.py $(ARGS)
+
+gpu-long:
+	$(PYTHON) bench/gpu.py --long $(ARGS)
 
 compile-report: $(STAMP)
 	PYTHONPATH=bench $(PY) -m codegen.compile_report $(ARGS)

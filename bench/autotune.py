@@ -5,17 +5,19 @@ Set RADA_TUNED=tuned.json and the library prefers what was found; what was not s
 
 from __future__ import annotations
 
+import argparse
+import functools
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
-from timing import Clock, CudaClock
+from codegen.launches import Recorder, device_named, record_launches
+from timing import Clock, CudaClock, cuda_graph
 from workloads import DTYPES, WORKLOADS, Workload, make_inputs
 
 from rada_kernels.backends import triton as backend
@@ -24,6 +26,7 @@ from rada_kernels.triton_common.config import Config, config_key
 from rada_kernels.triton_common.target import Gpu, Target, target_of
 
 SAMPLES = 10
+DRY_ARCH = "sm_90"
 POWERS = {
     "BR": (32, 64, 128),
     "BC": (64, 128, 256),
@@ -46,12 +49,12 @@ class Tuning(Target):
         super().__init__(*arguments)
         self.configs = {}
         self.trying = False
-        self.asked: dict[str, tuple[Config, dict]] = {}  # by config_key, with what its fields must be
+        self.asked: dict[str, Config] = {}  # by config_key
 
-    def config(self, kernel, dtype, sizes, default, **takes):
-        config = super().config(kernel, dtype, sizes, default, **takes)
+    def config(self, kernel, dtype, sizes, default):
+        config = super().config(kernel, dtype, sizes, default)
         if not self.trying:
-            self.asked[config_key(kernel, self.device, dtype, *sizes)] = config, takes
+            self.asked[config_key(kernel, self.device, dtype, *sizes)] = config
         return config
 
     def usage(self, kernel, grid, arguments):
@@ -65,8 +68,8 @@ class TuningGpu(Tuning, Gpu):
     pass
 
 
-def neighbours(config: Config, takes: dict[str, tuple]) -> Iterator[Config]:
-    """Configurations that differ in one field, or in rows and warps together, and go with the other kernels'."""
+def neighbours(config: Config) -> Iterator[Config]:
+    """Configurations that differ in one field, or in rows and warps together."""
     changes = [{name: value} for name in asdict(config) for value in POWERS[name]]
     changes += [
         {rows: value, "num_warps": warps}
@@ -76,23 +79,29 @@ def neighbours(config: Config, takes: dict[str, tuple]) -> Iterator[Config]:
     tried = {config}
     for change in changes:
         other = replace(config, **change)
-        if other not in tried and all(getattr(other, name) in values for name, values in takes.items()):
+        if other not in tried:
             tried.add(other)
             yield other
 
 
-def search(seconds: Callable[[], float], target: Tuning, passes: int) -> tuple[float, float]:
-    """Go over the configurations that a run asks for, keeping in target.configs what makes it 2% faster: time before,
-    after.
+def search(
+    seconds: Callable[[], float], target: Tuning, passes: int, deadline: float = float("inf")
+) -> tuple[float, float]:
+    """Go over the configurations that a run asks for, keeping in target.configs what makes it 2% faster, twice
+    measured: time before, after. deadline: of time.monotonic, after which nothing more is tried.
     """
     start = best = seconds()
     for _ in range(passes):
         seconds()  # what is asked for may follow what the last pass found
-        for key, (config, takes) in list(target.asked.items()):
-            for other in neighbours(config, takes):
+        for key, config in list(target.asked.items()):
+            for other in neighbours(config):
+                if time.monotonic() > deadline:
+                    return start, best
                 kept, target.configs, target.trying = target.configs, target.configs | {key: asdict(other)}, True
                 try:
                     took = seconds()
+                    if took < 0.98 * best:
+                        took = max(took, seconds())
                 except DoesNotFit:
                     took = float("inf")
                 finally:
@@ -119,34 +128,74 @@ def step(load: Workload, dtype: torch.dtype, target: Target, device: torch.devic
     return run
 
 
-def tune(name: str, kind: str, run: Callable[[], object], target: Tuning, clock: Clock, passes: int, out: Path) -> None:
-    """Search for one workload and add what was found to the file."""
+def tune(
+    name: str,
+    kind: str,
+    run: Callable[[], object],
+    target: Tuning,
+    clock: Clock,
+    passes: int,
+    out: Path,
+    *,
+    deadline: float = float("inf"),
+    prepare: Callable[[Callable], Callable] = lambda run: run,
+) -> None:
+    """Search for one workload and add what was found to the file. prepare: makes of a run, once it has compiled, what
+    is timed.
+    """
 
     def seconds() -> float:
         run()
-        return statistics.median(clock.time(run) for _ in range(SAMPLES))
+        timed = prepare(run)
+        return statistics.median(clock.time(timed) for _ in range(SAMPLES))
 
-    start, best = search(seconds, target, passes)
+    start, best = search(seconds, target, passes, deadline)
     tuned = json.loads(out.read_text()) if out.exists() else {}
     out.write_text(json.dumps(tuned | target.configs, indent=1) + "\n")
     print(f"{name} {kind}: {start * 1e3:.3f} ms by the tables, {best * 1e3:.3f} ms tuned", flush=True)
 
 
-def main(
-    workload: Annotated[list[str] | None, typer.Option(help="Workloads to search for; default: all.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="Dtypes; default: bfloat16 and float32.")] = None,
-    passes: Annotated[int, typer.Option(help="How often to go over all kernels of a workload.")] = 2,
-    out: Annotated[Path, typer.Option(help="The file to write; what it holds already is kept.")] = Path("tuned.json"),
-) -> None:
+class DryTuning(Tuning, Recorder):
+    """No GPU: launches are recorded."""
+
+
+class DryClock(Clock):
+    """As if a program took a microsecond."""
+
+    def time(self, run: Callable) -> float:
+        return 1e-6 * sum(launch.programs for launch in run())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Search the launch configurations on this machine's GPU, a field of a kernel at a time, and write the best."""
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("it takes a CUDA or ROCm device, and torch finds none")
-    device = torch.device("cuda")
-    clock = CudaClock(device)
-    for name, kind in itertools.product(workload or WORKLOADS, dtype or ("bfloat16", "float32")):
-        target = TuningGpu(target_of(torch.empty(0, device=device)).device)
-        tune(name, kind, step(WORKLOADS[name], DTYPES[kind], target, device), target, clock, passes, out)
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    add = parser.add_argument
+    add("--workload", action="append", choices=WORKLOADS, help="workloads to search for; default: all")
+    add("--dtype", action="append", choices=DTYPES, help="default: bfloat16 and float32")
+    add("--passes", type=int, default=2, help="how often to go over all kernels of a workload; default: %(default)s")
+    add("--seconds", type=float, default=float("inf"), help="for all searches together; default: no limit")
+    add("--out", type=Path, default=Path("tuned.json"), help="the file to write; what it holds already is kept")
+    add("--dry-run", action="store_true", help="no GPU: launches are recorded, and fewer programs count as faster")
+    options = parser.parse_args(arguments)
+    if not (options.dry_run or torch.cuda.is_available()):
+        parser.error("it takes a CUDA or ROCm device, and torch finds none; --dry-run does without")
+    device, until = torch.device("cuda"), time.monotonic() + options.seconds
+    cases = list(itertools.product(options.workload or WORKLOADS, options.dtype or ("bfloat16", "float32")))
+    for done, (name, kind) in enumerate(cases):
+        deadline = time.monotonic() + (until - time.monotonic()) / (len(cases) - done)  # what is left, in equal shares
+        load, dtype = WORKLOADS[name], DTYPES[kind]
+        if options.dry_run:
+            target, clock, prepare = DryTuning(device_named(DRY_ARCH)), DryClock(), lambda run: run
+            run = functools.partial(record_launches, load, load.modes[-1], dtype, target)
+        else:
+            target, clock, prepare = (
+                TuningGpu(target_of(torch.empty(0, device=device)).device),
+                CudaClock(device),
+                cuda_graph,
+            )
+            run = step(load, dtype, target, device)
+        tune(name, kind, run, target, clock, options.passes, options.out, deadline=deadline, prepare=prepare)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

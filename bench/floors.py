@@ -13,7 +13,7 @@ GEMM_REPEATS = 5
 
 
 def floor_flop(load: Workload, mode: str) -> int:
-    """FLOP (a multiply-add is 2) that any exact method has to do, from method.md's counts.
+    """FLOP (a multiply-add is 2) that any exact method has to do.
 
     forward: B (8KD² + 6K²D). step, frozen features: B (18KD² + 18K²D). step-features: B 6KD² more.
     """

@@ -1,4 +1,4 @@
-"""How the `torch` backend cuts a call into tiles, and what it keeps for the backward pass: bytes, from shapes alone."""
+"""How the `torch` backend cuts a call into tiles, and what it saves for the backward pass: bytes, from shapes alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIB = 1 << 20
 # A score tile should stay in a CPU's last-level cache between its passes; other devices want launches to be large.
 TILE_BYTES = {"cpu": 8 * MIB}
 TILE_BYTES_ELSEWHERE = 128 * MIB
-# What the forward pass may keep for the backward pass. The rest is computed again.
+# What the forward pass may save for the backward pass. The rest is computed again.
 SAVE_BYTES = 512 * MIB
 
 
@@ -30,10 +30,10 @@ def budget(variable: str, default: int) -> int:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Images per chunk, and (image, head) pairs and class rows per score tile. Each at least 1."""
+    """Images per chunk; units, which are (image, head), and class rows per score tile. Each at least 1."""
 
     images: int
-    heads: int
+    units: int
     rows: int
 
     @staticmethod
@@ -42,20 +42,20 @@ class Tiling:
         tile_bytes = budget("RADA_TILE_BYTES", TILE_BYTES.get(device.type, TILE_BYTES_ELSEWHERE))
         numbers = tile_bytes // accumulation_dtype(dtype).itemsize
         rows = max(1, min(classes, numbers // classes))
-        heads = max(1, numbers // (rows * classes))
+        units = max(1, numbers // (rows * classes))
         # A chunk's rows of width D: the rational matrix, keys, values, queries, attended rows, outputs.
         images = max(1, numbers // (classes * embed_dim))
-        return Tiling(images, heads, rows)
+        return Tiling(images, units, rows)
 
     def chunks(self, batch: int) -> Iterator[slice]:
         """Slices of images that cover the batch."""
         return _slices(batch, self.images)
 
-    def tiles(self, pairs: int, classes: int) -> Iterator[tuple[slice, slice]]:
-        """(slice of (image, head) pairs, slice of class rows) that cover a chunk's scores."""
-        for pair_slice in _slices(pairs, self.heads):
+    def tiles(self, units: int, classes: int) -> Iterator[tuple[slice, slice]]:
+        """(slice of units, slice of class rows) that cover a chunk's scores."""
+        for unit_slice in _slices(units, self.units):
             for row_slice in _slices(classes, self.rows):
-                yield pair_slice, row_slice
+                yield unit_slice, row_slice
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from rada_kernels.backends import cpu, plain, reference, triton
+from rada_kernels.self_check import self_check
 
 # In the order in which "auto" prefers them. "reference" is never chosen by "auto" while "torch" is usable.
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "torch": plain, "reference": reference}
@@ -28,8 +29,25 @@ class BackendChoice(str):
 def usable_backends(
     dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: int
 ) -> dict[str, tuple[bool, str]]:
-    """For every backend (usable, reason), from dtype, device, D and H alone."""
-    return {name: module.usable(dtype, device, embed_dim, num_heads) for name, module in BACKENDS.items()}
+    """For every backend (usable, reason), from dtype, device, D and H alone. On a GPU, after a self-check."""
+    return {name: _answer(name, dtype, device, embed_dim, num_heads) for name in BACKENDS}
+
+
+def _answer(name: str, dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: int) -> tuple[bool, str]:
+    works, reason = BACKENDS[name].usable(dtype, device, embed_dim, num_heads)
+    if works and name == "triton" and device.type == "cuda":
+        works, found = _self_check(dtype, device, int(embed_dim), num_heads)
+        reason = f"{reason}, {found}" if works else found
+    return works, reason
+
+
+def _self_check(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: int) -> tuple[bool, str]:
+    return self_check(triton, plain, dtype, device, embed_dim, num_heads)
+
+
+# A traced call runs the check and takes its answer as a constant. torch.compiler.assume_constant_result sets this too,
+# but imports torch._dynamo, and with it all that is installed.
+_self_check._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_backend(
@@ -53,8 +71,8 @@ def choose_backend(
             raise ValueError(f"backend: {requested!r} cannot serve this call ({reason}); {others} would work")
         return requested, {}
     passed_over: dict[str, str] = {}
-    for name, module in BACKENDS.items():
-        works, reason = module.usable(dtype, device, embed_dim, num_heads)
+    for name in BACKENDS:
+        works, reason = _answer(name, dtype, device, embed_dim, num_heads)
         if works:
             return name, passed_over
         passed_over[name] = reason

@@ -1,6 +1,9 @@
-"""What every backend agrees on: the accumulation dtype and the rows' normalisation; and layers' gradient sums."""
+"""What every backend agrees on: dtype and precision of sums, the rows' normalisation, layers' gradient sums."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,6 +16,20 @@ ZERO_NORM = 1e-12
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def matmul_precision(setting: str) -> Iterator[None]:
+    """Within it, torch.get_float32_matmul_precision() is this setting; "" changes nothing."""
+    before = torch.get_float32_matmul_precision()
+    if setting in ("", before):
+        yield
+        return
+    torch.set_float32_matmul_precision(setting)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def inverse_norms(rows: Tensor) -> Tensor:  # [N, D] -> [N]

@@ -13,18 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rada_kernels.numerics import accumulation_dtype
+from rada_kernels.numerics import accumulation_dtype, matmul_precision
 from rada_kernels.options import Options, Params, Wanted
 
 _OPTIONS = "int num_heads, float temperature, str queries, str penalty, bool normalize, str backend"
 _INPUTS = "Tensor image, Tensor text, Tensor logit_scale, Tensor[] layers"
 
 LIBRARY = torch.library.Library("rada", "DEF")
-# sums [B, K]: Σ_d M R; deviation [B]: each image's statistic of |M - 1|; kept: what the backward pass starts from.
-LIBRARY.define(f"masked_similarity({_INPUTS}, {_OPTIONS}, bool save) -> (Tensor sums, Tensor deviation, Tensor[] kept)")
+# precision: torch.get_float32_matmul_precision() of the forward pass, which the backward pass keeps; "": as it is.
+# sums [B, K]: Σ_d M R; deviation [B]: each image's deviation |M - 1|; saved: what the backward pass starts from.
 LIBRARY.define(
-    f"masked_similarity_backward(Tensor grad_sums, Tensor? grad_deviation, {_INPUTS}, Tensor[] kept, {_OPTIONS}, "
-    "bool want_image, bool want_text, bool want_layers) -> Tensor[]"
+    f"masked_similarity({_INPUTS}, {_OPTIONS}, bool save) -> (Tensor sums, Tensor deviation, Tensor[] saved)"
+)
+LIBRARY.define(
+    f"masked_similarity_backward(Tensor grad_sums, Tensor? grad_deviation, {_INPUTS}, Tensor[] saved, {_OPTIONS}, "
+    "bool want_image, bool want_text, bool want_layers, *, str precision='') -> Tensor[]"
 )
 # The first two steps alone, O [B, K, D] before the output layer; not differentiable.
 LIBRARY.define(f"attended_rows({_INPUTS}, {_OPTIONS}) -> Tensor")
@@ -33,9 +36,9 @@ LIBRARY.define(f"attended_rows({_INPUTS}, {_OPTIONS}) -> Tensor")
 class Kernels(NamedTuple):
     """What a backend does of a call; its arguments and results are those of the operators."""
 
-    forward: Callable  # (image, text, params, options, save) -> (sums, deviation, kept)
-    backward: Callable  # (grad_sums, grad_deviation, image, text, params, kept, options, wanted) -> gradients
-    empty_kept: Callable  # (image, text, options, save) -> uninitialised `kept`, from shapes alone
+    forward: Callable  # (image, text, params, options, save) -> (sums, deviation, saved)
+    backward: Callable  # (grad_sums, grad_deviation, image, text, params, saved, options, wanted) -> gradients
+    empty_saved: Callable  # (image, text, options, save) -> uninitialised `saved`, from shapes alone
     attended_rows: Callable  # (image, text, params, options) -> O [B, K, D] in the features' dtype
 
 
@@ -50,8 +53,8 @@ def register(name: str, *kernels: Callable) -> tuple[Callable, Callable]:
     KERNELS[name] = Kernels(*kernels)
 
     def masked_similarity(image: Tensor, text: Tensor, params: Params, options: Options) -> tuple[Tensor, Tensor]:
-        """Σ_d M R [B, K] and each image's statistic of |M - 1| [B], both in the accumulation dtype."""
-        # An exported program keeps nothing: what fits a byte budget depends on B, which export leaves open.
+        """Σ_d M R [B, K] and each image's deviation |M - 1| [B], both in the accumulation dtype."""
+        # An exported program saves nothing: what fits a byte budget depends on B, which export leaves open.
         save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         save = save and any(t.requires_grad for t in (image, text, *params.layers))
         sums, deviation, _ = torch.ops.rada.masked_similarity(
@@ -90,30 +93,21 @@ def _forward_fake(image, text, logit_scale, layers, *packed):
     dtype = accumulation_dtype(image.dtype)
     sums = image.new_empty(image.shape[0], text.shape[0], dtype=dtype)
     deviation = image.new_empty(image.shape[0], dtype=dtype)
-    return (
-        sums,
-        deviation,
-        KERNELS[backend].empty_kept(image, text, _unpack_options(*options), save).tensors(),
-    )
+    return sums, deviation, KERNELS[backend].empty_saved(image, text, _unpack_options(*options), save)
 
 
 @torch.library.impl(LIBRARY, "masked_similarity_backward", "CompositeExplicitAutograd")
-def _backward(grad_sums, grad_deviation, image, text, logit_scale, layers, kept, *packed):
+def _backward(grad_sums, grad_deviation, image, text, logit_scale, layers, saved, *packed, precision=""):
     *options, backend, want_image, want_text, want_layers = packed
-    return KERNELS[backend].backward(
-        grad_sums,
-        grad_deviation,
-        image,
-        text,
-        Params._make((*layers, logit_scale, None)),
-        kept,
-        _unpack_options(*options),
-        Wanted(want_image, want_text, want_layers),
-    )
+    params, wanted = Params._make((*layers, logit_scale, None)), Wanted(want_image, want_text, want_layers)
+    with matmul_precision(precision):
+        return KERNELS[backend].backward(
+            grad_sums, grad_deviation, image, text, params, saved, _unpack_options(*options), wanted
+        )
 
 
 @torch.library.register_fake("rada::masked_similarity_backward", lib=LIBRARY)
-def _backward_fake(grad_sums, grad_deviation, image, text, logit_scale, layers, kept, *packed):
+def _backward_fake(grad_sums, grad_deviation, image, text, logit_scale, layers, saved, *packed, precision=""):
     want_image, want_text, want_layers = packed[-3:]
     like = [image] * want_image + [text] * want_text + list(layers) * want_layers
     return [t.new_empty(t.shape) for t in like]
@@ -133,23 +127,33 @@ def _attended_rows_fake(image, text, *_):
 
 def _setup_context(ctx, inputs, output):
     image, text, logit_scale, layers, *packed, _ = inputs
-    _, _, kept = output
-    ctx.set_materialize_grads(False)  # no zeros as large as what is kept
+    _, _, saved = output
+    ctx.set_materialize_grads(False)  # no zeros as large as what is saved
     ctx.packed = packed
+    ctx.precision = torch.get_float32_matmul_precision()
     ctx.layer_count = len(layers)
-    ctx.save_for_backward(image, text, logit_scale, *layers, *kept)
+    ctx.save_for_backward(image, text, logit_scale, *layers, *saved)
 
 
 def _autograd(ctx, grad_sums, grad_deviation, _):
     image, text, logit_scale, *rest = ctx.saved_tensors
-    layers, kept = rest[: ctx.layer_count], rest[ctx.layer_count :]
+    layers, saved = rest[: ctx.layer_count], rest[ctx.layer_count :]
     need_image, need_text, _, need_layers = ctx.needs_input_grad[:4]
     wanted = Wanted(need_image, need_text, any(need_layers))
     if grad_sums is None:
         grad_sums = image.new_zeros(image.shape[0], text.shape[0], dtype=accumulation_dtype(image.dtype))
     grads = iter(
         torch.ops.rada.masked_similarity_backward(
-            grad_sums, grad_deviation, image, text, logit_scale, layers, kept, *ctx.packed, *wanted
+            grad_sums,
+            grad_deviation,
+            image,
+            text,
+            logit_scale,
+            layers,
+            saved,
+            *ctx.packed,
+            *wanted,
+            precision=ctx.precision,
         )
     )
     grad_image = next(grads) if wanted.image else None
@@ -182,9 +186,9 @@ def _register_autocast(device_type: str, key: str) -> None:
         with torch.autocast(device_type, enabled=False):
             return operator(image, text, logit_scale, layers, *packed)
 
-    def backward(*args):
+    def backward(*args, **kwargs):
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.rada.masked_similarity_backward(*args)
+            return torch.ops.rada.masked_similarity_backward(*args, **kwargs)
 
     for name in ("masked_similarity", "attended_rows"):
         torch.library.impl(LIBRARY, name, key)(functools.partial(follow, getattr(torch.ops.rada, name)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 QUERIES = ("image", "text", "rational")
@@ -36,7 +38,7 @@ class Options:
                 f"queries: got the string {self.queries!r}; it takes a tuple of names from {QUERIES}, "
                 f"for example ({self.queries!r},)"
             )
-        # In method.md's order, whatever order they were given in: equal options compare equal.
+        # In the order of QUERIES, whatever order they were given in: equal options compare equal.
         unknown = [name for name in self.queries if name not in QUERIES]
         if unknown or not self.queries or len(set(self.queries)) != len(self.queries):
             raise ValueError(
@@ -89,6 +91,18 @@ class Params(NamedTuple):
     def layers(self) -> list[Tensor]:
         """The twelve tensors of the six layers, in the order of the fields."""
         return list(self[:12])
+
+    def layer(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight [D, D] and bias [D], such as of "key"."""
+        return getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+
+    def layer_grads(self, grads: Mapping[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Gradients in the order of `layers`, of those by name: zeros for a query kind that is not in use."""
+        ordered: list[Tensor] = []
+        for field in self._fields[0:12:2]:
+            name = field.removesuffix("_weight")
+            ordered += grads.get(name) or [torch.zeros_like(tensor) for tensor in self.layer(name)]
+        return ordered
 
 
 class Wanted(NamedTuple):

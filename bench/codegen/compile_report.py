@@ -3,37 +3,47 @@
 The launches are those of the library: the operator runs on tensors of the meta device with every launch recorded, for
 the workloads of workloads.py and for every head width with few and many classes. Each distinct kernel is compiled
 once and its machine code read (machine_code.py); a configuration that does not fit is halved as on a GPU, and the
-launches are recorded again, until nothing is left to compile. Times are predicted by a model (prediction.py).
+launches are recorded again, until nothing is left to compile. Times of 16-bit workloads are predicted by a model
+(prediction.py) on the parts for which published measurements calibrate it (calibration.py).
 
-What is compiled is kept in runs/machine_code.jsonl: a run that was stopped goes on, and after a change only what
+What is compiled is kept in runs/codes.jsonl: a run that was stopped goes on, and after a change only what
 changed is compiled again. From nothing, about 5,000 kernels: an hour on two cores. Tables of every kernel and of every
 predicted call go to runs/compile_report/.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
-from collections import Counter
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
+from rows import table
 from workloads import WORKLOADS, Workload
 
-from codegen.launches import SHARED_BYTES, Launch, Recorder, device_named, float32_precision, record_calls
+from codegen.calibration import calibration_table
+from codegen.launches import (
+    SHARED_BYTES,
+    Launch,
+    Recorder,
+    TorchCall,
+    device_named,
+    float32_precision,
+    record_calls,
+)
 from codegen.machine_code import Code, Store, blocks_of, compile_all, key_of
 from codegen.prediction import (
     ARCHITECTURES,
-    LAUNCH_S,
     MODEL,
+    NOTHING,
+    PARTS,
+    Spent,
     limit_s,
-    predicted_s,
-    predicted_torch_s,
+    predicted,
+    predicted_torch,
     resident_programs,
-    work_of,
 )
 
 HERE = Path(__file__).parent
@@ -41,14 +51,15 @@ RUNS = HERE.parent.parent / "runs"
 FEW_CLASSES = 256  # up to here two programs are to reside on a multiprocessor
 # (dtype, torch.get_float32_matmul_precision(), architectures or None for all)
 KINDS = {
-    "bfloat16": (torch.bfloat16, "high", None),
-    "float16": (torch.float16, "high", None),
+    "bfloat16": (torch.bfloat16, "highest", None),
+    "float16": (torch.float16, "highest", None),
     "float32": (torch.float32, "high", [arch for arch in ARCHITECTURES if arch != "gfx1100"]),  # `usable` says why
     "float32-highest": (torch.float32, "highest", ["sm_90"]),
 }
-# Every head width at a CLIP's width D: (E, D). 10 and 24 classes take the direct form in both its blocks, where it
-# serves them, 100 and 1000 the streaming form with few and many classes.
+# Every head width at a CLIP's width D: (E, D). 10 and 24 classes have blocks of 16 and 32, 100 and 1000 those of few
+# and of many classes.
 HEADS = ((16, 512), (32, 512), (48, 768), (64, 512), (80, 640), (96, 768), (128, 512))
+HEADS += ((144, 1152), (160, 1280), (192, 1536), (256, 2048))
 CLASSES = (10, 24, 100, 1000)
 SIZES = {
     load.name: load
@@ -110,9 +121,12 @@ def kernel_row(row: dict, code: Code) -> dict:
         "blocks": blocks_of(launch),
         "warps": warps,
         "stages": arguments["num_stages"],
-        **asdict(code),
-        "tensor_core": ", ".join(f"{count} {name}" for name, count in code.tensor_core.items()),
+        "registers": code.registers,
+        "spill_bytes": code.spill_bytes,
+        "shared_bytes": code.shared_bytes,
         "shared_limit": SHARED_BYTES[row["arch"]],
+        "products": code.products,
+        "tensor_core": ", ".join(f"{count} {name}" for name, count in code.tensor_core.items()),
         "resident": resident_programs(code, architecture, row["arch"], warps),
     }
 
@@ -132,82 +146,46 @@ def misses(kernel: dict, code: Code, few: bool) -> list[str]:
     return found
 
 
-def table(header: list[str], rows: list[list]) -> list[str]:
-    return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def predict(rows: list[dict], codes: dict[str, Code]) -> list[dict]:
-    """Rows of predicted times, of the workloads."""
+def predict(rows: list[dict], codes: dict[str, Code]) -> list[tuple[dict, Spent]]:
+    """The calls whose time is predicted, those of bfloat16 workloads on calibrated parts, and what they spend."""
     out = []
     for row in rows:
-        if row["load"].name not in WORKLOADS:
-            continue
-        call, arch = row["call"], row["arch"]
-        if isinstance(call, Launch):
-            seconds, limit = predicted_s(call, arch, codes[row["key"]])
-            flop, exponentials = work_of(call)
-            name, programs = call.name, call.programs
-        else:
-            seconds, limit = predicted_torch_s(call, arch, KINDS[row["kind"]][1])
-            flop, exponentials, name, programs = call.flop, 0, f"torch {call.name}", ""
-        out.append(
-            {
-                "arch": arch,
-                "dtype": row["kind"],
-                "workload": row["load"].name,
-                "mode": row["mode"],
-                "call": name,
-                "programs": programs,
-                "flop": flop,
-                "exponentials": exponentials,
-                "bytes": call.bytes,
-                "predicted_us": round(seconds * 1e6, 2),
-                "limit": limit,
-            }
-        )
+        if row["load"].name in WORKLOADS and row["kind"] == "bfloat16" and row["arch"] in PARTS:
+            call, arch = row["call"], row["arch"]
+            if isinstance(call, Launch):
+                out.append((row, predicted(call, arch, codes[row["key"]])))
+            else:
+                out.append((row, predicted_torch(call, arch, KINDS[row["kind"]][1])))
     return out
 
 
 def render(rows: list[dict], codes: dict[str, Code], left: int) -> tuple[str, list[dict], list[dict]]:
     """The report as Markdown, the kernels' table, the predictions."""
     few = {row["key"] for row in rows if row["load"].classes <= FEW_CLASSES}
-    kernels, missing, groups = [], [], {}
+    kernels, groups = [], {}
     for (kind, key), row in {(row["kind"], row["key"]): row for row in rows if row["key"]}.items():
-        kernel, code = kernel_row(row, codes[key]), codes[key]
+        kernel = kernel_row(row, codes[key])
         kernels.append(kernel)
-        found = misses(kernel, code, key in few)
-        groups.setdefault((row["arch"], kind), []).append((kernel, found))
-        if found:
-            shape = [kernel[name] for name in ("arch", "dtype", "kernel", "width", "blocks")]
-            missing.append([*shape, f"{kernel['warps']} × {kernel['stages']}", kernel["registers"], "; ".join(found)])
+        groups.setdefault((row["arch"], kind), []).append((kernel, misses(kernel, codes[key], key in few)))
+    meet = sum(not found for group in groups.values() for _, found in group)
     predictions = predict(rows, codes)
-    counts = {
-        figure: sum(any(figure in miss for miss in found) for group in groups.values() for _, found in group)
-        for figure in ("spills", "products", "shared", "resident")
-    }
     lines = [
         "# What the Triton kernels become",
         "",
         "Written by `make compile-report`. Compiled for, verified by interpreter, **not yet run on hardware**:",
-        "registers, spills, shared memory and instructions are read from the machine code; times and scores are",
-        "**predictions** by the model stated below. The same command writes a row for every kernel and for every",
-        "predicted call to `runs/compile_report/`.",
+        "registers, spills and shared memory are read from the machine code; times and scores are **predictions**. The",
+        "same command writes a row for every kernel and for every predicted call to `runs/compile_report/`.",
         "",
         "## Reading",
         "",
-        f"{len(kernels)} distinct kernels were compiled; {len(kernels) - len(missing)} meet every figure."
+        f"{len(kernels)} distinct kernels were compiled; {meet} meet every figure."
         + (f" {left} more were not compiled in this run." if left else ""),
-        "The figures, and how many kernels miss each:",
-        "",
-        f"- no byte spilled: {counts['spills']}",
-        f"- a tensor-core instruction for every product: {counts['products']}",
-        f"- shared memory within the device's limit: {counts['shared']}",
-        f"- a program resident on a multiprocessor, two where K ≤ {FEW_CLASSES}: {counts['resident']}",
-        "",
+        "The figures: no byte spilled; a tensor-core instruction for every product; shared memory within the device's",
+        f"limit; a program resident on a multiprocessor, two where K ≤ {FEW_CLASSES}.",
         'float32 is compiled as torch.set_float32_matmul_precision("high") asks, and for sm_90 as "highest" does too,',
         "whose products are float32 multiply-adds by intent.",
         "",
-        *table(
+        table(
             ["arch", "dtype", "kernels", "meet every figure", "spill", "worst spill, B per thread"],
             [
                 [
@@ -221,91 +199,106 @@ def render(rows: list[dict], codes: dict[str, Code], left: int) -> tuple[str, li
             ],
         ),
         "",
-        "### What misses a figure",
+        *missing_figures(pair for group in groups.values() for pair in group),
+        "## The model, and how near it comes to what others measured",
         "",
-        *table(["arch", "dtype", "kernel", "width", "blocks", "warps × stages", "registers", "what"], missing),
+        *MODEL.splitlines(),
         "",
-        "## Predicted scores",
-        "",
-        "Limit time / predicted time, and the predicted time. **Predictions, not measurements.**",
-        "",
-        *MODEL,
+        calibration_table(),
         "",
         *predicted_scores(predictions),
-        *predicted_limits(predictions),
         *predicted_launches(predictions),
     ]
-    return "\n".join(lines) + "\n", kernels, predictions
+    calls = [
+        {
+            **{name: row[name] for name in ("arch", "mode")},
+            "workload": row["load"].name,
+            "call": name_of(row["call"]),
+            **{f"{unit}_us": round(seconds * 1e6, 2) for unit, seconds in vars(spent).items()},
+            "predicted_us": round(spent.total * 1e6, 2),
+        }
+        for row, spent in predictions
+    ]
+    return "\n".join(lines) + "\n", kernels, calls
 
 
-def predicted_scores(predictions: list[dict]) -> list[str]:
-    """A table per dtype: workloads and modes down, architectures across. float16 takes bfloat16's times."""
-    total: dict[tuple, float] = {}
-    for row in predictions:
-        if row["dtype"] == "float16":
-            continue
-        key = row["dtype"], row["workload"], row["mode"], row["arch"]
-        total[key] = total.get(key, 0.0) + row["predicted_us"]
-    lines = []
-    for kind in dict.fromkeys(key[0] for key in total):
-        dtype, precision, _ = KINDS[kind]
-        archs = list(dict.fromkeys(arch for k, _, _, arch in total if k == kind))
-        cells = []
-        for name, mode in dict.fromkeys((name, mode) for k, name, mode, _ in total if k == kind):
-            cells.append([name, mode])
-            for arch in archs:
-                took = total.get((kind, name, mode, arch))
-                score = took and limit_s(WORKLOADS[name], mode, arch, dtype, precision) * 1e6 / took
-                cells[-1].append(f"{score:.2f} ({took:.0f} µs)" if took else "not compiled")
-        parts = [f"{arch} {ARCHITECTURES[arch].part}" for arch in archs]
-        lines += [f"### {kind}", "", *table(["workload", "mode", *parts], cells), ""]
-    return lines
+def name_of(call: Launch | TorchCall) -> str:
+    return call.name if isinstance(call, Launch) else f"torch {call.name}"
 
 
-def predicted_limits(predictions: list[dict], arch: str = "sm_90", kind: str = "bfloat16") -> list[str]:
-    """What the predicted time of each workload is spent on, on one part."""
-    spent: dict[tuple, dict] = {}
-    for row in predictions:
-        if (row["arch"], row["dtype"]) == (arch, kind):
-            units = spent.setdefault((row["workload"], row["mode"]), Counter())
-            launch = LAUNCH_S * 1e6
-            units["launches"] += launch
-            units["torch" if row["call"].startswith("torch") else row["limit"]] += row["predicted_us"] - launch
-    units = ("products", "exponentials", "memory", "torch", "launches")
-    cells = [[*key, *(f"{took[unit] / took.total():.0%}" for unit in units)] for key, took in spent.items()]
-    if not cells:
+def missing_figures(judged: Iterable[tuple[dict, list[str]]]) -> list[str]:
+    """A line for each architecture, dtype and kernel that misses a figure at some width."""
+    found: dict[tuple, dict[str, list[str]]] = {}
+    for kernel, what in judged:
+        if what:
+            shapes = found.setdefault(tuple(kernel[name] for name in ("arch", "dtype", "kernel")), {})
+            shapes.setdefault("; ".join(what), []).append(f"{kernel['width']} {kernel['blocks']}")
+    if not found:
         return []
+    rows = [
+        [*key, "; ".join(f"{what} ({', '.join(dict.fromkeys(shapes))})" for what, shapes in by_what.items())]
+        for key, by_what in found.items()
+    ]
     return [
-        f"### {arch} {kind}: what the predicted time is spent on",
+        "### What misses a figure",
         "",
-        "Kernels by the unit that limits them; torch's own calls; the time between launches.",
-        "",
-        *table(["workload", "mode", *units], cells),
+        table(["arch", "dtype", "kernel", "what (heads × width, blocks)"], rows),
         "",
     ]
 
 
-def predicted_launches(predictions: list[dict], arch: str = "sm_90", kind: str = "bfloat16") -> list[str]:
-    """Where the predicted time of a workload goes, on one part."""
-    chosen = [row for row in predictions if (row["arch"], row["dtype"]) == (arch, kind)]
-    lines = []
-    for name, mode in (("caltech101", "forward"), ("imagenet", "forward"), ("imagenet", "step")):
-        calls = [row for row in chosen if (row["workload"], row["mode"]) == (name, mode)]
-        total = sum(row["predicted_us"] for row in calls)
-        cells = [
-            [
-                row["call"],
-                row["programs"],
-                f"{row['predicted_us']:.1f}",
-                f"{row['predicted_us'] / total:.0%}",
-                row["limit"],
-            ]
-            for row in calls
+def predicted_scores(predictions: list[tuple[dict, Spent]]) -> list[str]:
+    """Workloads and modes down; each part's score and time, and what the first part's time goes to."""
+    total: dict[tuple, dict[str, Spent]] = {}
+    for row, spent in predictions:
+        of = total.setdefault((row["load"].name, row["mode"]), {})
+        of[row["arch"]] = of.get(row["arch"], NOTHING) + spent
+    if not total:
+        return []
+    archs = [arch for arch in PARTS if any(arch in of for of in total.values())]
+    rows = []
+    for (name, mode), of in total.items():
+        cells = [name, mode]
+        for arch in archs:
+            took = of[arch].total if arch in of else None
+            score = took and limit_s(WORKLOADS[name], mode, arch) / took
+            cells.append(f"{score:.2f} ({took * 1e6:.0f} µs)" if took else "not compiled")
+        spent = of.get(archs[0], NOTHING)
+        shares = vars(spent).values()
+        rows.append([*cells, *(f"{share / spent.total:.0%}" if spent.total else "" for share in shares)])
+    return [
+        "## Predicted scores, bfloat16",
+        "",
+        "Limit time / predicted time, and the predicted time. **Predictions, not measurements**, on parts for which",
+        f"measurements calibrate the model. The shares are what the time on {PARTS[archs[0]].name} goes to: idle are",
+        "starts and ends of programs and multiprocessors with fewer of them; torch are its own calls.",
+        "",
+        table(["workload", "mode", *(PARTS[arch].name for arch in archs), *vars(NOTHING)], rows),
+        "",
+    ]
+
+
+def predicted_launches(predictions: list[tuple[dict, Spent]], arch: str = "sm_90", most: int = 12) -> list[str]:
+    """The longest calls of one step, on one part."""
+    chosen = [
+        (row["call"], spent)
+        for row, spent in predictions
+        if (row["arch"], row["load"].name, row["mode"]) == (arch, "imagenet", "step")
+    ]
+    total = sum(spent.total for _, spent in chosen)
+    chosen = sorted(chosen, key=lambda pair: pair[1].total, reverse=True)[:most]
+    rows = [
+        [
+            name_of(call),
+            getattr(call, "programs", ""),
+            f"{spent.total * 1e6:.0f}",
+            f"{spent.total / total:.0%}",
+            spent.limit,
         ]
-        if calls:
-            header = ["call", "programs", "predicted µs", "share", "limited by"]
-            lines += [f"### {arch} {kind}, {name}, {mode}", "", *table(header, cells), ""]
-    return lines
+        for call, spent in chosen
+    ]
+    header = ["call", "programs", "predicted µs", "share", "most of it"]
+    return [f"### The longest calls of imagenet, step, {PARTS[arch].name}", "", table(header, rows), ""] if rows else []
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -315,45 +308,45 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def main(
-    arch: Annotated[list[str] | None, typer.Option(help="Architectures; default: all.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(KINDS)}; default: all.")] = None,
-    workload: Annotated[
-        list[str] | None, typer.Option(help="Workloads or sizes such as E64-K100; default: all.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(help="Processes; default: the cores.")] = os.cpu_count() or 1,
-    count: Annotated[
-        bool, typer.Option("--count", help="Say how many kernels there are to compile, and stop.")
-    ] = False,
-    stored: Annotated[
-        bool, typer.Option("--stored", help="Compile nothing: write the report of what a stopped run has compiled.")
-    ] = False,
-    out: Annotated[Path, typer.Option(help="Where the report goes.")] = HERE / "compile_report.md",
-    tables: Annotated[Path, typer.Option(help="The folder of the .csv tables.")] = RUNS / "compile_report",
-) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Compile every kernel that the workloads and sizes launch, for every architecture, and write the report."""
     loads = WORKLOADS | SIZES
-    chosen = arch or [*ARCHITECTURES], dtype or [*KINDS], [loads[name] for name in workload or loads]
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    add = parser.add_argument
+    add("--arch", action="append", choices=ARCHITECTURES, help="default: all")
+    add("--dtype", action="append", choices=KINDS, help="default: all")
+    add("--workload", action="append", choices=loads, metavar="NAME", help="or a size such as E64-K100; default: all")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: the cores")
+    add("--count", action="store_true", help="say how many kernels there are to compile, and stop")
+    add("--stored", action="store_true", help="compile nothing: write the report of what a stopped run has compiled")
+    add("--out", type=Path, default=HERE / "compile_report.md", help="where the report goes")
+    add("--tables", type=Path, default=RUNS / "compile_report", help="the folder of the .csv tables")
+    options = parser.parse_args(arguments)
+    chosen = (
+        options.arch or [*ARCHITECTURES],
+        options.dtype or [*KINDS],
+        [loads[name] for name in options.workload or loads],
+    )
     RUNS.mkdir(exist_ok=True)
-    store = Store(RUNS / "machine_code.jsonl")
+    store = Store(RUNS / "codes.jsonl")
     while True:
         rows = gather(*chosen, store.codes)
         wanted = {row["key"]: (row["arch"], row["call"]) for row in rows if row["key"]}
         left = len(wanted.keys() - store.codes.keys())
         print(f"{len(wanted)} kernels, {left} to compile", flush=True)
-        if count:
+        if options.count:
             return
-        if stored or not left:
+        if options.stored or not left:
             break
-        compile_all(wanted, store, jobs)
+        compile_all(wanted, store, options.jobs)
     missing = {pass_of(row) for row in rows if row["key"] and row["key"] not in store.codes}
-    text, kernels, predictions = render([row for row in rows if pass_of(row) not in missing], store.codes, left)
-    out.write_text(text)
-    tables.mkdir(parents=True, exist_ok=True)
-    write_csv(tables / "kernels.csv", kernels)
-    if predictions:
-        write_csv(tables / "predicted.csv", predictions)
+    text, kernels, calls = render([row for row in rows if pass_of(row) not in missing], store.codes, left)
+    options.out.write_text(text)
+    options.tables.mkdir(parents=True, exist_ok=True)
+    for name, content in (("kernels", kernels), ("predicted", calls)):
+        if content:
+            write_csv(options.tables / f"{name}.csv", content)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +40,13 @@ def device_named(arch: str) -> Device:
     return Device(arch, SHARED_BYTES[arch])
 
 
-def tensor_bytes(values) -> int:
-    """Bytes of the distinct tensors among some values."""
-    tensors = {id(leaf): leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def tensors_of(values) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
+
+
+def tensor_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the distinct ones."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for t in tensors}.values())
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,12 @@ class Launch:
     @property
     def bytes(self) -> int:
         """Bytes moved between device memory and the multiprocessors' side, each tensor passed over once."""
-        return tensor_bytes(self.arguments.values())
+        return tensor_bytes(tensors_of(self.arguments.values()))
+
+    def bytes_but(self, unread: Iterable[int]) -> int:
+        """The same without those at these places among the kernel's pointers, which its code does not touch."""
+        ordered = (self.arguments[name] for name in self.kernel.arg_names if name in self.arguments)
+        return tensor_bytes([t for at, t in enumerate(tensors_of(ordered)) if at not in unread])
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,11 @@ class TorchCall:
     name: str
     flop: int  # of its matrix product, if it is one
     bytes: int  # operands and results, once each
-    dtype: torch.dtype
+    dtype: torch.dtype  # of its first operand
+    launches: int = 1
 
 
-class _TorchCalls(TorchDispatchMode):
+class TorchCalls(TorchDispatchMode):
     """Appends to a list what is called within it; views and empty tensors are no work."""
 
     def __init__(self, calls: list):
@@ -92,8 +101,13 @@ class _TorchCalls(TorchDispatchMode):
         if not function.is_view and "empty" not in name and name not in ("detach", "_unsafe_view"):
             count = flop_registry.get(function.overloadpacket)
             flop = count(*args, **kwargs, out_val=out) if count else 0
-            tensors = [leaf for leaf in tree_leaves((out, args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            self.calls.append(TorchCall(name, flop, tensor_bytes(tensors), tensors[0].dtype))
+            tensors = tensors_of((out, args, kwargs))
+            # Of tensors in one dtype torch makes one launch, of several dtypes one for each tensor.
+            lists = [argument for argument in args if isinstance(argument, list | tuple)]
+            mixed = name.startswith("_foreach_") and any(len({t.dtype for t in one}) > 1 for one in lists)
+            launches = len(lists[0]) if mixed else 1
+            dtype = (tensors_of(args) or tensors)[0].dtype
+            self.calls.append(TorchCall(name, flop, tensor_bytes(tensors), dtype, launches))
         return out
 
 
@@ -140,7 +154,7 @@ def record_calls(load: Workload, mode: str, dtype: torch.dtype, recorder: Record
     params = Params(*layers, logit_scale=torch.tensor(LOGIT_SCALE, device="meta"))
     image, text = meta(load.batch, width), meta(load.classes, width)
     options = Options(num_heads=load.heads)
-    with _TorchCalls(calls):
+    with TorchCalls(calls):
         sums, deviation, kept = backend.forward(image, text, params, options, mode != "forward", recorder)
         if mode != "forward":
             features = mode == "step-features"

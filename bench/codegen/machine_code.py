@@ -13,16 +13,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from codegen import sass
 from codegen.launches import Launch
+from codegen.sass import Counts, Way, read_way
 from rada_kernels.triton_common.target import Usage
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# What is read from machine code changes with what reads it.
+READER = hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), Path(sass.__file__)))).hexdigest()
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -45,8 +48,11 @@ def key_of(arch: str, launch: Launch) -> str:
     """The name of a compiled kernel: a hash of its source, with all that it calls, and of what it is compiled for."""
     source, _ = source_of(arch, launch)
     options = launch.arguments["num_warps"], launch.arguments["num_stages"]
-    parts = triton.__version__, launch.kernel.cache_key, arch, source.signature, source.constants, source.attrs, options
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    compiled = triton.__version__, launch.kernel.cache_key, arch, source.signature, source.constants, source.attrs
+    return hashlib.sha256(repr((READER, compiled, options)).encode()).hexdigest()
+
+
+NO_WAY = Way()
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,17 @@ class Code:
     shared_bytes: int
     tensor_core: dict[str, int]  # instructions by name, as often as they stand in the code
     products: int  # dot operations in Triton's own intermediate code
-    wide_accesses: int  # 16-byte loads and stores of global memory, asynchronous copies included
-    special: int  # base-2 exponentials and other special-function instructions
-    instructions: int
+    wide_accesses: int = 0  # 16-byte loads and stores of global memory, asynchronous copies included
+    tensor_columns: int = 0  # of tensor memory, sm_100
+    operand_bytes_per_flop: float = 0.0  # that products read from shared memory
+    unread: tuple[int, ...] = ()  # places of the tensors that the kernel does not touch
+    way: Way = NO_WAY  # what a warp executes; NVIDIA only
+
+    @staticmethod
+    def of(stored: dict) -> Code:
+        """From asdict, through JSON."""
+        way = Way(**{name: Counts(**counts) for name, counts in stored["way"].items()})
+        return Code(**stored | {"way": way, "unread": tuple(stored["unread"])})
 
     @property
     def usage(self) -> Usage:
@@ -76,6 +90,41 @@ def _by_name(pattern: str, text: str) -> dict[str, int]:
     return {name: found.count(name) for name in sorted(set(found))}
 
 
+def _unread(ttir: str) -> tuple[int, ...]:
+    """Places, among a kernel's pointers, of those that stand in its signature alone."""
+    pointers = re.findall(r"(%[\w.]+): !tt\.ptr", ttir[: ttir.index(") attributes")])
+    return tuple(at for at, name in enumerate(pointers) if len(re.findall(re.escape(name) + r"(?![\w.])", ttir)) == 1)
+
+
+# A product's operands and result: "memdesc<128x64xbf16, #shared, #smem>", "tensor<64x64xf32, #mma>".
+OPERAND = re.compile(r"(?:memdesc|tensor)<(\d+)x(\d+)x([a-z]+\d+)(?:x\w+)?, (?:#ttg\.\w+<.*?>>|#\w+)(, #smem)?")
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A warp group's or tcgen05's product of [rows, depth] and [depth, columns]."""
+
+    rows: int
+    columns: int
+    depth: int
+    operand_bytes: int  # read from shared memory
+
+    @property
+    def flop(self) -> int:
+        return 2 * self.rows * self.columns * self.depth
+
+
+def _products(ttgir: str) -> list[_Product]:
+    found = []
+    for line in re.findall(r"(?m)^.*(?:ttng\.warp_group_dot|ttng\.tc_gen5_mma) .*$", ttgir):
+        (rows, depth, kind, a_shared), (_, columns, _, _) = OPERAND.findall(line.split(" : ", 1)[1])[:2]
+        rows, depth, columns, size = int(rows), int(depth), int(columns), int(kind[-2:]) // 8
+        at_once = 128 if "tc_gen5" in line else 64  # rows of an instruction, each of which reads all columns
+        read = size * depth * (rows * bool(a_shared) + columns * -(-rows // at_once))
+        found.append(_Product(rows, columns, depth, read))
+    return found
+
+
 def read_nvidia(compiled) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -88,6 +137,11 @@ def read_nvidia(compiled) -> Code:
         code = tool(str(TOOLS / "nvdisasm"), "-c", file.name)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     spills = _count(r"\b(?:STL|LDL)\b", code)
+    products = _products(compiled.asm["ttgir"])
+    flop = sum(product.flop for product in products)
+    asked = sum(
+        -(-product.rows // 128) * product.depth // 16 for product in products
+    )  # tcgen05 takes 128 rows, 16 deep
     return Code(
         registers=registers,
         spill_bytes=(stack + local) if spills else 0,
@@ -95,8 +149,10 @@ def read_nvidia(compiled) -> Code:
         tensor_core=_by_name(r"\b(UTC\w*MMA|HGMMA|HMMA)\b", code),
         products=_count(r"tt\.dot ", compiled.asm["ttir"]),
         wide_accesses=_count(r"\b(?:LDG|STG|LDGSTS)[.\w]*\.128\b", code),
-        special=_count(r"\bMUFU\b", code),
-        instructions=_count(r"/\*[0-9a-f]{4,}\*/ +\S", code),
+        tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        operand_bytes_per_flop=sum(product.operand_bytes for product in products) / max(1, flop),
+        unread=_unread(compiled.asm["ttir"]),
+        way=read_way(code, compiled.metadata.num_warps, flop / max(1, asked)),
     )
 
 
@@ -114,8 +170,6 @@ def read_amd(compiled) -> Code:
         tensor_core=_by_name(r"\b(v_mfma|v_wmma)_", code),
         products=_count(r"tt\.dot ", compiled.asm["ttir"]),
         wide_accesses=_count(r"\b(?:global|buffer)_(?:load|store)_(?:dwordx4|b128)\b", code),
-        special=_count(r"\bv_(?:exp|log|rcp|sqrt|rsq)_f32", code),
-        instructions=_count(r"(?m)^\t[a-z]+_", code),
     )
 
 
@@ -133,7 +187,7 @@ class Store:
     def __init__(self, path: Path):
         self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        self.codes = {key: Code(**code) for key, code in (json.loads(line) for line in lines)}
+        self.codes = {key: Code.of(code) for key, code in map(json.loads, lines)}
 
     def add(self, key: str, code: Code) -> None:
         self.codes[key] = code
@@ -152,25 +206,17 @@ def compile_all(wanted: dict[str, tuple[str, Launch]], store: Store, jobs: int) 
     """Compile what the store lacks of {key: (architecture, launch)}, in so many processes."""
     keys = [key for key in wanted if key not in store.codes]
     _queue[:] = [wanted[key] for key in keys]
-    columns = (
-        TextColumn("compiling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[last]}"),
-    )
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool, Progress(*columns) as progress:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
         futures = {pool.submit(_compile_queued, index): index for index in range(len(keys))}
-        task = progress.add_task("", total=len(wanted), completed=len(wanted) - len(keys), last="")
         try:
-            for future in as_completed(futures):
+            for done, future in enumerate(as_completed(futures), 1):
                 index = futures[future]
                 arch, launch = _queue[index]
                 try:
                     store.add(keys[index], future.result())
                 except Exception as error:
                     raise RuntimeError(f"{arch} {launch.name}: {blocks_of(launch)}: it does not compile") from error
-                progress.update(task, advance=1, last=f"{arch} {launch.name}")
+                print(f"{done} of {len(keys)}: {arch} {launch.name}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -1,136 +1,221 @@
-"""Predicted times of recorded launches: a model over published rates. No number here was measured."""
+"""Predicted times of recorded launches. No number here was measured on these kernels; calibration.py says how near the
+model comes to published measurements of others.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
+from typing import NamedTuple
 
 import torch
 from floors import floor_flop
-from torch.utils._pytree import tree_leaves
 from workloads import Workload
 
 from codegen.launches import Launch, TorchCall
 from codegen.machine_code import Code
 
+KIB, TERA = 1024, 1e12
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a multiprocessor (compute unit) holds, and the published dense rates of the part that is named.
+    """What a multiprocessor (compute unit) holds at a time; registers are of 32 bits."""
 
-    Rates: "bfloat16" also stands for float16; "tf32" for float32 products under torch's "high"; "special" are
-    exponentials per second.
+    registers: int
+    shared_bytes: int
+    threads: int
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(65536, 164 * KIB, 2048),
+    "sm_86": Architecture(65536, 100 * KIB, 1536),
+    "sm_89": Architecture(65536, 100 * KIB, 1536),
+    "sm_90": Architecture(65536, 228 * KIB, 2048),
+    "sm_100": Architecture(65536, 228 * KIB, 2048),
+    "sm_120": Architecture(65536, 100 * KIB, 1536),
+    "gfx942": Architecture(4 * 512 * 64, 64 * KIB, 2048),
+    "gfx1100": Architecture(2 * 1536 * 32, 64 * KIB, 1024),
+}
+TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory, sm_100
+
+
+@dataclass(frozen=True)
+class Part:
+    """A device whose times are predicted, which takes published measurements to calibrate by. FLOP are of 16-bit
+    operands: tensor by wgmma or tcgen05, mma by mma.sync, each per clock and multiprocessor.
     """
 
-    part: str
+    name: str
     multiprocessors: int
-    registers: int  # 32-bit, of one multiprocessor
-    shared_bytes: int  # of one multiprocessor
-    threads: int
-    flop_s: dict[str, float]
-    bytes_s: float  # from device memory
-    special_s: float
+    clock_hz: float
+    tensor: float
+    mma: float
+    flop_s: dict[str, float]  # published, dense
+    bytes_s: float  # published, of device memory
+    l2_bytes_s: float
 
 
-TERA, KIB = 1e12, 1024
-ARCHITECTURES = {
-    "sm_80": Architecture(
-        "A100 SXM", 108, 65536, 164 * KIB, 2048, {"bfloat16": 312 * TERA, "tf32": 156 * TERA, "float32": 19.5 * TERA},
-        2.04e12, 108 * 16 * 1.41e9,
+# The H100's clock under load, 0.91 of its 1.83 GHz, is fitted (calibration.py); the B200's is the published one. On an
+# H100 mma.sync reaches 63% of wgmma (Luo et al. 2024, arXiv 2402.13499) and 5.5 TB/s come from L2 in measurements; the
+# B200 is taken to do as much of both per clock and multiprocessor.
+PARTS = {
+    "sm_90": Part(
+        "H100 SXM", 132, 0.91 * 1.83e9, 4096, 0.63 * 4096,
+        {"bfloat16": 989 * TERA, "tf32": 495 * TERA, "float32": 67 * TERA}, 3.35e12, 5.5e12,
     ),
-    "sm_86": Architecture(
-        "RTX 3090", 82, 65536, 100 * KIB, 1536, {"bfloat16": 71 * TERA, "tf32": 35.6 * TERA, "float32": 35.6 * TERA},
-        0.936e12, 82 * 16 * 1.7e9,
-    ),
-    "sm_89": Architecture(
-        "RTX 4090", 128, 65536, 100 * KIB, 1536, {"bfloat16": 165 * TERA, "tf32": 82.6 * TERA, "float32": 82.6 * TERA},
-        1.008e12, 128 * 16 * 2.52e9,
-    ),
-    "sm_90": Architecture(
-        "H100 SXM", 132, 65536, 228 * KIB, 2048, {"bfloat16": 989 * TERA, "tf32": 495 * TERA, "float32": 67 * TERA},
-        3.35e12, 132 * 16 * 1.83e9,
-    ),
-    "sm_100": Architecture(
-        "B200", 148, 65536, 228 * KIB, 2048, {"bfloat16": 2250 * TERA, "tf32": 1100 * TERA, "float32": 75 * TERA},
-        7.7e12, 148 * 16 * 1.85e9,
-    ),
-    "sm_120": Architecture(
-        "RTX 5090", 170, 65536, 100 * KIB, 1536, {"bfloat16": 209 * TERA, "tf32": 105 * TERA, "float32": 105 * TERA},
-        1.79e12, 170 * 16 * 2.41e9,
-    ),
-    "gfx942": Architecture(
-        "MI300X", 304, 4 * 512 * 64, 64 * KIB, 2048,
-        {"bfloat16": 1307 * TERA, "bf16x3": 435 * TERA, "float32": 163 * TERA},
-        5.3e12, 304 * 16 * 2.1e9,
-    ),
-    "gfx1100": Architecture(
-        "RX 7900 XTX", 96, 2 * 1536 * 32, 64 * KIB, 1024,
-        {"bfloat16": 123 * TERA, "bf16x3": 41 * TERA, "float32": 61 * TERA},
-        0.96e12, 96 * 16 * 2.5e9,
+    "sm_100": Part(
+        "B200", 148, 1.856e9, 8192, 0.63 * 4096,
+        {"bfloat16": 2250 * TERA, "tf32": 1100 * TERA, "float32": 75 * TERA}, 7.7e12, 7.2e12,
     ),
 }  # fmt: skip
+# Per clock and multiprocessor, by NVIDIA's programming guide: exponentials, warp instructions, bytes of shared memory,
+# bytes that one alone gets from L2.
+SPECIAL, ISSUE, SHARED, PORT = 16, 4, 128, 64
+LIBRARY_SHARE = 0.73  # of the published rate: cuBLAS on an H100, 721 TFLOP/s (triton-lang/triton issue 2339)
+MEMORY_SHARE = 0.90  # of the published bandwidth: a Triton gather on an H100 (meta-pytorch/torchrec pull request 4634)
+START_S = 2.0e-6  # a program's start and end, fitted (calibration.py)
+LAUNCH_S = 1.5e-6  # between two nodes of a CUDA graph; an assumption
+
+MODEL = f"""\
+A program is a chain: its products wait for its vector work (exponentials, the other instructions, shared memory), and
+that for its products, so **within a program these times add**. Programs that reside on one multiprocessor share two
+units, the tensor cores and the vector units; how far they overlap is what mean value analysis of a closed queue with
+two stations gives. What a program executes is read from its machine code, loop by loop. Rates are published ones: the
+part's FLOP, {SPECIAL} exponentials, {ISSUE} warp instructions, {SHARED} bytes of shared memory per clock. A program's
+start and end take {START_S * 1e6:g} µs, which other residents hide. Programs are dealt out in rounds, and the busiest
+multiprocessor counts.
+
+A launch takes the longer of that and of its bytes, plus {LAUNCH_S * 1e6:g} µs. Its bytes: each tensor that the kernel
+touches, once, at {MEMORY_SHARE:.0%} of device memory's bandwidth; and what its asynchronous copies and its stores move,
+from L2. No product is faster than the library's, {LIBRARY_SHARE:.0%} of the published rate. Torch's own calls take
+that, or their bytes, and a launch each. The limit of a score is the floor's FLOP at the library's rate.
+
+Left out: the loss and the optimiser, bank conflicts, latencies within a program."""
 
 
-LIBRARY_SHARE = 0.75  # of the published rate: what a library's large square product is taken to reach
-KERNEL_SHARE = 0.60  # of the published rate: what the products of these kernels are taken to reach
-MEMORY_SHARE = 0.85  # of the published bandwidth
-BUSY_WARPS = 8  # resident on a multiprocessor, for the shares to be reached; fewer reach less in proportion
-LAUNCH_S = 1.5e-6
-MODEL = [
-    "A launch takes the longest of",
-    "",
-    f"- the FLOP of its products, padding included, at {KERNEL_SHARE:.0%} of the part's published dense rate,",
-    "- its exponentials, at 16 per clock and multiprocessor,",
-    f"- its tensors, each passed over once, at {MEMORY_SHARE:.0%} of the published bandwidth,",
-    "",
-    f"plus {LAUNCH_S * 1e6:g} µs, as between the launches of a CUDA graph. Products and exponentials are stretched by",
-    "what the busiest multiprocessor has more to do than the average: programs are dealt out one by one, as many at a",
-    f"time as registers, shared memory and threads let reside; with fewer than {BUSY_WARPS} warps resident it is",
-    "slower in proportion. Torch's own calls between the launches (matrix products, sums, casts) count in the same",
-    f"way, a launch each, their products at {LIBRARY_SHARE:.0%} of the rate. The limit of a score is the floor's FLOP",
-    "at the same share of the published rate.",
-    "",
-    "Left out: spills; what L2 serves again and again (keys and values to the row tiles, weights to the rows); that",
-    "the products and the exponentials of one program wait for each other; the loss and the optimiser. The shares are",
-    "assumptions.",
-]
+class Work(NamedTuple):
+    """Of a program: FLOP of its products, padding included; runs of a loop around the one with the products."""
+
+    flop: int
+    passes: int = 1
 
 
-def work_of(launch: Launch) -> tuple[int, int]:
-    """FLOP of the products, padding included, and exponentials of a launch, from its shapes and blocks."""
+def work_of(launch: Launch) -> Work:
+    """Of all programs together, from shapes and blocks; passes of one."""
     a, s, c = launch.arguments, launch.arguments["S"], launch.arguments["C"]
     n, kinds = launch.programs, s.MATRIX
     if launch.name == "rational_projection_fwd":
-        return n * 2 * c.BR * c.BC * s.D, 0
+        return Work(n * 2 * c.BR * c.BC * s.D)
     if launch.name == "rational_projection_bwd_rows":
-        return n * 2 * c.BR * c.BC * s.D * s.LAYERS, 0
+        return Work(n * 2 * c.BR * c.BC * s.D * s.LAYERS)
     if launch.name == "rational_projection_bwd_weight":
-        return n * 2 * a["SPLIT"] * c.BR * c.BC * c.BD, 0
+        return Work(n * 2 * a["SPLIT"] * c.BR * c.BC * c.BD)
     if launch.name in ("logit_reduction_fwd", "logit_reduction_bwd"):
-        columns = -(-s.D // c.BC) * c.BC if launch.name.endswith("fwd") else c.BC
-        return n * 2 * c.BR * columns * s.D, 0
-    if launch.name == "mask_attention_direct_fwd":
-        return n * 2 * c.BN**2 * s.E * (kinds + 1), n * kinds * c.BN**2
-    if launch.name == "mask_attention_direct_bwd":
-        return n * 2 * c.BN**2 * s.E * (3 * kinds + 2), n * kinds * c.BN**2
-    if launch.name in ("mask_attention_streaming_fwd", "mask_attention_bwd_queries"):
-        scores = n * c.BM * -(-a["K"] // c.BN) * c.BN
+        passes = -(-s.D // c.BC) if launch.name.endswith("fwd") else 1
+        contracted = s.H * -(-s.E // c.BD) * c.BD
+        return Work(n * 2 * c.BR * passes * c.BC * contracted, passes)
+    if launch.name in ("mask_attention_fwd", "mask_attention_bwd_queries"):
         products = 2 * kinds if launch.name.endswith("fwd") else kinds + 1 + kinds * (not a["DELTA"])
-        return 2 * scores * s.E * products, kinds * scores
+        return Work(2 * n * c.BM * -(-a["K"] // c.BN) * c.BN * s.E * products)
+    if launch.name == "mask_attention_bwd_joint":  # the image's row is one of 16, in two passes over the classes
+        return Work(2 * n * 16 * -(-a["K"] // c.BN) * c.BN * s.E * 2 * s.IMAGE)
     if launch.name == "mask_attention_bwd_keys":
-        scores = n * c.BN * -(-a["K"] // c.BM) * c.BM
-        return 2 * scores * s.E * (2 * kinds + 2), kinds * scores
-    return 0, 0
+        return Work(2 * n * c.BN * -(-a["K"] // c.BM) * c.BM * s.E * (2 * kinds + 2))
+    return Work(0)
 
 
-def product_rate(architecture: Architecture, dtype: torch.dtype, precision: str) -> float:
-    """FLOP per second of products: precision as tl.dot's input_precision."""
-    if dtype.itemsize == 2:
-        return architecture.flop_s["bfloat16"]
-    return architecture.flop_s["float32" if precision == "ieee" else precision]
+@dataclass(frozen=True)
+class Clocks:
+    """Of one program alone on a multiprocessor."""
+
+    products: float
+    exponentials: float = 0.0
+    instructions: float = 0.0
+    shared: float = 0.0
+
+    @property
+    def vector(self) -> float:
+        return self.exponentials + self.instructions + self.shared
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a launch or a call by what they go to."""
+
+    products: float = 0.0
+    exponentials: float = 0.0
+    instructions: float = 0.0
+    shared: float = 0.0
+    idle: float = 0.0  # starts and ends of programs, and multiprocessors that have fewer of them
+    memory: float = 0.0  # device memory and L2
+    torch: float = 0.0
+    launches: float = LAUNCH_S
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+    @property
+    def limit(self) -> str:
+        return max((f.name for f in fields(self)), key=lambda name: getattr(self, name))
+
+    def __add__(self, more: Spent) -> Spent:
+        return Spent(*(a + b for a, b in zip(astuple(self), astuple(more), strict=True)))
+
+
+NOTHING = Spent(launches=0.0)
+
+
+def together(streams: int, products: float, vector: float, delay: float = 0.0) -> float:
+    """Clocks after which one of so many streams is done, on average, where each takes products, vector work and a delay
+    in turn: mean value analysis (Reiser and Lavenberg 1980) of two stations that all share.
+    """
+    at_products = at_vector = rate = 0.0
+    for count in range(1, streams + 1):
+        in_products, in_vector = products * (1 + at_products), vector * (1 + at_vector)
+        rate = count / max(delay + in_products + in_vector, 1e-9)
+        at_products, at_vector = rate * in_products, rate * in_vector
+    return 1 / rate
+
+
+def chain_clocks(programs: int, clocks: Clocks, part: Part, resident: int, streams: int = 1) -> float:
+    """Clocks of the busiest multiprocessor. streams: groups of warps within a program that take turns; they start and
+    end together, so that only another resident program hides that.
+    """
+    start = START_S * part.clock_hz
+    most = -(-programs // part.multiprocessors)
+    full, rest = divmod(most, resident)
+
+    def round_of(count: int) -> float:
+        if count <= 1:
+            return count * (start + streams * together(streams, clocks.products / streams, clocks.vector / streams))
+        share = clocks.products / streams, clocks.vector / streams
+        return count * streams * together(count * streams, *share, start / streams)
+
+    return full * round_of(resident) + round_of(rest)
+
+
+def spend(
+    part: Part, programs: int, clocks: Clocks, resident: int, flop: float, memory_bytes: float, l2_bytes: float,
+    streams: int = 1,
+) -> Spent:  # fmt: skip
+    """A launch. flop: of the products; memory_bytes: of its tensors; l2_bytes: what its instructions move."""
+    busiest = chain_clocks(programs, clocks, part, resident, streams)
+    chain = max(busiest / part.clock_hz, flop / (LIBRARY_SHARE * part.flop_s["bfloat16"]))
+    l2_rate = min(part.l2_bytes_s, programs * PORT * part.clock_hz)
+    memory = max(memory_bytes / (MEMORY_SHARE * part.bytes_s), l2_bytes / l2_rate)
+    if memory > chain:
+        return Spent(memory=memory)
+    # The chain's time goes to its parts as they would take it on all multiprocessors alike; the rest is idle.
+    even = programs / part.multiprocessors / part.clock_hz
+    alone = even * (clocks.products + clocks.vector)
+    scale = min(1.0, chain / alone) if alone else 0.0
+    parts = [scale * even * value for value in astuple(clocks)]
+    return Spent(*parts, idle=chain - sum(parts))
 
 
 def resident_programs(code: Code, architecture: Architecture, arch: str, warps: int) -> int:
-    """Programs that one multiprocessor holds at a time, by registers, shared memory and threads."""
+    """Programs that one multiprocessor holds at a time, by registers, shared and tensor memory, and threads."""
     lanes = 64 if arch.startswith("gfx9") else 32
     granule = 8 if arch.startswith(("sm", "gfx9")) else 16
     registers = -(-code.registers // granule) * granule * warps * lanes
@@ -139,55 +224,47 @@ def resident_programs(code: Code, architecture: Architecture, arch: str, warps: 
         architecture.registers // registers,
         architecture.shared_bytes // max(1, code.shared_bytes + reserved),
         architecture.threads // (warps * lanes),
+        TENSOR_COLUMNS // max(1, code.tensor_columns),
     )
 
 
-def stretch(programs: int, multiprocessors: int, resident: int, warps: int) -> float:
-    """Time of the busiest multiprocessor over the time if all were always evenly busy."""
+def program_clocks(code: Code, part: Part, warps: int, flop: float, passes: int = 1) -> tuple[Clocks, float]:
+    """What a program takes by its machine code, and the bytes that its instructions move. flop: of its products."""
+    executed = code.way.executed(flop / warps, passes).times(warps)
+    on_registers = executed.mma_flop / executed.flop if executed.flop else 0.0
+    by_rate = flop * ((1 - on_registers) / part.tensor + on_registers / part.mma)
+    return Clocks(
+        products=max(by_rate, flop * code.operand_bytes_per_flop / SHARED),
+        exponentials=32 * executed.special / SPECIAL,
+        instructions=executed.other / ISSUE,
+        shared=executed.shared_bytes / SHARED,
+    ), executed.global_bytes
 
-    def together(count: int) -> float:  # time of programs that reside together; alone at full rate, one takes 1
-        return max(count, BUSY_WARPS / warps) if count else 0.0
 
-    full, rest = divmod(-(-programs // multiprocessors), max(1, resident))
-    return (full * together(max(1, resident)) + together(rest)) * multiprocessors / programs
-
-
-def predicted_s(launch: Launch, arch: str, code: Code) -> tuple[float, str]:
-    """Seconds of a launch by MODEL, and the unit that limits it."""
-    architecture = ARCHITECTURES[arch]
-    flop, exponentials = work_of(launch)
-    if code.products and not flop:
+def predicted(launch: Launch, arch: str, code: Code) -> Spent:
+    """A launch with 16-bit products. Raises ValueError for a kernel whose products are not known."""
+    part, warps, work = PARTS[arch], launch.arguments["num_warps"], work_of(launch)
+    if code.products and not work.flop:
         raise ValueError(f"{launch.name} has products: work_of must know how many")
-    halves = [t.dtype for t in tree_leaves(launch.arguments) if isinstance(t, torch.Tensor) and t.dtype.itemsize == 2]
-    rate = product_rate(architecture, (halves or [torch.float32])[0], launch.arguments["S"].PRECISION)
-    units = {
-        "products": flop / (KERNEL_SHARE * rate),
-        "exponentials": exponentials / architecture.special_s,
-        "memory": launch.bytes / (MEMORY_SHARE * architecture.bytes_s),
-    }
-    limit = max(units, key=units.get)
-    seconds = units[limit]
-    if limit != "memory":
-        warps = launch.arguments["num_warps"]
-        resident = resident_programs(code, architecture, arch, warps)
-        seconds *= stretch(launch.programs, architecture.multiprocessors, resident, warps)
-    return seconds + LAUNCH_S, limit
+    clocks, moved = program_clocks(code, part, warps, work.flop / launch.programs, work.passes)
+    resident = max(1, resident_programs(code, ARCHITECTURES[arch], arch, warps))
+    return spend(
+        part, launch.programs, clocks, resident, work.flop, launch.bytes_but(code.unread), moved * launch.programs
+    )
 
 
-def predicted_torch_s(call: TorchCall, arch: str, precision: str) -> tuple[float, str]:
-    """The same of a call of torch; precision: torch.get_float32_matmul_precision()."""
-    architecture = ARCHITECTURES[arch]
-    exact = precision == "highest" or "tf32" not in architecture.flop_s  # torch has no other float32 product on AMD
-    rate = product_rate(architecture, call.dtype, "ieee" if exact else "tf32")
-    units = {
-        "products": call.flop / (LIBRARY_SHARE * rate),
-        "memory": call.bytes / (MEMORY_SHARE * architecture.bytes_s),
-    }
-    limit = max(units, key=units.get)
-    return units[limit] + LAUNCH_S, limit
+def product_rate(flop_s: dict[str, float], dtype: torch.dtype, precision: str) -> float:
+    """FLOP per second of a library's products; precision: torch.get_float32_matmul_precision()."""
+    return flop_s["bfloat16" if dtype.itemsize == 2 else "float32" if precision == "highest" else "tf32"]
 
 
-def limit_s(load: Workload, mode: str, arch: str, dtype: torch.dtype, precision: str) -> float:
+def predicted_torch(call: TorchCall, arch: str, precision: str) -> Spent:
+    part = PARTS[arch]
+    products = call.flop / (LIBRARY_SHARE * product_rate(part.flop_s, call.dtype, precision))
+    seconds = max(products, call.bytes / (MEMORY_SHARE * part.bytes_s))
+    return Spent(torch=seconds, launches=call.launches * LAUNCH_S)
+
+
+def limit_s(load: Workload, mode: str, arch: str) -> float:
     """The limit that a score is measured by: the floor's FLOP at a library's share of the published rate."""
-    own = "ieee" if precision == "highest" else "bf16x3" if arch.startswith("gfx") else "tf32"
-    return floor_flop(load, mode) / (LIBRARY_SHARE * product_rate(ARCHITECTURES[arch], dtype, own))
+    return floor_flop(load, mode) / (LIBRARY_SHARE * PARTS[arch].flop_s["bfloat16"])

@@ -66,10 +66,10 @@ def element_dtype(dtype: torch.dtype, embed_dim: int, num_heads: int) -> torch.d
 
 
 @dataclass
-class Kept:
+class Saved:
     """What the forward pass leaves for the backward pass: all, or nothing where RADA_SAVE_BYTES (512 MiB) has no room.
 
-    Scores are always computed again: that takes less time than fresh memory for what would be kept of them.
+    Scores are always computed again: that takes less time than fresh memory for what would be saved of them.
     """
 
     query_image: Tensor  # [B, D]
@@ -77,43 +77,43 @@ class Kept:
     query_rational: Tensor  # [B, K, D]
     key: Tensor  # [B, K, D]
     value: Tensor  # [B, K, D]
-    attended: Tensor  # [B, K, D]
     change: Tensor  # [B, K, D] M - 1
-    references: Tensor  # [2, B·H] the reference q·k of the exponentials, text and rational kind
+    attended: Tensor  # [B, K, D]
+    shifts: Tensor  # [2, B·H] what is subtracted from q·k before it is exponentiated, text and rational kind
 
     def tensors(self) -> list[Tensor]:
         return list(vars(self).values())
 
 
-def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool) -> Kept:
-    """Uninitialised tensors for what a call keeps, from shapes alone."""
+def empty_saved(image: Tensor, text: Tensor, options: Options, save: bool) -> list[Tensor]:
+    """Uninitialised tensors for what a call saves, from shapes alone."""
     (batch, width), classes, heads = image.shape, text.shape[0], options.num_heads
     element = element_dtype(image.dtype, width, heads)
     rational = "rational" in options.queries
     row_bytes = batch * classes * width * (4 + rational) * element.itemsize
-    keep = save and row_bytes <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
+    save = save and row_bytes <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
 
     def empty(in_use, *shape, dtype=element):
-        return image.new_empty(shape if keep and in_use else 0, dtype=dtype)
+        return image.new_empty(shape if save and in_use else 0, dtype=dtype)
 
     row_shape = (batch, classes, width)
-    return Kept(
+    return Saved(
         query_image=empty("image" in options.queries, batch, width),
         query_text=empty("text" in options.queries, classes, width),
         query_rational=empty(rational, *row_shape),
         key=empty(True, *row_shape),
         value=empty(True, *row_shape),
-        attended=empty(True, *row_shape),
         change=empty(True, *row_shape),
-        references=empty(True, 2, batch * heads, dtype=torch.float32),
-    )
+        attended=empty(True, *row_shape),
+        shifts=empty(True, 2, batch * heads, dtype=torch.float32),
+    ).tensors()
 
 
-def operator_arguments(image: Tensor, text: Tensor, params: Params, options: Options, kept: list[Tensor]) -> tuple:
+def operator_arguments(image: Tensor, text: Tensor, params: Params, options: Options, saved: list[Tensor]) -> tuple:
     """What both operators take first. They convert on threads of their own: torch's would be missing after a fork."""
     queries = sum(1 << QUERIES.index(name) for name in options.queries)
     return (
-        image, text, params.layers, kept, options.num_heads, params.scale.item(),
+        image, text, params.layers, saved, options.num_heads, params.scale.item(),
         options.score_factor(image.shape[1]), options.normalize, queries, PENALTIES.index(options.penalty),
         budget("RADA_TILE_BYTES", SCORE_BYTES),
     )  # fmt: skip
@@ -122,36 +122,30 @@ def operator_arguments(image: Tensor, text: Tensor, params: Params, options: Opt
 def forward(
     image: Tensor, text: Tensor, params: Params, options: Options, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Masked sums [B, K], each image's statistic of |M - 1| [B], and what the backward pass starts from."""
-    kept = empty_kept(image, text, options, save).tensors()
+    """Masked sums [B, K], each image's deviation |M - 1| [B], and what the backward pass starts from."""
+    saved = empty_saved(image, text, options, save)
     sums = image.new_empty(len(image), len(text), dtype=torch.float32)
     deviation = image.new_empty(len(image), dtype=torch.float32)
-    torch.ops.rada_cpu.forward(*operator_arguments(image, text, params, options, kept), sums, deviation)
-    return sums, deviation, kept
+    torch.ops.rada_cpu.forward(*operator_arguments(image, text, params, options, saved), sums, deviation)
+    return sums, deviation, saved
 
 
 def attended_rows(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
     """The attended rows O [B, K, D] in the dtype of the features."""
     (batch, width), classes = image.shape, text.shape[0]
-    kept = empty_kept(image, text, options, save=False)
-    kept.attended = kept.attended.new_empty(batch, classes, width)
-    nothing = kept.references  # neither sums nor deviation
+    saved = Saved(*empty_saved(image, text, options, save=False))
+    saved.attended = saved.attended.new_empty(batch, classes, width)
+    nothing = saved.shifts  # neither sums nor deviation
     torch.ops.rada_cpu.forward(
-        *operator_arguments(image, text, params, options, kept.tensors()), nothing, nothing.clone()
+        *operator_arguments(image, text, params, options, saved.tensors()), nothing, nothing.clone()
     )
-    return kept.attended.to(image.dtype)
+    return saved.attended.to(image.dtype)
 
 
 def backward(
-    grad_sums: Tensor,  # [B, K]
-    grad_deviation: Tensor | None,  # [B]
-    image: Tensor,
-    text: Tensor,
-    params: Params,
-    kept: list[Tensor],
-    options: Options,
-    wanted: Wanted,
-) -> list[Tensor]:
+    grad_sums: Tensor, grad_deviation: Tensor | None, image: Tensor, text: Tensor, params: Params,
+    saved: list[Tensor], options: Options, wanted: Wanted,
+) -> list[Tensor]:  # fmt: skip
     """The gradients that are wanted, in this order: image, text, the twelve layer tensors."""
 
     def gradient(of: Tensor, wanted: bool) -> Tensor:
@@ -162,9 +156,9 @@ def backward(
     layers = [gradient(layer, wanted.layers) for layer in params.layers]
     deviation = grad_sums.new_empty(0) if grad_deviation is None else grad_deviation
     torch.ops.rada_cpu.backward(
-        *operator_arguments(image, text, params, options, kept), grad_sums, deviation, layers, grad_image, grad_text
+        *operator_arguments(image, text, params, options, saved), grad_sums, deviation, layers, grad_image, grad_text
     )
     return [grad_image] * wanted.image + [grad_text] * wanted.text + layers * wanted.layers
 
 
-masked_similarity, attended_rows = ops.register("cpu", forward, backward, empty_kept, attended_rows)
+masked_similarity, attended_rows = ops.register("cpu", forward, backward, empty_saved, attended_rows)

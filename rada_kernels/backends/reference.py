@@ -28,7 +28,7 @@ def mask(image: Tensor, text: Tensor, params: Params, options: Options) -> Tenso
 
 
 def masked_similarity(image: Tensor, text: Tensor, params: Params, options: Options) -> tuple[Tensor, Tensor]:
-    """Σ_d M R [B, K] and each image's statistic of |M - 1| [B], both in the accumulation dtype."""
+    """Σ_d M R [B, K] and each image's deviation |M - 1| [B], both in the accumulation dtype."""
     f, h = _features(image, text, options)
     m = _mask(f, h, params, options)
     return masked_sums(m, f, h), deviation_from_one(m, options.penalty)

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from rada_kernels import ops
-from rada_kernels.budget import SAVE_BYTES, budget
-from rada_kernels.logit_reduction.triton.state import Reduced
-from rada_kernels.mask_attention.config import direct_classes, forward_config
-from rada_kernels.mask_attention.triton.state import Attended
-from rada_kernels.numerics import unit_rows_backward
+from rada_kernels.budget import MIB, SAVE_BYTES, budget
+from rada_kernels.mask_attention.config import forward_config
 from rada_kernels.options import Options, Params, Wanted
-from rada_kernels.rational_projection.triton.state import Projections
+from rada_kernels.triton_common.call import Call, Shapes
 from rada_kernels.triton_common.device import Device, gpu
+from rada_kernels.triton_common.state import Attended, Projections, Reduced
 from rada_kernels.triton_common.target import Target, target_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HEAD_WIDTHS = (16, 32, 48, 64, 80, 96, 128)
-MAX_WIDTH, MAX_HEADS = 1536, 32
+MAX_HEAD_WIDTH, MAX_HEADS = 256, 32
+# What is not saved is computed in chunks of images that would save so many bytes; a backward pass takes about thrice
+# that. 100 images of 1000 classes of width 512 in 16 bits: 100,000 rows, programs for every multiprocessor.
+CHUNK_BYTES = 512 * MIB
 OLDEST = (8, 0)  # compute capability: bfloat16 tensor cores and asynchronous copies
 
 STATUS = "compiled for, verified by interpreter, not yet run on hardware"
@@ -54,12 +54,10 @@ def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: 
         )
     if dtype not in DTYPES:
         return False, f"dtype {dtype}: it takes one of {', '.join(map(str, DTYPES))}"
-    if embed_dim > MAX_WIDTH:
-        return False, f"embed_dim {embed_dim}: it takes at most {MAX_WIDTH}"
     if num_heads > MAX_HEADS:
         return False, f"num_heads {num_heads}: it takes at most {MAX_HEADS}"
-    if embed_dim % num_heads or embed_dim // num_heads not in HEAD_WIDTHS:
-        return False, f"head width {embed_dim / num_heads:g}: it takes one of {', '.join(map(str, HEAD_WIDTHS))}"
+    if embed_dim % num_heads or embed_dim // num_heads > MAX_HEAD_WIDTH:
+        return False, f"head width {embed_dim / num_heads:g}: it takes a whole number up to {MAX_HEAD_WIDTH}"
     return True, f"Triton kernels, {STATUS}" if device.type == "cuda" else "Triton kernels, interpreted"
 
 
@@ -76,62 +74,83 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class Kept(NamedTuple):
-    """What the first two steps leave for the backward pass; nothing where the byte budget had no room."""
+class Saved(NamedTuple):
+    """What the first two steps leave for the backward pass."""
 
-    projected: Projections | None = None
-    attended: Attended | None = None
+    projected: Projections
+    attended: Attended
 
     def tensors(self) -> list[Tensor]:
         """As an operator returns them: without `largest`, which is given out, and results must not share memory."""
-        return [*self.projected[:-1], *self.attended[:-1]] if self.projected and self.attended else []
+        return [*self.projected[:-1], *self.attended[:-1]]
 
     @staticmethod
-    def of(tensors: list[Tensor], tile: int | None) -> Kept:
+    def of(tensors: list[Tensor], tile: int) -> Saved:
         fields = len(Projections._fields) - 1
-        return Kept(Projections._make((*tensors[:fields], None)), Attended._make((*tensors[fields:], tile)))
+        return Saved(Projections._make((*tensors[:fields], None)), Attended._make((*tensors[fields:], tile)))
 
 
-def empty_kept(image: Tensor, text: Tensor, options: Options, save: bool, target: Target | None = None) -> Kept:
-    """Uninitialised tensors for what a call keeps, from shapes alone: everything, or nothing beyond RADA_SAVE_BYTES."""
+def empty_saved(
+    image: Tensor, text: Tensor, options: Options, save: bool, target: Target | None = None
+) -> list[Tensor]:
+    """Uninitialised tensors for what a call saves, from shapes alone: everything, or nothing beyond RADA_SAVE_BYTES."""
     classes = text.shape[0]  # len would fix a symbolic K
     if not (save and _fits_budget(image, classes, options)):
-        return Kept()
-    return Kept(
-        Projections.empty(image, text, options, save=True),
-        Attended.empty(image, classes, options, *_form(image, classes, options, target or target_of(image))),
-    )
+        return []
+    tile = _row_tile(image, classes, options, target or target_of(image))
+    return Saved(
+        Projections.empty(image, text, options, save=True), Attended.empty(image, classes, options, tile)
+    ).tensors()
 
 
-def _form(image: Tensor, classes: int, options: Options, target: Target) -> tuple[bool, int]:
-    """Whether the attention's direct form serves a call, and the row tile."""
-    direct, config = forward_config(target, image.dtype, classes, _head_width(image, options))
-    return direct, config.BM
+def _row_tile(image: Tensor, classes: int, options: Options, target: Target) -> int:
+    width = int(image.shape[-1])  # a symbolic width is fixed: the layers have it
+    shapes = Shapes.of(options, width, image.dtype, target.device, torch.get_float32_matmul_precision())
+    return forward_config(target, shapes, classes).BM
 
 
-def _head_width(image: Tensor, options: Options) -> int:
-    return int(image.shape[-1]) // options.num_heads  # a symbolic width is fixed: the layers have it
+def _bytes_of(image: Tensor, classes: int, options: Options) -> int:
+    """What the forward pass of these images saves."""
+    kinds = len(options.queries) - ("image" in options.queries)
+    row_tensors = 2 + ("rational" in options.queries) + kinds
+    return row_tensors * classes * image.numel() * image.dtype.itemsize
 
 
 def _fits_budget(image: Tensor, classes: int, options: Options) -> bool:
-    direct = classes <= direct_classes(image.dtype, _head_width(image, options))
-    kinds = len(options.queries) - ("image" in options.queries)
-    row_tensors = 2 + ("rational" in options.queries) + (1 if direct else kinds)
-    return row_tensors * classes * image.numel() * image.dtype.itemsize <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
+    return _bytes_of(image, classes, options) <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
 
 
-def _run(
-    image: Tensor, text: Tensor, params: Params, options: Options, save: bool, target: Target
-) -> tuple[Reduced, Kept]:
-    """The three steps."""
-    from rada_kernels.logit_reduction.triton.forward import logit_reduction_fwd
+def _chunks(call: Call) -> list[slice]:
+    """Images at a time: as many as CHUNK_BYTES have room for."""
+    batch, classes, _ = call.sizes
+    images = max(1, CHUNK_BYTES // _bytes_of(call.image[:1], classes, call.options))
+    return [slice(start, start + images) for start in range(0, batch, images)]
+
+
+def _call(image: Tensor, text: Tensor, params: Params, options: Options, target: Target | None) -> Call:
+    layers = [layer.contiguous() for layer in params.layers]
+    params = Params._make((*layers, params.scale.to(torch.float32), None))
+    return Call(image.contiguous(), text.contiguous(), params, options, target or target_of(image))
+
+
+def _on_device(tensor: Tensor):
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _attend(call: Call, save: bool) -> Saved:
     from rada_kernels.mask_attention.triton.forward import mask_attention_fwd
     from rada_kernels.rational_projection.triton.forward import rational_projection_fwd
 
-    projected = rational_projection_fwd(image, text, params, options, save=save, target=target)
-    attended = mask_attention_fwd(projected, options, target=target)
-    reduced = logit_reduction_fwd(attended, projected, image, text, params, options, target=target)
-    return reduced, Kept(projected, attended)
+    projected = rational_projection_fwd(call, save=save)
+    return Saved(projected, mask_attention_fwd(call, projected))
+
+
+def _forward(call: Call, save: bool) -> tuple[Reduced, Saved]:
+    from rada_kernels.logit_reduction.triton.forward import logit_reduction_fwd
+
+    saved = _attend(call, save)
+    return logit_reduction_fwd(call, *saved), saved
 
 
 def forward(
@@ -141,124 +160,83 @@ def forward(
 
     target: where to launch; None: the tensors' own device.
     """
-    if not len(image):
-        sums = image.new_empty(0, len(text), dtype=torch.float32)
-        return sums, sums.new_empty(0), empty_kept(image, text, options, save).tensors()
-    image, text, params = _contiguous(image, text, params)
-    save = save and _fits_budget(image, len(text), options)
+    if image.shape[0] == 0:
+        sums = image.new_empty(0, text.shape[0], dtype=torch.float32)
+        return sums, sums.new_empty(0), empty_saved(image, text, options, save)
+    save = save and _fits_budget(image, text.shape[0], options)
+    call = _call(image, text, params, options, target)
     with _on_device(image):
-        reduced, kept = _run(image, text, params, options, save, target or target_of(image))
-    return *reduced, kept.tensors() if save else []
+        if save:
+            reduced, saved = _forward(call, save)
+            return *reduced, saved.tensors()
+        chunks = [_forward(call.of_images(b), save)[0] for b in _chunks(call)]
+    sums, deviation = chunks[0] if len(chunks) == 1 else map(torch.cat, zip(*chunks, strict=True))
+    return sums, deviation, []
 
 
 def attended_rows(
     image: Tensor, text: Tensor, params: Params, options: Options, target: Target | None = None
 ) -> Tensor:
     """The attended rows O [B, K, D] in the dtype of the features."""
-    from rada_kernels.mask_attention.triton.forward import mask_attention_fwd
-    from rada_kernels.rational_projection.triton.forward import rational_projection_fwd
+    from rada_kernels.mask_attention.triton.forward import combine_rows
 
-    if not len(image):
-        return image.new_empty(0, len(text), image.shape[1])
-    image, text, params = _contiguous(image, text, params)
-    target = target or target_of(image)
+    if image.shape[0] == 0:
+        return image.new_empty(0, text.shape[0], image.shape[1])
+    call = _call(image, text, params, options, target)
     with _on_device(image):
-        projected = rational_projection_fwd(image, text, params, options, save=False, target=target)
-        return mask_attention_fwd(projected, options, target=target).combine(options).to(image.dtype)
-
-
-def _contiguous(image: Tensor, text: Tensor, params: Params) -> tuple[Tensor, Tensor, Params]:
-    layers = [layer.contiguous() for layer in params.layers]
-    return image.contiguous(), text.contiguous(), Params._make((*layers, params.scale.to(torch.float32), None))
-
-
-def _on_device(tensor: Tensor):
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+        chunks = [call.of_images(b) for b in _chunks(call)]
+        return torch.cat([combine_rows(chunk, _attend(chunk, save=False).attended) for chunk in chunks])
 
 
 def backward(
-    grad_sums: Tensor,  # [B, K]
-    grad_deviation: Tensor | None,  # [B]
-    image: Tensor,
-    text: Tensor,
-    params: Params,
-    kept: list[Tensor],
-    options: Options,
-    wanted: Wanted,
-    target: Target | None = None,
-) -> list[Tensor]:
+    grad_sums: Tensor, grad_deviation: Tensor | None, image: Tensor, text: Tensor, params: Params,
+    saved: list[Tensor], options: Options, wanted: Wanted, target: Target | None = None,
+) -> list[Tensor]:  # fmt: skip
     """The gradients that are wanted, in this order: image, text, the twelve layer tensors."""
-    if not len(image):
-        return [torch.zeros_like(tensor) for tensor in _differentiated(image, text, params, wanted)]
-    image, text, params = _contiguous(image, text, params)
-    target = target or target_of(image)
+    of = [image] * wanted.image + [text] * wanted.text + params.layers * wanted.layers
+    if image.shape[0] == 0:
+        return [torch.zeros_like(tensor) for tensor in of]
+    grad_sums = grad_sums.contiguous()
+    if grad_deviation is not None:
+        grad_deviation = grad_deviation.contiguous()
     with _on_device(image):
-        if kept:
-            state = Kept.of(kept, _form(image, len(text), options, target)[1])
+        call = _call(image, text, params, options, target)
+        if saved:
+            state = Saved.of(saved, _row_tile(image, text.shape[0], options, call.target))
+            grads = _backward(call, state, grad_sums, grad_deviation, wanted)
         else:
-            state = _run(image, text, params, options, True, target)[1]
-        grad_sums = grad_sums.contiguous()
-        if grad_deviation is not None:
-            grad_deviation = grad_deviation.contiguous()
-        return _backward(grad_sums, grad_deviation, image, text, params, state, options, wanted, target)
-
-
-def _differentiated(image: Tensor, text: Tensor, params: Params, wanted: Wanted) -> list[Tensor]:
-    return [image] * wanted.image + [text] * wanted.text + params.layers * wanted.layers
-
-
-def _backward(grad_sums, grad_deviation, image, text, params, kept, options, wanted, target) -> list[Tensor]:
-    from rada_kernels.logit_reduction.triton.backward import logit_reduction_bwd
-    from rada_kernels.mask_attention.triton.backward import mask_attention_bwd
-    from rada_kernels.rational_projection.triton.backward import (
-        rational_projection_bwd_features,
-        rational_projection_bwd_weights,
-    )
-
-    projected, attended = kept
-    call = image, text, params, options
-    inverse = projected.inverse_image, projected.inverse_text
-    reduction = logit_reduction_bwd(grad_sums, grad_deviation, attended, projected, *call, wanted, target=target)
-    grad_rows = (reduction.out.flatten(0, 1) @ params.out_weight).view_as(reduction.out)
-    attention = mask_attention_bwd(grad_rows, projected, attended, options, target=target)
-    # The queries of the feature rows: W (√s x / |x|) + c.
-    root = params.logit_scale.sqrt()
-    query_grads = {}
-    if "image" in options.queries:
-        query_grads["image"] = image, attention.query_image, inverse[0]
-    if "text" in options.queries:
-        query_grads["text"] = text, attention.query_text.sum(0, dtype=torch.float32), inverse[1]
-    grads = []
-    if wanted.image or wanted.text:
-        grad_units = rational_projection_bwd_features(
-            attention.projections, reduction.masked, image, text, params, projected, options, target=target
-        )
-        for on, kind, rows, grad, norm in zip(
-            (wanted.image, wanted.text), ("image", "text"), (image, text), grad_units, inverse, strict=True
-        ):
-            if not on:
-                continue
-            if kind in query_grads:
-                grad += root * (query_grads[kind][1] @ getattr(params, f"query_{kind}_weight").float())
-            grads.append(unit_rows_backward(grad, rows * norm[:, None], norm) if options.normalize else grad)
-    if wanted.layers:
-        weights, biases = rational_projection_bwd_weights(
-            attention.projections, image, text, params, projected, options, target=target
-        )
-        by_layer = dict(zip(("key", "value", "query_rational"), zip(weights, biases, strict=True), strict=False))
-        for kind, (rows, grad, norm) in query_grads.items():
-            by_layer[f"query_{kind}"] = grad.t() @ (rows * (root * norm)[:, None]), grad.sum(0)
-        by_layer["out"] = reduction.out.flatten(0, 1).t() @ reduction.rows.flatten(0, 1), reduction.out_bias
-        for name in ("query_image", "query_text", "query_rational", "key", "value", "out"):
-            if name in by_layer:
-                grads += by_layer[name]
-            else:  # a query kind that is not in use has no part in the logits
-                grads += [torch.zeros_like(getattr(params, f"{name}_{part}")) for part in ("weight", "bias")]
+            grads = _backward_in_chunks(call, grad_sums, grad_deviation, wanted)
     # Rounded in one launch, into memory of their own: an operator's results must not overlap.
-    rounded = [torch.empty_like(tensor) for tensor in _differentiated(image, text, params, wanted)]
+    rounded = [torch.empty_like(tensor) for tensor in of]
     torch._foreach_copy_(rounded, grads)
     return rounded
 
 
-masked_similarity, attended_rows = ops.register("triton", forward, backward, empty_kept, attended_rows)
+def _backward(
+    call: Call, saved: Saved, grad_sums: Tensor, grad_deviation: Tensor | None, wanted: Wanted
+) -> list[Tensor]:
+    from rada_kernels.logit_reduction.triton.backward import logit_reduction_bwd
+    from rada_kernels.mask_attention.triton.backward import mask_attention_bwd
+    from rada_kernels.rational_projection.triton.backward import rational_projection_bwd
+
+    reduction = logit_reduction_bwd(call, *saved, grad_sums, grad_deviation, wanted)
+    attention = mask_attention_bwd(call, *saved, reduction.attended)
+    projection = rational_projection_bwd(call, saved.projected, attention, reduction.masked, wanted)
+    grads = [grad for grad in (projection.image, projection.text) if grad is not None]
+    return grads + call.params.layer_grads(projection.layers | reduction.layers) if wanted.layers else grads
+
+
+def _backward_in_chunks(call: Call, grad_sums: Tensor, grad_deviation: Tensor | None, wanted: Wanted) -> list[Tensor]:
+    """With everything computed again, and summed in float32."""
+    of_images, total = [], None
+    for b in _chunks(call):
+        chunk = call.of_images(b)
+        deviation = None if grad_deviation is None else grad_deviation[b]
+        grads = _backward(chunk, _forward(chunk, save=True)[1], grad_sums[b], deviation, wanted)
+        if wanted.image:
+            of_images.append(grads.pop(0))
+        total = grads if total is None else [sum_ + grad for sum_, grad in zip(total, grads, strict=True)]
+    return [torch.cat(of_images)] * wanted.image + (total or [])
+
+
+masked_similarity, attended_rows = ops.register("triton", forward, backward, empty_saved, attended_rows)

@@ -3,8 +3,8 @@
 // A block of up to 32 rows times a panel of up to 32 columns fills the eight registers: four of sums, two of A, two of
 // B. Panels hold their words as the instruction takes them, and so do rows of A. Sums leave through memory.
 //
-// With RADA_TILE_MODEL the instructions are a plain C++ model, which any machine runs: tests/kernels/loops compares both, bit for
-// bit, with the definition.
+// With RADA_TILE_MODEL the instructions are a plain C++ model, which any machine runs: tests/kernels/loops compares
+// both, bit for bit, with the definition.
 #pragma once
 
 #include <cstdio>
@@ -172,7 +172,7 @@ struct Steps {
 template <int N>
 inline void start_block(const Steps& a, const word* b, const word* b_last, int64_t k) {
   const bool lower = block_rows_set > TILE;
-  auto step = [&](const word* left, int64_t ld, const word* right) __attribute__((always_inline)) {
+  auto step = [&](const word* left, int64_t ld, const word* right) RADA_LAMBDA {
     load_tile<LEFT_B>(right, N * TILE * sizeof(word));
     load_tile<UPPER_A>(left, ld * sizeof(word));
     multiply_tiles<SUM_00, UPPER_A, LEFT_B>();

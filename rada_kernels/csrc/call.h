@@ -6,11 +6,11 @@
 
 namespace rada {
 
-enum Layer { QUERY_IMAGE, QUERY_TEXT, QUERY_RATIONAL, KEY, VALUE, OUT, LAYERS };  // as in options.Params
+enum LayerIndex { QUERY_IMAGE, QUERY_TEXT, QUERY_RATIONAL, KEY, VALUE, OUT, LAYERS };  // as in options.Params
 enum Kind { TEXT_KIND, RATIONAL_KIND, KINDS };  // the query kinds with a row per class
 enum class Penalty { LINF, L1, MSE };
 
-constexpr int64_t SCORE_ROWS = 32;  // score rows per block: each block has a reference maximum of its own
+constexpr int64_t SCORE_ROWS = 32;  // score rows per block: each block has a shift of its own
 
 // Runs task(context, i, thread) for every i < tasks, on at most `threads` threads at once.
 struct Pool {
@@ -20,33 +20,40 @@ struct Pool {
 
 enum class Type { FLOAT, BFLOAT16, HALF };
 
-// A matrix as somebody else laid it out: strides in elements, at any address.
+// A matrix of any layout and alignment: strides in elements.
 struct Matrix {
   void* at;
   Type type;
   int64_t rows, columns, row_stride, column_stride;
 };
 
+// A linear layer. Elements, as in a call.
+struct Layer {
+  const void* weight;  // [D, D] elements; null for a query that is not in use
+  const void* bias;    // [D] elements
+  // Saved for the backward pass, or null: elements [B, D] of the image query, [K, D] of the text query, else [B, K, D];
+  // of OUT M - 1.
+  void* output;
+  float* grad_weight;  // [D, D]
+  float* grad_bias;    // [D]
+};
+
 // `element` arrays hold floats or bfloat16, as the loops were chosen. A null pointer: not in use or not wanted.
 struct Call {
+  bool backward;  // the gradients; what was not saved is computed first. Otherwise the forward pass
   int64_t images, classes, width, heads;
   float scale;
   double score_factor;
-  int64_t score_bytes;  // a thread's room for the scores of one image and head, in both kinds
+  int64_t score_bytes;  // room for the scores of one image and head, in both kinds
   Penalty penalty;
   bool normalize;
-  const void* image;           // [B, D] elements, features as given
-  const void* text;            // [K, D] elements
-  const void* weight[LAYERS];  // [D, D] elements; null for a query that is not in use
-  const void* bias[LAYERS];    // [D] elements
+  const void* image;  // [B, D] elements, features as given
+  const void* text;   // [K, D] elements
+  Layer layers[LAYERS];
 
-  // Kept for the backward pass, or null.
-  void* query_image;    // [B, D] elements
-  void* query_text;     // [K, D] elements
-  void* projection[3];  // [B, K, D] elements: QUERY_RATIONAL, KEY, VALUE
-  void* attended;       // [B, K, D] elements
-  void* change;         // [B, K, D] elements M - 1
-  float* references;    // [KINDS, B·H] the reference q·k of a pair's exponentials
+  // Saved for the backward pass as the layers' outputs, or null.
+  void* attended;  // [B, K, D] elements
+  float* shifts;   // [KINDS, B·H] what is subtracted from a unit's q·k before it is exponentiated
 
   float* sums;       // [B, K]; null: attended rows alone
   float* deviation;  // [B]
@@ -54,18 +61,14 @@ struct Call {
   // Backward only.
   const float* grad_sums;       // [B, K]
   const float* grad_deviation;  // [B]
-  float* grad_weight[LAYERS];   // [D, D]
-  float* grad_bias[LAYERS];     // [D]
   float* grad_image;            // [B, D]
   float* grad_text;             // [K, D]
 };
 
-// One instruction set's loops for one element type. Workspace sizes are in bytes; workspaces are aligned to 64.
+// One instruction set's loops for one element type. A workspace has the size that `bytes` gives and is aligned to 64.
 struct Loops {
-  size_t (*forward_bytes)(const Call&, const Pool&);
-  void (*forward)(const Call&, const Pool&, void* workspace);
-  size_t (*backward_bytes)(const Call&, const Pool&);
-  void (*backward)(const Call&, const Pool&, void* workspace);
+  size_t (*bytes)(const Call&, const Pool&);
+  void (*run)(const Call&, const Pool&, void* workspace);
   void (*convert)(const Matrix& to, const Matrix& from);  // of equal size
 };
 

@@ -1,7 +1,7 @@
 // Matrix products on register tiles of MR rows by up to NV vectors.
 //
-// A product C[m, n] = Σ_k A[m, k] B[k, n] reads A where it lies, one scalar at a time, and B from panels packed by
-// pack_rows or pack_columns, or, where A has too few rows to pay for the packing, where B lies (RowsOf,
+// A product C[m, n] = Σ_k A[m, k] B[k, n] reads A in place, one scalar at a time, and B from panels packed by
+// pack_rows or pack_columns, or, where A has too few rows to pay for the packing, in place (RowsOf,
 // multiply_in_place). The result never goes through memory here: each finished tile is handed to an epilogue.
 //
 // Operands are made of 32-bit words: a float, or two bfloat16 that are neighbours along k. So the same loops serve
@@ -51,7 +51,7 @@ struct Float {
     return v;
   }
   // Words of one column of A from rows k and k + 1 (the second one is not used).
-  static RADA_INLINE vec pair(vec v, vec) { return v; }
+  static RADA_INLINE vec column_words(vec v, vec) { return v; }
   // The first n words of a row of B.
   static RADA_INLINE vec words_first(const float* row, int64_t, int64_t n) { return load_first(row, n); }
   // Words of one row of B from rows k and k + 1 of a matrix (the second one is not used).
@@ -66,8 +66,8 @@ struct Bfloat16 {
   static constexpr int64_t per_word = 2;
   static constexpr bool coarse = true;
 
-  static RADA_INLINE vec multiply_add(word a, vec b, vec c) { return add_pair_products(a, b, c); }
-  static RADA_INLINE vec multiply_add(vec a, vec b, vec c) { return add_pair_products(a, b, c); }
+  static RADA_INLINE vec multiply_add(word a, vec b, vec c) { return add_dot_products(a, b, c); }
+  static RADA_INLINE vec multiply_add(vec a, vec b, vec c) { return add_dot_products(a, b, c); }
   static RADA_INLINE void put(uint16_t* p, vec v) { store(p, narrow(v)); }
   static RADA_INLINE void put_first(uint16_t* p, vec v, int64_t n) {
     if (n >= W) return put(p, v);
@@ -83,7 +83,9 @@ struct Bfloat16 {
     return widen(bits);
   }
   // Words of one column of A from rows k and k + 1.
-  static RADA_INLINE vec pair(vec v, vec next) { return (vec)(low_halves(narrow(v)) | (uvec)widen(narrow(next))); }
+  static RADA_INLINE vec column_words(vec v, vec next) {
+    return (vec)(low_halves(narrow(v)) | (uvec)widen(narrow(next)));
+  }
   // The first n words of a row of B from two neighbouring rows of a matrix.
   static RADA_INLINE vec words_first(const uint16_t* row, int64_t ld, int64_t n) {
     return (vec)((uvec)get_first(row, n) >> 16 | (uvec)get_first(row + ld, n));
@@ -149,11 +151,14 @@ RADA_INLINE void transpose(vec (&rows)[W]) {
   }
 }
 
-// B[k, n] = rows[n, k], packed: the transpose of a matrix of words, so k counts words and so does ld.
-inline void pack_columns(word* to, const word* rows, int64_t ld, int64_t k, int64_t n) {
+// B[k, n] = rows[n, k], packed: the transpose of a matrix of words, so k counts words and so does ld. Of `parts` of the
+// panels only one.
+inline void pack_columns(word* to, const word* rows, int64_t ld, int64_t k, int64_t n, int64_t part = 0,
+                         int64_t parts = 1) {
   const Panels panels(n);
-  for (int64_t p = 0; p < panels.count; p++) {
+  for (int64_t p = panels.count * part / parts; p < panels.count * (part + 1) / parts; p++) {
     const int64_t first = panels.first_column(p), stride = panels.vectors_of(p) * W;
+    word* panel = to + first * k;
     for (int64_t j = 0; j < stride; j += W) {
       const int64_t valid = smaller_of(W, n - first - j);
       const word* from = rows + (first + j) * ld;
@@ -165,10 +170,9 @@ inline void pack_columns(word* to, const word* rows, int64_t ld, int64_t k, int6
         transpose(block);
 #pragma GCC unroll 16
         for (int c = 0; c < W; c++)
-          if (c < count) store(to + (i + c) * stride + j, block[c]);
+          if (c < count) store(panel + (i + c) * stride + j, block[c]);
       }
     }
-    to += k * stride;
   }
 }
 
@@ -188,6 +192,15 @@ struct Tile {
   }
 };
 
+// An epilogue: f(row, column, vector) for every vector of a tile. `flatten`: f is inlined with all that it calls, since
+// no vector register survives a call, and the tile would stay in memory during the whole product.
+template <class F>
+RADA_INLINE auto for_each(const F& f) {
+  return [&](int64_t row, int64_t column, const auto& tile) RADA_LAMBDA {
+    tile.each([&](int r, int v, vec x) __attribute__((flatten, always_inline)) { f(row + r, column + v * W, x); });
+  };
+}
+
 // B in panels: one panel of N vectors.
 template <int N>
 struct Panel {
@@ -196,7 +209,7 @@ struct Panel {
   RADA_INLINE vec operator()(int64_t i, int v) const { return load(at + i * (N * W) + v * W); }
 };
 
-// B = rows of a matrix [k, columns], read where they lie.
+// B = rows of a matrix [k, columns], read in place.
 template <class P>
 struct RowsOf {
   const typename P::element* at;
@@ -244,7 +257,7 @@ RADA_INLINE void multiply_panels(int64_t m, int64_t k, const word* a, int64_t ld
                                  Epilogue&& epilogue) {
   for (int64_t p = 0; p < panels.count; p++) {
     const int64_t column = panels.first_column(p);
-    auto with = [&](auto n) __attribute__((always_inline)) {
+    auto with = [&](auto n) RADA_LAMBDA {
       multiply_panel<P, ROW_MAJOR, n()>(0, m, k, a, ld, b_at(column, n), column, epilogue);
     };
     switch (panels.vectors_of(p)) {
@@ -319,7 +332,7 @@ RADA_INLINE void multiply_on_tiles(int64_t m, int64_t k, const word* a, int64_t 
     const int64_t block = smaller_of(rows, TILE_ROWS), blocks = rows / block;
     const Steps left = ROW_MAJOR ? scratch.rows(a + first * ld, ld, rows, k) : scratch.columns(a + first, ld, rows, k);
     shape_tiles(block);
-    auto with = [&](auto n, int64_t panel, int64_t end) __attribute__((always_inline)) {
+    auto with = [&](auto n, int64_t panel, int64_t end) RADA_LAMBDA {
       constexpr int N = n();
       const int64_t turns = (end - panel) * blocks;
       const word *right = nullptr, *right_last = nullptr;
@@ -339,9 +352,9 @@ RADA_INLINE void multiply_on_tiles(int64_t m, int64_t k, const word* a, int64_t 
         if (turn < turns) store_block<N>(sums[(turn + 1) % 2]);
       }
     };
-    const int64_t pairs = panels.width == 2 ? panels.count : panels.wide;  // panels of two vectors: the first ones
-    with(std::integral_constant<int, 2>(), 0, pairs);
-    with(std::integral_constant<int, 1>(), pairs, panels.count);
+    const int64_t double_panels = panels.width == 2 ? panels.count : panels.wide;  // the first ones
+    with(std::integral_constant<int, 2>(), 0, double_panels);
+    with(std::integral_constant<int, 1>(), double_panels, panels.count);
   }
 }
 #endif
@@ -358,7 +371,7 @@ RADA_INLINE void multiply(int64_t m, int64_t k, const word* a, int64_t ld, const
 #endif
 }
 
-// C[m, columns first to end] = A rowsᵀ, rows [n, k] read where they lie: every element is a dot product along k, and
+// C[m, columns first to end] = A rowsᵀ, rows [n, k] read in place: every element is a dot product along k, and
 // W of them share the loads and one transpose. first is a multiple of W. Tiles of one row and one vector.
 template <class P, class Epilogue>
 RADA_INLINE void multiply_in_place(int64_t m, int64_t k, const word* a, int64_t ld, const word* rows, int64_t first,
@@ -372,7 +385,7 @@ RADA_INLINE void multiply_in_place(int64_t m, int64_t k, const word* a, int64_t 
         for (int r = 0; r < R; r++) left[r] = a + smaller_of(row + r, m - 1) * ld;
         for (int j = 0; j < C; j++) right[j] = rows + smaller_of(column + c + j, end - 1) * k;
         vec dots[W] = {};
-        auto step = [&](auto&& load_at) __attribute__((always_inline)) {
+        auto step = [&](auto&& load_at) RADA_LAMBDA {
           vec y[C];
 #pragma GCC unroll 4
           for (int j = 0; j < C; j++) y[j] = load_at(right[j]);
@@ -384,9 +397,8 @@ RADA_INLINE void multiply_in_place(int64_t m, int64_t k, const word* a, int64_t 
           }
         };
         int64_t i = 0;
-        for (; i + W <= k; i += W) step([=](const word* p) __attribute__((always_inline)) { return load(p + i); });
-        if (i < k)
-          step([=](const word* p) __attribute__((always_inline)) { return load_first((const float*)p + i, k - i); });
+        for (; i + W <= k; i += W) step([=](const word* p) RADA_LAMBDA { return load(p + i); });
+        if (i < k) step([=](const word* p) RADA_LAMBDA { return load_first((const float*)p + i, k - i); });
         transpose(dots);
         vec total{};
         for (int w = 0; w < W; w++) total += dots[w];

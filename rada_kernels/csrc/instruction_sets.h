@@ -17,6 +17,8 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "call.h"
@@ -63,6 +65,20 @@ inline std::string why_no_tiles() {
 }
 #endif
 
+#if defined(__aarch64__)
+inline bool has_bfloat16_products() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) & HWCAP2_BF16;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
+}
+#endif
+
 // The best one first; the last one runs wherever the build does. Asks for AMX's registers once.
 inline const std::vector<InstructionSet>& instruction_sets() {
 #define RADA_WITHOUT(feature) (__builtin_cpu_supports(feature) ? "" : "the processor has no " feature)
@@ -92,10 +108,8 @@ inline const std::vector<InstructionSet>& instruction_sets() {
         {"avx2", no_avx2, avx2::float_loops, nullptr},
 #endif
 #if defined(__aarch64__)
-#if defined(__linux__)
-        {"neon_bf16", getauxval(AT_HWCAP2) & HWCAP2_BF16 ? "" : "the processor has no bfloat16 dot products",
+        {"neon_bf16", has_bfloat16_products() ? "" : "the processor has no bfloat16 dot products",
          neon_bf16::float_loops, neon_bf16::bfloat16_loops},
-#endif
         {"neon", "", neon::float_loops, nullptr},
 #else
         {"generic", "", generic::float_loops, nullptr},

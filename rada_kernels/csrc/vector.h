@@ -14,6 +14,7 @@
 #endif
 
 #define RADA_INLINE inline __attribute__((always_inline))
+#define RADA_LAMBDA __attribute__((always_inline))  // after the parameters of a lambda
 
 namespace RADA_ISA {
 
@@ -22,8 +23,8 @@ namespace RADA_ISA {
 #define RADA_TILES
 #endif
 
-// While it lives, this thread takes subnormal operands for zero and makes zero of subnormal results; then as before.
-// The exponentials of a sharp softmax are full of them, and processors compute with them in microcode.
+// In scope, this thread reads subnormal operands as zero and flushes subnormal results to zero (DAZ, FTZ). A sharp
+// softmax has many subnormal exponentials, and processors compute with them in microcode.
 class SubnormalsAreZero {
  public:
 #if defined(__x86_64__)
@@ -48,7 +49,7 @@ class SubnormalsAreZero {
 };
 
 // W lanes; MR rows of a register tile with NV vectors in each: MR · NV accumulators and NV + 1 operands fit in the
-// 32 registers of AVX-512 and NEON, or in the 16 of the others. Two vectors are a pair of AMX's tiles.
+// 32 registers of AVX-512 and NEON, or in the 16 of the others. Two vectors are two of AMX's tiles.
 #if defined(__AVX512F__)
 constexpr int W = 16, MR = 8;
 #elif defined(RADA_TILE_MODEL)
@@ -138,7 +139,7 @@ RADA_INLINE vec shuffle(vec a, vec b, ivec from) {
 #endif
 }
 
-// All lanes combined by pairs: halves first. HALF is a constant, and so are the shuffles.
+// All lanes combined, half with half. HALF is a constant, and so are the shuffles.
 template <int HALF = W / 2, class F>
 RADA_INLINE float reduce(vec v, F&& combine) {
   if constexpr (HALF == 0) {
@@ -164,8 +165,8 @@ RADA_INLINE vec first_or(vec v, int64_t n, vec rest) {
 }
 RADA_INLINE vec keep_first(vec v, int64_t n) { return first_or(v, n, vec{}); }
 
-// 2^x; NaN stays NaN, 2^0 is 1. Results end at 2^-126 and 2^126 but on AVX-512, where larger ones go on to inf and smaller
-// ones are subnormal, which SubnormalsAreZero makes zero.
+// 2^x; NaN stays NaN, 2^0 is 1. Results end at 2^-126 and 2^126 but on AVX-512, where larger ones go on to inf and
+// smaller ones are subnormal, which SubnormalsAreZero makes zero.
 // A polynomial, minimax on [-1/2, 1/2]: of degree 5, to 2e-7 of the value, or of degree 3, to 2e-4, for what is
 // rounded to bfloat16 next.
 template <bool COARSE = false>
@@ -216,8 +217,8 @@ RADA_INLINE vec exp2(vec x) {
 typedef uint16_t half_vec __attribute__((vector_size(W * 2), may_alias));
 typedef uint16_t half_vec_at_any_address __attribute__((vector_size(W * 2), aligned(2), may_alias));
 
-// In each lane c plus the dot product of two pairs of bfloat16, the lane's of a and b; or a is one pair.
-RADA_INLINE vec add_pair_products(vec a, vec b, vec c) {
+// In each lane c plus the dot product of two bfloat16 of a with two of b; or a is one word for every lane.
+RADA_INLINE vec add_dot_products(vec a, vec b, vec c) {
 #if defined(__AVX512BF16__)
   return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 #elif defined(__aarch64__)
@@ -227,12 +228,12 @@ RADA_INLINE vec add_pair_products(vec a, vec b, vec c) {
   return c + (vec)(x & second) * (vec)(y & second) + (vec)(x << 16) * (vec)(y << 16);
 #endif
 }
-RADA_INLINE vec add_pair_products(float a, vec b, vec c) {
+RADA_INLINE vec add_dot_products(float a, vec b, vec c) {
 #if !defined(__aarch64__)
-  return add_pair_products(splat(a), b, c);
+  return add_dot_products(splat(a), b, c);
 #else
-  const float32x2_t pair = {a, 0};  // a plain load, where a copy to every lane would take a vector pipe
-  return (vec)vbfdotq_lane_f32((float32x4_t)c, (bfloat16x8_t)b, (bfloat16x4_t)pair, 0);
+  const float32x2_t two = {a, 0};  // a plain load, where a copy to every lane would take a vector pipe
+  return (vec)vbfdotq_lane_f32((float32x4_t)c, (bfloat16x8_t)b, (bfloat16x4_t)two, 0);
 #endif
 }
 

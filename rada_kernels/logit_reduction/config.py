@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
-from rada_kernels.triton_common.config import BLOCKS, GemmConfig, contracted_block, look_up
+from rada_kernels.triton_common.call import Shapes
+from rada_kernels.triton_common.config import GemmConfig, Table, contracted_block, look_up
 from rada_kernels.triton_common.target import Target
 
-# {family: {bits: ((BR, BC, BD, num_warps, num_stages) of few rows, of many)}}
+# {family: {bits: ((BR, BC, BD, num_warps, num_stages) of few classes, of many)}}
 # A pass over the columns forms the rows anew: as few passes as registers allow. Each warp of a row forms all of it on
 # NVIDIA: 8 warps as 2 x 4 do half of what 4 do.
 FORWARD = {
@@ -22,32 +21,21 @@ BACKWARD = {
     "cdna": {16: ((64, 64, 64, 4, 2), (64, 64, 64, 4, 2)), 32: ((64, 64, 32, 4, 2), (64, 64, 32, 4, 2))},
     "rdna": {16: ((32, 64, 32, 8, 1), (32, 64, 32, 8, 1))},
 }
-FEW_ROWS = 8192  # 128 tiles of 64 rows: fewer than a large device has multiprocessors
+# Of a batch of 32, 128 tiles of 64 rows: fewer than a large device has multiprocessors. B has no say: a last batch
+# must not compile anew.
+FEW_CLASSES = 256
 
 
-def reduction_config(
-    target: Target,
-    dtype: torch.dtype,
-    batch: int,
-    classes: int,
-    width: int,
-    head_width: int,
-    combined: bool,
-    backward: bool,
-) -> GemmConfig:
-    """combined: of rows that are the sum over all query kinds. Else contracted blocks end where a head does."""
-    many = batch * classes > FEW_ROWS
-    whole = width if combined else head_width
-    config = GemmConfig(*look_up(BACKWARD if backward else FORWARD, target.device, dtype)[many])
-    config = config.changed(BD=contracted_block(whole, config.BD))
-    kernel = "logit_reduction_bwd" if backward else "logit_reduction_fwd"
-    sizes = width, head_width, int(combined), int(many)
-    return target.config(kernel, dtype, sizes, config, BD=tuple(b for b in BLOCKS if whole % b == 0))
+def forward_config(target: Target, shapes: Shapes, classes: int) -> GemmConfig:
+    return _config("logit_reduction_fwd", FORWARD, target, shapes, classes)
 
 
-def tile_block(tiles: int, units: int) -> int:
-    """BT: row tiles of the attention whose statistics a program reads at a time, for `units` (image, head) at once.
+def backward_config(target: Target, shapes: Shapes, classes: int) -> GemmConfig:
+    return _config("logit_reduction_bwd", BACKWARD, target, shapes, classes)
 
-    At most 2048 numbers: 8 for each of 256 threads.
-    """
-    return max(1, min(1 << max(tiles - 1, 0).bit_length(), 2048 // units))
+
+def _config(kernel: str, table: Table, target: Target, shapes: Shapes, classes: int) -> GemmConfig:
+    many = classes > FEW_CLASSES
+    config = GemmConfig(*look_up(table, target.device, shapes.dtype)[many])
+    config = config.changed(BD=contracted_block(shapes.E, config.BD))
+    return target.config(kernel, shapes.dtype, (shapes.D, shapes.E, int(many)), config)

@@ -2,78 +2,73 @@
 #pragma once
 
 #include "../csrc/call.h"
+#include "../csrc/workspace.h"
 #include "../rational_projection/cpu.h"
 
 namespace RADA_ISA {
 
 using rada::Penalty;
 
-// Rows of a task that runs products against whole layers, at most. Tile registers finish so many that reading the
-// weight takes longer; more rows share it.
-#if defined(RADA_TILES)
-constexpr int64_t BLOCK_ROWS = 256;
-#else
-constexpr int64_t BLOCK_ROWS = 64;
-#endif
-
-// Attended rows [m, D] -> sums[m] = Σ_d M f h and statistic[m] (largest, sum or sum of squares of M - 1 over d), over
-// columns first to end. f[r], h[r]: the unit features of row r, whole vectors. change [m, D] receives M - 1 unless null.
+// Attended rows [m, D] -> sums[m] = Σ_d M f h and row_deviations[m] (largest, sum or sum of squares of |M - 1| over d),
+// over columns first to end. f[r], h[r]: the unit features of row r, whole vectors. change [m, D] receives M - 1, or is
+// null.
 template <class P>
-void reduce_logits(float* sums, float* statistic, typename P::element* change, const typename P::element* attended,
-                   int64_t m, int64_t width, const Layer<P>& layer, const float* const* f, const float* const* h,
+void reduce_logits(float* sums, float* row_deviations, typename P::element* change, const typename P::element* attended,
+                   int64_t m, int64_t width, const Linear<P>& layer, const float* const* f, const float* const* h,
                    Penalty penalty, int64_t first, int64_t end) {
-  vec totals[BLOCK_ROWS], peaks[BLOCK_ROWS];
-  for (int64_t r = 0; r < m; r++) totals[r] = peaks[r] = vec{};
-  apply<P>(layer, attended, m, width, first, end,
-           [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
-             tile.each([&](int r, int v, vec x) __attribute__((always_inline)) {
-               const int64_t d = column + v * W;
-               const vec out = x + load(layer.bias + d);
-               const vec diff = out < splat(-1.0f) ? splat(-1.0f) : out;  // NaN stays NaN
-               if (change) P::put_first(change + (row + r) * width + d, diff, width - d);
-               totals[row + r] += (diff + 1.0f) * (load(f[row + r] + d) * load(h[row + r] + d));
-               if (penalty == Penalty::LINF)
-                 peaks[row + r] = larger(magnitude(diff), peaks[row + r]);
-               else if (penalty == Penalty::L1)
-                 peaks[row + r] += magnitude(diff);
-               else
-                 peaks[row + r] += diff * diff;
-             });
-           });
+  vec totals[BLOCK_ROWS], deviations[BLOCK_ROWS];
+  for (int64_t r = 0; r < m; r++) totals[r] = deviations[r] = vec{};
+  apply<P>(layer, attended, m, width, first, end, for_each([&](int64_t r, int64_t d, vec x) {
+             const vec out = x + load(layer.bias + d);
+             const vec diff = out < splat(-1.0f) ? splat(-1.0f) : out;  // NaN stays NaN
+             if (change) P::put_first(change + r * width + d, diff, width - d);
+             totals[r] += (diff + 1.0f) * (load(f[r] + d) * load(h[r] + d));
+             if (penalty == Penalty::LINF)
+               deviations[r] = larger(magnitude(diff), deviations[r]);
+             else if (penalty == Penalty::L1)
+               deviations[r] += magnitude(diff);
+             else
+               deviations[r] += diff * diff;
+           }));
   for (int64_t r = 0; r < m; r++) {
     sums[r] = sum(totals[r]);
-    statistic[r] = penalty == Penalty::LINF ? largest(peaks[r]) : sum(peaks[r]);
+    row_deviations[r] = penalty == Penalty::LINF ? largest(deviations[r]) : sum(deviations[r]);
   }
 }
 
-// An image's statistic of |M - 1| from those of its rows. A NaN in the image's sums makes it NaN.
-inline float deviation_of(const float* sums, const float* statistic, int64_t classes, int64_t width, Penalty penalty) {
+// An image's deviation |M - 1| from those of its rows. A NaN in the image's sums makes it NaN.
+inline float deviation_of(const float* sums, const float* row_deviations, int64_t classes, int64_t width,
+                          Penalty penalty) {
   double result = 0, check = 0;
   for (int64_t k = 0; k < classes; k++) {
     check += sums[k] - sums[k];
     if (penalty == Penalty::LINF)
-      result = statistic[k] > result ? statistic[k] : result;
+      result = row_deviations[k] > result ? row_deviations[k] : result;
     else
-      result += statistic[k];
+      result += row_deviations[k];
   }
   return (float)((penalty == Penalty::LINF ? result : result / ((double)classes * width)) + check);
 }
 
-// The first place, k·D + d, of an image's largest |M - 1|.
+// The largest |M - 1| of a row.
 template <class P>
-int64_t first_peak(const typename P::element* change, int64_t classes, int64_t width) {
-  float peak = -1;
+float largest_change(const typename P::element* change, int64_t width) {
+  vec lanes{};
+  for (int64_t d = 0; d < width; d += W) lanes = larger(magnitude(P::get_first(change + d, width - d)), lanes);
+  return largest(lanes);
+}
+
+// The first place, k·D + d, of an image's largest |M - 1|, from the largest one of each row.
+template <class P>
+int64_t first_peak(const typename P::element* change, const float* row_largest, int64_t classes, int64_t width) {
+  float largest_seen = -1;
   int64_t best = 0;
-  for (int64_t k = 0; k < classes; k++) {
-    vec top{};
-    for (int64_t d = 0; d < width; d += W)
-      top = larger(magnitude(P::get_first(change + k * width + d, width - d)), top);
-    if (largest(top) > peak) peak = largest(top), best = k;
-  }
+  for (int64_t k = 0; k < classes; k++)
+    if (row_largest[k] > largest_seen) largest_seen = row_largest[k], best = k;
   for (int64_t d = 0; d < width; d += W) {
     const vec size = magnitude(P::get_first(change + best * width + d, width - d));
     for (int i = 0; i < W && d + i < width; i++)
-      if (size[i] == peak) return best * width + d + i;
+      if (size[i] == largest_seen) return best * width + d + i;
   }
   return 0;  // a NaN: there is no largest
 }

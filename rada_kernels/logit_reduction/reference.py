@@ -22,7 +22,7 @@ def masked_sums(mask: Tensor, f: Tensor, h: Tensor) -> Tensor:
 
 
 def deviation_from_one(mask: Tensor, penalty: str) -> Tensor:  # [B, K, D] -> [B]
-    """Each image's statistic of |M - 1|: largest ("linf"), mean ("l1") or mean of squares ("mse").
+    """Each image's deviation |M - 1|: largest ("linf"), mean ("l1") or mean of squares ("mse").
 
     The penalty is the mean over the images. The largest passes its gradient to the first element, in the order
     of (k, d), that attains it.

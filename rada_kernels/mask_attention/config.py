@@ -1,85 +1,103 @@
-"""Launch configurations of the mask attention, and which form serves K. Registers: bench/notes-triton.md."""
+"""Launch configurations of the mask attention. What registers they take: bench/notes-triton.md."""
 
 from __future__ import annotations
 
-import torch
-
-from rada_kernels.triton_common.config import AttentionConfig, look_up
+from rada_kernels.triton_common.call import Shapes
+from rada_kernels.triton_common.config import AttentionConfig, Table, look_up
 from rada_kernels.triton_common.target import Target
 
-# {family: {bits: ((BM, BN, num_warps, num_stages) up to E = 64, above)}}
+# {family: {bits: ((BM, BN, num_warps, num_stages) up to E = 64, up to 128, up to 256)}}
 # wgmma reads operands from shared memory: large blocks. mma and AMD's instructions hold them in registers.
 # float32 by multiply-adds, torch's default, spills kilobytes with 4 warps. The interpreter's time is numpy's calls:
 # large blocks.
-STREAMING_FWD = {
-    "wgmma": {16: ((64, 64, 4, 2), (64, 32, 4, 2)), 32: ((32, 16, 8, 2), (32, 16, 8, 1))},
-    "mma": {16: ((64, 32, 4, 2), (64, 32, 4, 2)), 32: ((32, 16, 8, 2), (32, 16, 8, 1))},
-    "cdna": {16: ((64, 64, 4, 1), (64, 32, 4, 1)), 32: ((64, 16, 4, 1), (32, 16, 4, 1))},
-    "rdna": {16: ((64, 16, 4, 1), (32, 16, 8, 1))},
-    "interpreter": {16: ((64, 64, 4, 1), (64, 64, 4, 1)), 32: ((64, 64, 4, 1), (64, 64, 4, 1))},
+FORWARD = {
+    "wgmma": {
+        16: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
+        32: ((32, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    "mma": {
+        16: ((64, 32, 4, 2), (64, 32, 4, 2), (16, 32, 8, 2)),
+        32: ((32, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    "cdna": {
+        16: ((64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
+        32: ((64, 16, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "rdna": {16: ((64, 16, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1))},
+    "interpreter": {16: ((64, 64, 4, 1),) * 3, 32: ((64, 64, 4, 1),) * 3},
 }
 # dO stays in registers with the queries and their gradients.
 QUERIES_BWD = {
-    "wgmma": {16: ((64, 64, 4, 2), (64, 32, 4, 2)), 32: ((32, 16, 8, 2), (32, 16, 8, 2))},
-    "mma": {16: ((64, 32, 4, 2), (64, 32, 4, 1)), 32: ((32, 16, 8, 2), (32, 16, 8, 2))},
-    "cdna": {16: ((64, 32, 4, 1), (64, 32, 4, 1)), 32: ((64, 16, 4, 1), (32, 16, 4, 1))},
-    "rdna": {16: ((32, 16, 4, 1), (16, 16, 4, 1))},
-    "interpreter": STREAMING_FWD["interpreter"],
+    "wgmma": {
+        16: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1)),
+        32: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
+    },
+    "mma": {
+        16: ((64, 32, 4, 2), (64, 32, 4, 1), (16, 32, 8, 1)),
+        32: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
+    },
+    "cdna": {
+        16: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+        32: ((64, 16, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "rdna": {16: ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1))},
+    "interpreter": FORWARD["interpreter"],
 }
 # BN classes stay, BM rows are loaded: two accumulators of BN x E, so few rows at a time.
 KEYS_BWD = {
-    "wgmma": {16: ((64, 64, 4, 2), (32, 64, 4, 1)), 32: ((16, 64, 4, 2), (16, 32, 8, 2))},
-    "mma": {16: ((32, 64, 4, 1), (16, 64, 4, 2)), 32: ((16, 64, 4, 2), (16, 32, 8, 2))},
-    "cdna": {16: ((32, 64, 4, 1), (32, 64, 4, 1)), 32: ((16, 64, 4, 1), (16, 16, 4, 1))},
-    "rdna": {16: ((16, 32, 4, 1), (16, 16, 4, 1))},
-    "interpreter": STREAMING_FWD["interpreter"],
+    "wgmma": {
+        16: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 8, 1)),
+        32: ((16, 64, 4, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+    },
+    "mma": {
+        16: ((32, 64, 4, 1), (16, 64, 4, 2), (16, 32, 8, 1)),
+        32: ((16, 64, 4, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+    },
+    "cdna": {
+        16: ((32, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),
+        32: ((16, 64, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "rdna": {16: ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1))},
+    "interpreter": FORWARD["interpreter"],
 }
-# Of the image query's row and what all rows share: BN classes at a time.
-JOINT_BWD = (AttentionConfig(16, 64, 4, 2), AttentionConfig(16, 32, 4, 2))
-
-# Up to so many classes one program holds all pairs of classes: {bits: (up to E = 64, above)}. With 64, five blocks of
-# pairs are alive backward: more than a thread's registers. In float32 each takes twice the registers.
-DIRECT_CLASSES = {16: (32, 16), 32: (32, 16)}
-# The backward pass chooses for itself in float32, whose δ never comes from the attended rows. With wide heads and 16
-# classes its blocks exceed the registers.
-DIRECT_BWD_CLASSES = {16: (32, 16), 32: (16, 0)}
 
 
-def direct_classes(dtype: torch.dtype, head_width: int) -> int:
-    """Largest K for the direct forward kernel. Not a matter of precision, which may change before the backward pass."""
-    return DIRECT_CLASSES[8 * dtype.itemsize][head_width > 64]
-
-
-def direct_bwd_classes(dtype: torch.dtype, head_width: int) -> int:
-    """Largest K for the direct backward kernel, at most that of the forward kernel."""
-    return DIRECT_BWD_CLASSES[8 * dtype.itemsize][head_width > 64]
-
-
-def forward_config(target: Target, dtype: torch.dtype, classes: int, head_width: int) -> tuple[bool, AttentionConfig]:
-    """Whether the direct form serves K, and the configuration of the form that does."""
-    if classes <= direct_classes(dtype, head_width):
-        return True, direct_config(target, "mask_attention_direct_fwd", classes, dtype, head_width)
+def forward_config(target: Target, shapes: Shapes, classes: int) -> AttentionConfig:
+    """BM is the row tile of the result."""
     many = bool(classes > 512)  # of a symbolic K: a guard
-    config = AttentionConfig(*look_up(STREAMING_FWD, target.device, dtype)[head_width > 64])
-    if many and head_width <= 64 and dtype.itemsize == 2 and target.device.family == "wgmma":
+    config = _look_up(FORWARD, target, shapes)
+    if many and shapes.E <= 64 and shapes.dtype.itemsize == 2 and target.device.family == "wgmma":
         # Twice the rows halve the reads of keys and values per product; with fewer classes there are too few programs.
         config = AttentionConfig(128, 64, 8, 2)
-    return False, target.config("mask_attention_streaming_fwd", dtype, (head_width, int(many)), config)
+    if shapes.E > 192 and target.device.family == "wgmma" and shapes.dtype.itemsize == 2:
+        config = config.changed(BM=config.BM // 2)  # BM x E numbers of two query kinds spill; a row tile is not fitted
+    # The image query's row is one more.
+    return _of_few("mask_attention_fwd", target, shapes, config, classes + shapes.IMAGE, int(many))
 
 
-def direct_config(target: Target, kernel: str, classes: int, dtype: torch.dtype, head_width: int) -> AttentionConfig:
-    """Blocks hold all K classes. 16 rows a warp, which one instruction takes; 4 warps where a row is wider."""
-    block = 16 if classes <= 16 else 32
-    large = dtype == torch.float32 or head_width > 64 or target.device.family == "rdna"
-    config = AttentionConfig(block, block, 4 if large else block // 16, 1)
-    return target.config(kernel, dtype, (block, head_width), config, BM=(block,), BN=(block,))
+def queries_bwd_config(target: Target, shapes: Shapes, classes: int) -> AttentionConfig:
+    return _of_few("mask_attention_bwd_queries", target, shapes, _look_up(QUERIES_BWD, target, shapes), classes)
 
 
-def queries_bwd_config(target: Target, dtype: torch.dtype, head_width: int) -> AttentionConfig:
-    config = AttentionConfig(*look_up(QUERIES_BWD, target.device, dtype)[head_width > 64])
-    return target.config("mask_attention_bwd_queries", dtype, (head_width,), config)
+def keys_bwd_config(target: Target, shapes: Shapes, classes: int) -> AttentionConfig:
+    return _of_few("mask_attention_bwd_keys", target, shapes, _look_up(KEYS_BWD, target, shapes), classes)
 
 
-def keys_bwd_config(target: Target, dtype: torch.dtype, head_width: int) -> AttentionConfig:
-    config = AttentionConfig(*look_up(KEYS_BWD, target.device, dtype)[head_width > 64])
-    return target.config("mask_attention_bwd_keys", dtype, (head_width,), config)
+def joint_bwd_config(shapes: Shapes) -> AttentionConfig:
+    """Of the image query's row and what all rows share: BN classes at a time."""
+    return AttentionConfig(16, 64 if shapes.E <= 64 else 32, 4 if shapes.E <= 128 else 8, 2)
+
+
+def _look_up(table: Table, target: Target, shapes: Shapes) -> AttentionConfig:
+    return AttentionConfig(*look_up(table, target.device, shapes.dtype)[(shapes.E > 64) + (shapes.E > 128)])
+
+
+def _of_few(
+    kernel: str, target: Target, shapes: Shapes, config: AttentionConfig, rows: int, many: int = 0
+) -> AttentionConfig:
+    """Blocks of 16 or 32 where so many rows are all there are, with 16 rows a warp: one instruction takes as many."""
+    few = 16 if rows <= 16 else 32 if rows <= 32 else 0
+    if few:
+        warps = min(config.num_warps, max(1, few // 16)) if shapes.dtype.itemsize == 2 and shapes.E <= 64 else 4
+        config = config.changed(BM=min(config.BM, few), BN=min(config.BN, few), num_warps=warps)
+    return target.config(kernel, shapes.dtype, (shapes.E, few or 64 << many), config)

@@ -1,7 +1,7 @@
 """The mask attention of the `torch` backend, in tiles of scores: no [B, H, K, K] tensor, whatever B, H and K are.
 
-A chunk has P = b·H (image, head) pairs; keys and values are [P, K, E]. The n matrix query kinds (text, rational) have
-a query row per class, the image query has one row.
+A chunk has U = b·H units, which are (image, head); keys and values are [U, K, E]. The n matrix query kinds (text,
+rational) have a query row per class, the image query has one row.
 """
 
 from __future__ import annotations
@@ -13,34 +13,26 @@ from torch import Tensor
 
 from rada_kernels.budget import Tiling
 from rada_kernels.numerics import accumulation_dtype
-
-
-class Queries(NamedTuple):
-    image: Tensor | None  # [P, 1, E]
-    matrix: list[Tensor]  # each [P, K, E]
-
-    @property
-    def kinds(self) -> int:
-        return len(self.matrix) + (self.image is not None)
+from rada_kernels.rational_projection.plain import Queries
 
 
 class Attended(NamedTuple):
     """Attended rows, and what the backward pass takes of their softmax."""
 
-    rows: Tensor  # [P, K, E]
-    m: Tensor  # [n, P] the maximum of a kind's scores over all pairs of classes
-    l: Tensor  # [n, P] the sum of exp(score - m)
-    by_kind: Tensor  # [n, P, K, E] each kind's rows where scores come in several row tiles, else [n, 0, K, E]
+    rows: Tensor  # [U, K, E]
+    m: Tensor  # [n, U] the maximum of a kind's scores
+    l: Tensor  # [n, U] the sum of exp(score - m)
+    by_kind: Tensor  # [n, U, K, E] each kind's rows where scores come in several row tiles, else [n, 0, K, E]
 
 
 class AttentionGradients(NamedTuple):
     queries: Queries
-    key: Tensor  # [P, K, E]
-    value: Tensor  # [P, K, E]
+    key: Tensor  # [U, K, E]
+    value: Tensor  # [U, K, E]
 
 
 def _scores(query: Tensor, key: Tensor, factor: float, offset: Tensor | None = None) -> Tensor:
-    """factor · query keyᵀ + offset in the accumulation dtype: [p, r, E], [p, K, E], [p, 1, 1] -> [p, r, K]."""
+    """factor · query keyᵀ + offset in the accumulation dtype: [u, r, E], [u, K, E], [u, 1, 1] -> [u, r, K]."""
     if query.dtype == accumulation_dtype(query.dtype):
         scores = query.new_empty(query.shape[0], query.shape[1], key.shape[1])
         start = scores if offset is None else offset.expand_as(scores)
@@ -58,28 +50,28 @@ def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def mask_attention(
     queries: Queries,
-    key: Tensor,  # [P, K, E]
-    value: Tensor,  # [P, K, E]
-    exponentials: Tensor,  # [n, P, K, K] to be filled with exp(score - m), or with P = 0
+    key: Tensor,  # [U, K, E]
+    value: Tensor,  # [U, K, E]
+    exponentials: Tensor,  # [n, U, K, K] to be filled with exp(score - m), or with U = 0
     factor: float,
     tiling: Tiling,
 ) -> Attended:
     """Joint-softmax attention, averaged over the query kinds.
 
-    One maximum per tile is enough: a pair of classes that underflows against it has no weight in the joint softmax.
-    Where one tile holds all rows of a pair, the weights of both kinds are added before one value product. Where the
+    One maximum per tile is enough: a score that underflows against it has no weight in the joint softmax.
+    Where one tile holds all rows of a unit, the weights of both kinds are added before one value product. Where the
     rows come in several tiles, each tile is softmax attention of its own, weighted at the end by its share of the sum.
     """
-    pairs, classes, _ = key.shape
+    units, classes, _ = key.shape
     whole = tiling.rows >= classes
-    m = key.new_empty(len(queries.matrix), pairs, dtype=accumulation_dtype(key.dtype))
+    m = key.new_empty(len(queries.matrix), units, dtype=accumulation_dtype(key.dtype))
     l = torch.empty_like(m)
-    by_kind = key.new_empty(len(queries.matrix), 0 if whole else pairs, *key.shape[1:])
+    by_kind = key.new_empty(len(queries.matrix), 0 if whole else units, *key.shape[1:])
     if not queries.matrix:
         rows = torch.zeros_like(key)
     elif whole:
         rows = torch.empty_like(key)
-        for p, _ in tiling.tiles(pairs, classes):
+        for p, _ in tiling.tiles(units, classes):
             mixed: Tensor | None = None
             for n, query in enumerate(queries.matrix):
                 exps, m[n, p], l[n, p] = _exponentials(_scores(query[p], key[p], factor))
@@ -90,9 +82,9 @@ def mask_attention(
             rows[p] = torch.bmm(cast(Tensor, mixed).to(value.dtype), value[p]).div_(queries.kinds)
     else:
         for n, query in enumerate(queries.matrix):
-            # Each row tile's maximum and sum for all pairs, in the order of the row tiles: [tiles, P].
-            tile_m, tile_l = (key.new_empty(-(-classes // tiling.rows), pairs, dtype=m.dtype) for _ in range(2))
-            for p, r in tiling.tiles(pairs, classes):
+            # Each row tile's maximum and sum for all units, in the order of the row tiles: [tiles, U].
+            tile_m, tile_l = (key.new_empty(-(-classes // tiling.rows), units, dtype=m.dtype) for _ in range(2))
+            for p, r in tiling.tiles(units, classes):
                 t = r.start // tiling.rows
                 exps, tile_m[t, p], tile_l[t, p] = _exponentials(_scores(query[p, r], key[p], factor))
                 rows = torch.bmm(exps.to(value.dtype), value[p]) / tile_l[t, p, None, None]
@@ -100,11 +92,11 @@ def mask_attention(
             m[n] = tile_m.amax(0)
             tile_l *= (tile_m - m[n]).exp()
             l[n] = tile_l.sum(0)
-            for p, r in tiling.tiles(pairs, classes):
+            for p, r in tiling.tiles(units, classes):
                 by_kind[n, p, r] *= tile_l[r.start // tiling.rows, p, None, None] * _share(classes, l[n, p])
         rows = by_kind.sum(0).div_(queries.kinds)
     if queries.image is not None:
-        row = image_row_weights(queries.image, key, factor).to(value.dtype) @ value  # [P, 1, E]
+        row = image_row_weights(queries.image, key, factor).to(value.dtype) @ value  # [U, 1, E]
         rows += row / queries.kinds
     return Attended(rows, m, l, by_kind)
 
@@ -115,17 +107,17 @@ def _share(classes: int, l: Tensor) -> Tensor:
 
 
 def image_row_weights(image_query: Tensor, key: Tensor, factor: float) -> Tensor:
-    """The one row [P, 1, K] of A_image: its scores are the same for every class row, so K · (1/K) cancels."""
+    """The one row [U, 1, K] of A_image: its scores are the same for every class row, so K · (1/K) cancels."""
     return _scores(image_query, key, factor).softmax(-1)
 
 
 def mask_attention_backward(
-    grad_rows: Tensor,  # [P, K, E]
+    grad_rows: Tensor,  # [U, K, E]
     queries: Queries,
     key: Tensor,
     value: Tensor,
     attended: Attended,
-    exponentials: Tensor,  # [n, P, K, K], or with P = 0 where they were not kept
+    exponentials: Tensor,  # [n, U, K, K], or with U = 0 where they were not saved
     factor: float,
     tiling: Tiling,
 ) -> AttentionGradients:
@@ -134,7 +126,7 @@ def mask_attention_backward(
     A_n stays in two factors, exp(score - m) and K / l, so that delta_n is the mean of dP under the very weights that
     it is subtracted under: what should cancel in the sum over dS_n then does.
     """
-    pairs, classes, _ = key.shape
+    units, classes, _ = key.shape
     dtype = key.dtype
     _, m, l, by_kind = attended
     dO = grad_rows / queries.kinds
@@ -142,8 +134,8 @@ def mask_attention_backward(
     grad_queries = [torch.empty_like(query) for query in queries.matrix]
     delta = None
     if by_kind.numel():
-        delta = (by_kind * dO).sum((2, 3), dtype=m.dtype) / classes  # [n, P]
-    for p, r in tiling.tiles(pairs, classes) if queries.matrix else ():
+        delta = (by_kind * dO).sum((2, 3), dtype=m.dtype) / classes  # [n, U]
+    for p, r in tiling.tiles(units, classes) if queries.matrix else ():
         dP = _scores(dO[p, r], value[p], 1.0)  # [p, r, K]
         mixed = torch.zeros_like(dP)
         for n, query in enumerate(queries.matrix):
@@ -157,15 +149,19 @@ def mask_attention_backward(
                 delta_n = delta[n, p]
             share = _share(classes, l[n, p])
             mixed.addcmul_(exps, share)
-            dS = (dP - delta_n[:, None, None]).mul_(exps).to(dtype)  # without its factor
+            dS = (dP - delta_n[:, None, None]).mul_(exps)  # without its factor
+            if dtype == torch.float16:  # halfway between the range of dS and that of its sums
+                half = share.log2().div_(2).floor_().clamp_(max=0).exp2_()
+                dS, share = dS.mul_(half), share / half
+            dS = dS.to(dtype)
             share = (factor * share).to(dtype)
             grad_key[p].baddbmm_(dS.mT, query[p, r] * share)
             grad_queries[n][p, r] = torch.bmm(dS, key[p]).mul_(share)
         grad_value[p].baddbmm_(mixed.to(dtype).mT, dO[p, r])
     grad_image = None
     if queries.image is not None:
-        row = image_row_weights(queries.image, key, factor)  # [P, 1, K]
-        upstream = dO.sum(1, keepdim=True, dtype=row.dtype).to(dtype)  # Σ_i dO[i]: [P, 1, E]
+        row = image_row_weights(queries.image, key, factor)  # [U, 1, K]
+        upstream = dO.sum(1, keepdim=True, dtype=row.dtype).to(dtype)  # Σ_i dO[i]: [U, 1, E]
         grad_row = _scores(upstream, value, 1.0)
         dS = (row * (grad_row - (row * grad_row).sum(-1, keepdim=True))).to(dtype)
         grad_value += row.to(dtype).mT @ upstream

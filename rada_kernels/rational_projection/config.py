@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from rada_kernels.triton_common.call import Shapes
 from rada_kernels.triton_common.config import GemmConfig, contracted_block, look_up
 from rada_kernels.triton_common.target import Target
 
@@ -24,21 +23,22 @@ ROWS_BWD = {
     "mma": {16: (64, 128, 32, 4, 3), 32: (64, 64, 32, 4, 2)},
 }
 FEATURES = GemmConfig(16, 128, 16, 4, 2)  # it sums: nothing is contracted
-MANY_ROWS = 16384  # 128 tiles of 128 rows in each of 2 or 3 layers: programs for every multiprocessor
+# Of a batch of 32, 128 tiles of 128 rows in each of 2 or 3 layers: programs for every multiprocessor.
+MANY_CLASSES = 512
 
 
-def projection_config(target: Target, dtype: torch.dtype, width: int, batch: int, classes: int) -> GemmConfig:
-    many = batch * classes >= MANY_ROWS
-    config = GemmConfig(*look_up(FORWARD, target.device, dtype))
-    if many and dtype.itemsize == 2 and target.device.family == "wgmma":
+def forward_config(target: Target, shapes: Shapes, classes: int) -> GemmConfig:
+    many = classes >= MANY_CLASSES
+    config = GemmConfig(*look_up(FORWARD, target.device, shapes.dtype))
+    if many and shapes.dtype.itemsize == 2 and target.device.family == "wgmma":
         config = GemmConfig(128, 128, 64, 8, 3)  # twice the rows halve the reads of the weights per product
-    config = config.changed(BD=contracted_block(width, config.BD))
-    return target.config("rational_projection_fwd", dtype, (width, int(many)), config)
+    config = config.changed(BD=contracted_block(shapes.D, config.BD))
+    return target.config("rational_projection_fwd", shapes.dtype, (shapes.D, int(many)), config)
 
 
-def weight_bwd_config(target: Target, dtype: torch.dtype, width: int) -> GemmConfig:
-    config = GemmConfig(*look_up(WEIGHT_BWD, target.device, dtype))
-    return target.config("rational_projection_bwd_weight", dtype, (width,), config)
+def weight_bwd_config(target: Target, shapes: Shapes) -> GemmConfig:
+    config = GemmConfig(*look_up(WEIGHT_BWD, target.device, shapes.dtype))
+    return target.config("rational_projection_bwd_weight", shapes.dtype, (shapes.D,), config)
 
 
 def row_split(row_tiles: int, programs: int) -> int:
@@ -47,7 +47,7 @@ def row_split(row_tiles: int, programs: int) -> int:
     return -(-row_tiles // splits)
 
 
-def rows_bwd_config(target: Target, dtype: torch.dtype, width: int) -> GemmConfig:
-    config = GemmConfig(*look_up(ROWS_BWD, target.device, dtype))
-    config = config.changed(BD=contracted_block(width, config.BD))
-    return target.config("rational_projection_bwd_rows", dtype, (width,), config)
+def rows_bwd_config(target: Target, shapes: Shapes) -> GemmConfig:
+    config = GemmConfig(*look_up(ROWS_BWD, target.device, shapes.dtype))
+    config = config.changed(BD=contracted_block(shapes.D, config.BD))
+    return target.config("rational_projection_bwd_rows", shapes.dtype, (shapes.D,), config)

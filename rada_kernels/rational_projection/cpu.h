@@ -5,10 +5,10 @@
 
 namespace RADA_ISA {
 
-// A layer y = x Wᵀ + c. Its weight is packed once a call as the operand of each direction, or read where it lies
+// A layer y = x Wᵀ + c. Its weight is packed once a call as the operand of each direction, or read in place
 // where too few rows go through it to pay for that.
 template <class P>
-struct Layer {
+struct Linear {
   const typename P::element* weight = nullptr;  // [D, D]
   const word* packed = nullptr;                 // Wᵀ in panels, or null
   const word* packed_back = nullptr;            // W in panels, or null
@@ -17,7 +17,7 @@ struct Layer {
 
 // rows[m, D] Wᵀ, columns first to end, to epilogue(row, column, tile). Packed, all columns are computed.
 template <class P, class Epilogue>
-RADA_INLINE void apply(const Layer<P>& layer, const typename P::element* rows, int64_t m, int64_t width, int64_t first,
+RADA_INLINE void apply(const Linear<P>& layer, const typename P::element* rows, int64_t m, int64_t width, int64_t first,
                        int64_t end, Epilogue&& epilogue) {
   const int64_t words = width / P::per_word;
   if (layer.packed)
@@ -26,23 +26,18 @@ RADA_INLINE void apply(const Layer<P>& layer, const typename P::element* rows, i
     multiply_in_place<P>(m, words, (const word*)rows, words, (const word*)layer.weight, first, end, epilogue);
 }
 
-// rows[m, D] W, columns first to end: the gradient of what went into a layer, to put(row, column, vec).
+// rows[m, D] W, columns first to end: the gradient of a layer's input, to put(row, column, vec).
 template <class P, class Put>
-RADA_INLINE void apply_back(const Layer<P>& layer, const typename P::element* rows, int64_t m, int64_t width,
+RADA_INLINE void apply_back(const Linear<P>& layer, const typename P::element* rows, int64_t m, int64_t width,
                             int64_t first, int64_t end, Put&& put) {
   const int64_t words = width / P::per_word;
-  auto each = [&](int64_t from) {
-    return [&, from](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
-      tile.each([&](int r, int v, vec x) __attribute__((always_inline)) { put(row + r, from + column + v * W, x); });
-    };
-  };
   if (layer.packed_back)
-    multiply<P, true>(m, words, (const word*)rows, words, layer.packed_back, Panels(width), each(0));
+    multiply<P, true>(m, words, (const word*)rows, words, layer.packed_back, Panels(width), for_each(put));
   else
     multiply_panels<P, true>(
         m, words, (const word*)rows, words, Panels(end - first),
         [&](int64_t column, auto) { return RowsOf<P>{layer.weight + first + column, width, end - first - column}; },
-        each(first));
+        for_each([&](int64_t row, int64_t column, vec x) { put(row, first + column, x); }));
 }
 
 // to = scale · features / |features|, padded to ld floats; the inverse norm: 0 for a zero row, 1 without normalize.
@@ -92,15 +87,11 @@ void rational_rows(typename P::element* to, const float* f, const float* h, int6
 
 // to[m, D] = rows[m, D] Wᵀ + c, columns first to end.
 template <class P>
-void project(typename P::element* to, const typename P::element* rows, int64_t m, int64_t width, const Layer<P>& layer,
+void project(typename P::element* to, const typename P::element* rows, int64_t m, int64_t width, const Linear<P>& layer,
              int64_t first, int64_t end) {
-  apply<P>(layer, rows, m, width, first, end,
-           [&](int64_t row, int64_t column, const auto& tile) __attribute__((always_inline)) {
-             tile.each([&](int r, int v, vec x) __attribute__((always_inline)) {
-               const int64_t d = column + v * W;
-               P::put_first(to + (row + r) * width + d, x + load(layer.bias + d), width - d);
-             });
-           });
+  apply<P>(layer, rows, m, width, first, end, for_each([&](int64_t row, int64_t d, vec x) {
+             P::put_first(to + row * width + d, x + load(layer.bias + d), width - d);
+           }));
 }
 
 }  // namespace RADA_ISA

@@ -71,7 +71,10 @@ class AttentionConfig(Config):
     num_stages: int
 
 
-def look_up(table: Mapping[str, Mapping[int, tuple]], device: Device, dtype: torch.dtype) -> tuple:
+Table = Mapping[str, Mapping[int, tuple]]
+
+
+def look_up(table: Table, device: Device, dtype: torch.dtype) -> tuple:
     """The entry of {family: {bits: entry}}; "mma" serves families that have none, such as the interpreter."""
     return table.get(device.family, table["mma"])[8 * dtype.itemsize]
 
@@ -80,20 +83,38 @@ def next_power(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
+def cdiv(number: int, divisor: int) -> int:
+    """triton.cdiv in a tenth of its time."""
+    return -(-number // divisor)
+
+
+@functools.lru_cache
 def contracted_block(width: int, largest: int) -> int:
-    """The largest power of two up to `largest` that divides a width: no column of a block is empty."""
-    return min(width & -width, largest)
+    """The largest block up to `largest` whose last one is not much empty: an eighth of the width at most, or 16."""
+    return max(b for b in BLOCKS if b <= largest and (b == BLOCKS[0] or -width % b <= width // 8))
 
 
-def pair_block(batch: int, classes: int, rows: int) -> dict[str, int]:
-    """BI images and BK classes whose pairs are a tile's rows: BI + BK rows of features are read for a tile.
+@dataclass(frozen=True)
+class PairBlock:
+    """BI images and BK classes, whose pairs are a tile's rows."""
 
-    Few empty rows first, then near a square. B matters below BI only, so that one compiled kernel serves a last batch.
-    """
-    side = 1 << (rows.bit_length() // 2)
-    block = max(k for k in (1, 2, 4, 8, 16) if k <= side and -classes % k <= classes // 32)
-    images = min(rows // block, next_power(batch))
-    return {"BI": images, "BK": rows // images}
+    BI: int
+    BK: int
+
+    @staticmethod
+    @functools.lru_cache
+    def of(batch: int, classes: int, rows: int) -> PairBlock:
+        """BI + BK rows of features are read for a tile: near a square, but for an eighth of empty rows.
+
+        K matters below 8 BK and B below BI only, so that one compiled kernel serves a last batch.
+        """
+        side = 1 << (rows.bit_length() // 2)
+        block = max(k for k in (1, 2, 4, 8, 16) if k <= side and -classes % k <= classes // 8)
+        images = min(rows // block, next_power(batch))
+        return PairBlock(images, rows // images)
+
+    def tiles(self, batch: int, classes: int) -> int:
+        return cdiv(batch, self.BI) * cdiv(classes, self.BK)
 
 
 def config_key(kernel: str, device: Device, dtype: torch.dtype, *sizes: int) -> str:
@@ -133,15 +154,11 @@ def _wrong(got: str, takes: str) -> ValueError:
     return ValueError(f"RADA_TUNED: {got}; it takes {takes}")
 
 
-def tuned(key: str, entries: Mapping[str, Mapping[str, int]], default: ConfigT, takes: Mapping[str, tuple]) -> ConfigT:
-    """The tuned configuration of a key, or the default. takes: what fields must be to go with other kernels."""
+def tuned(key: str, entries: Mapping[str, Mapping[str, int]], default: ConfigT) -> ConfigT:
+    """The tuned configuration of a key, or the default."""
     if key not in entries:
         return default
-    where, entry = f"{os.environ.get('RADA_TUNED')}: {key}", entries[key]
+    entry = entries[key]
     if entry.keys() != vars(default).keys():
-        raise _wrong(f"{where}: got {', '.join(entry)}", ", ".join(vars(default)))
-    config = default.changed(**entry)
-    for name, values in takes.items():
-        if getattr(config, name) not in values:
-            raise _wrong(f"{where}: {name}: got {getattr(config, name)}", f"one of {values} beside the others")
-    return config
+        raise _wrong(f"{os.environ.get('RADA_TUNED')}: {key}: got {', '.join(entry)}", ", ".join(vars(default)))
+    return default.changed(**entry)

@@ -31,13 +31,13 @@ class Device:
             return "cdna" if self.name.startswith("gfx9") else "rdna"
         return "wgmma" if int(self.name.removeprefix("sm_")) // 10 in (9, 10, 11) else "mma"
 
-    def precision(self, dtype: torch.dtype) -> str:
+    def precision(self, dtype: torch.dtype, matmul_precision: str) -> str:
         """input_precision of tl.dot. float32 follows torch.get_float32_matmul_precision().
 
         "highest": float32 multiply-adds. "high" and "medium": TF32 on NVIDIA; on AMD, whose compiler has no TF32,
         three products of bfloat16 halves, the other reading that torch gives "high".
         """
-        if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        if dtype != torch.float32 or matmul_precision == "highest":
             return "ieee"
         return "bf16x3" if self.family in ("cdna", "rdna") else "tf32"
 

@@ -7,7 +7,8 @@
 - Attention has the field's names: m row maximum, l row sum, acc accumulated values, P weights, delta; dO, dP, dS
   gradients. `unit` counts (image, head).
 - A kernel takes what is compiled into it as two constants: S, a `Shapes`, and C, the launch configuration.
-- A head's rows [R, E] are a tuple of pieces, each a power of two wide: 96 = 64 + 32. No column is padding.
+- A head's rows [R, E] are a tuple of pieces, each a power of two wide: 96 = 64 + 32, 72 = 64 + 16 with 8 columns of
+  padding, which are zero.
 - Rows of the last axis are contiguous. Row offsets are int64 before they are multiplied.
 - Products accumulate in float32 with `input_precision=PRECISION`; a result is rounded once, when it is stored.
 - Scores are in base 2: log2(e) is folded into their factor, and exp2 takes the place of exp.
@@ -16,51 +17,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-
-from rada_kernels.options import Options
-from rada_kernels.triton_common.device import Device
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What is compiled into the kernels of a call beside its launch configuration."""
-
-    H: int
-    E: int
-    IMAGE: bool
-    TEXT: bool
-    RATIONAL: bool
-    PRECISION: str  # input_precision of the products
-
-    @staticmethod
-    def of(options: Options, width: int, dtype: torch.dtype, device: Device) -> Shapes:
-        image, text, rational = (name in options.queries for name in ("image", "text", "rational"))
-        precision = device.precision(dtype)
-        return Shapes(options.num_heads, width // options.num_heads, image, text, rational, precision)
-
-    @property
-    def D(self) -> int:
-        return self.H * self.E
-
-    @property
-    def MATRIX(self) -> int:
-        """Query kinds with a K x K matrix of scores: text, rational."""
-        return self.TEXT + self.RATIONAL
-
-    @property
-    def KINDS(self) -> int:
-        return self.IMAGE + self.MATRIX
-
-    @property
-    def LAYERS(self) -> int:
-        """Keys, values and, if in use, rational queries."""
-        return 2 + self.RATIONAL
 
 
 class Pairs(NamedTuple):
@@ -100,31 +60,49 @@ def outer(b_image, b_text):
 
 
 @triton.jit
-def load_rows(x, o_r, m_r, o_c, D: tl.constexpr, BC: tl.constexpr):
-    """Rows o_r of x [R, D] at columns o_c: [rows, BC], zero where m_r is false. D is a multiple of BC or less."""
+def load_rows(x, o_r, m_r, o_c, D: tl.constexpr, BC: tl.constexpr, m_c=None):
+    """Rows o_r of x [R, D] at BC columns o_c: [rows, BC]; zero where m_r or m_c is false. m_c: default o_c < D."""
     p_x = x + o_r.to(tl.int64)[:, None] * D + o_c[None, :]
-    if D % BC == 0:
+    if m_c is not None:
+        return tl.load(p_x, mask=m_r[:, None] & m_c[None, :], other=0.0)
+    elif D % BC == 0:
         return tl.load(p_x, mask=m_r[:, None], other=0.0)
-    return tl.load(p_x, mask=m_r[:, None] & (o_c[None, :] < D), other=0.0)
+    else:
+        return tl.load(p_x, mask=m_r[:, None] & (o_c[None, :] < D), other=0.0)
 
 
 @triton.jit
-def store_rows(x, b_x, o_r, m_r, o_c, D: tl.constexpr, BC: tl.constexpr):
-    """Round a block [rows, BC] and store it in rows o_r of x [R, D] at columns o_c."""
+def store_rows(x, b_x, o_r, m_r, o_c, D: tl.constexpr, BC: tl.constexpr, m_c=None):
+    """Round a block [rows, BC] and store it where load_rows would read it."""
     p_x = x + o_r.to(tl.int64)[:, None] * D + o_c[None, :]
     m_x = m_r[:, None]
-    if D % BC != 0:
+    if m_c is not None:
+        m_x = m_x & m_c[None, :]
+    elif D % BC != 0:
         m_x = m_x & (o_c[None, :] < D)
     tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
-def load_transposed(weight, o_out, o_in, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):
-    """A block of Wᵀ: [BD, BC] from a layer's weight [D, D]."""
+def load_transposed(weight, o_out, o_in, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, m_in=None):
+    """A block of Wᵀ: [BD, BC] from a layer's weight [D, D]; zero where m_in is false. m_in: default o_in < D."""
     p_w = weight + o_out[None, :] * D + o_in[:, None]
-    if D % BC == 0 and D % BD == 0:
+    if m_in is not None:
+        return tl.load(p_w, mask=(o_out[None, :] < D) & m_in[:, None], other=0.0)
+    elif D % BC == 0 and D % BD == 0:
         return tl.load(p_w)
-    return tl.load(p_w, mask=(o_out[None, :] < D) & (o_in[:, None] < D), other=0.0)
+    else:
+        return tl.load(p_w, mask=(o_out[None, :] < D) & (o_in[:, None] < D), other=0.0)
+
+
+@triton.jit
+def unit_features(features, scale, pairs, o_c, D: tl.constexpr, BC: tl.constexpr):
+    """scale f [BI, BC] and h [BK, BC] of a tile's pairs, in float32."""
+    b_image = tl.load(features.inverse_image + pairs.o_i, mask=pairs.m_i, other=0.0) * scale
+    b_text = tl.load(features.inverse_text + pairs.o_k, mask=pairs.m_k, other=0.0)
+    b_f = load_rows(features.image, pairs.o_i, pairs.m_i, o_c, D, BC).to(tl.float32) * b_image[:, None]
+    b_h = load_rows(features.text, pairs.o_k, pairs.m_k, o_c, D, BC).to(tl.float32) * b_text[:, None]
+    return b_f, b_h
 
 
 @triton.jit
@@ -137,8 +115,9 @@ def load_columns(bias, o_c, D: tl.constexpr, BC: tl.constexpr):
 
 @triton.constexpr_function
 def pieces(E):
-    """Widths of the pieces of a head's E columns: the powers of two that make up E, the largest first."""
-    return tuple(1 << bit for bit in reversed(range(E.bit_length())) if E >> bit & 1)
+    """Widths of the pieces of a head's E columns: powers of two from 16 on, the largest first, the last padded."""
+    padded = -(-E // 16) * 16
+    return tuple(1 << bit for bit in reversed(range(padded.bit_length())) if padded >> bit & 1)
 
 
 @triton.constexpr_function
@@ -148,13 +127,23 @@ def piece_start(widths, index):
 
 
 @triton.jit
+def _piece(p_rows, m_r, E: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to a piece of the rows that begin at p_rows [R], and which of them there are."""
+    o_e = START + tl.arange(0, WIDTH)
+    m_e = m_r[:, None]
+    if START + WIDTH > E:
+        m_e = m_e & (o_e < E)[None, :]
+    return p_rows[:, None] + o_e[None, :], m_e
+
+
+@triton.jit
 def load_head(p_rows, m_r, E: tl.constexpr):
     """E columns of the rows that begin at p_rows [R], zero where m_r [R] is false: pieces [R, their widths]."""
     WIDTHS: tl.constexpr = pieces(E)
     b_head = ()
     for i in tl.static_range(len(WIDTHS)):
-        o_e = piece_start(WIDTHS, i) + tl.arange(0, WIDTHS[i])
-        b_head += (tl.load(p_rows[:, None] + o_e[None, :], mask=m_r[:, None], other=0.0),)
+        p_e, m_e = _piece(p_rows, m_r, E, piece_start(WIDTHS, i), WIDTHS[i])
+        b_head += (tl.load(p_e, mask=m_e, other=0.0),)
     return b_head
 
 
@@ -163,8 +152,8 @@ def store_head(p_rows, b_head, m_r, E: tl.constexpr):
     """Round pieces and store them in the rows that begin at p_rows [R]."""
     WIDTHS: tl.constexpr = pieces(E)
     for i in tl.static_range(len(WIDTHS)):
-        o_e = piece_start(WIDTHS, i) + tl.arange(0, WIDTHS[i])
-        tl.store(p_rows[:, None] + o_e[None, :], b_head[i].to(p_rows.dtype.element_ty), mask=m_r[:, None])
+        p_e, m_e = _piece(p_rows, m_r, E, piece_start(WIDTHS, i), WIDTHS[i])
+        tl.store(p_e, b_head[i].to(p_rows.dtype.element_ty), mask=m_e)
 
 
 @triton.jit

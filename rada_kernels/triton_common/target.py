@@ -61,12 +61,13 @@ class Target:
     def __init__(self, device: Device, configs: Mapping[str, Mapping[str, int]] | None = None):
         self.device = device
         self.configs = configs
-        self.fitted: dict[tuple, Any] = {}  # by kernel, first configuration, shapes, dtypes and options
+        self.compiled_in: dict[int, list[str]] = {}  # names of arguments, by kernel
+        self.fitted: dict[tuple, Any] = {}  # by kernel and what is compiled in
 
-    def config(self, kernel: str, dtype: torch.dtype, sizes: tuple[int, ...], default: ConfigT, **takes) -> ConfigT:
+    def config(self, kernel: str, dtype: torch.dtype, sizes: tuple[int, ...], default: ConfigT) -> ConfigT:
         """A kernel's configuration; sizes: what tells its configurations apart."""
         entries = tuned_file() if self.configs is None else self.configs
-        return tuned(config_key(kernel, self.device, dtype, *sizes), entries, default, takes)
+        return tuned(config_key(kernel, self.device, dtype, *sizes), entries, default)
 
     def launch(
         self,
@@ -79,7 +80,8 @@ class Target:
     ) -> dict:
         """Launch a kernel by a configuration, or by the halving of it that `fit` finds when it is first compiled.
 
-        blocks: the grid, and the arguments that follow from a configuration. Returns all arguments of the launch.
+        blocks: the grid, and the arguments that follow from a configuration. What is compiled in follows from the
+        arguments that are neither numbers nor tensors. Returns all arguments of the launch.
         """
 
         def complete(config: ConfigT) -> tuple[Grid, dict]:
@@ -87,11 +89,17 @@ class Target:
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
             return grid, arguments | own | {"C": config} | options
 
-        key = (kernel, config, *map(_signature, arguments.values()))
+        grid, everything = complete(config)
+        identity = id(kernel)  # a kernel's own hash takes microseconds
+        if identity not in self.compiled_in:
+            self.compiled_in[identity] = [name for name, value in everything.items() if _is_compiled_in(value)]
+        key = identity, *[everything[name] for name in self.compiled_in[identity]]
         if key not in self.fitted:
             limit = self.device.shared_bytes
             self.fitted[key] = fit(config, lambda candidate: self.usage(kernel, *complete(candidate)), limit, keep)
-        grid, everything = complete(self.fitted[key])
+        fitted = self.fitted[key]
+        if fitted != config:
+            grid, everything = complete(fitted)
         self.run(kernel, grid, everything)
         return everything
 
@@ -116,12 +124,9 @@ class Gpu(Target):
         return Usage(compiled.metadata.shared, 4 * compiled.n_spills)
 
 
-def _signature(argument):
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.shape
-    if isinstance(argument, tuple):
-        return tuple(map(_signature, argument))
-    return argument
+def _is_compiled_in(argument) -> bool:
+    """Whether a kernel is compiled for this argument: it is neither a number nor tensors."""
+    return type(argument) not in (int, float) and not isinstance(argument, Tensor | tuple)
 
 
 @functools.lru_cache

@@ -12,9 +12,9 @@ import torch
 from rada.fused import RAdaHead
 from rada_kernels import Params, rada_logits
 from rada_kernels.ops import pack_options
-from tests.kernels.truth import make_case, results
+from tests.kernels.truth import assert_one_graph_serves_every_batch, make_case, results
 
-CLASSES = pytest.mark.parametrize("classes", [9, 50, 131], ids=["direct", "streaming", "several row tiles"])
+CLASSES = pytest.mark.parametrize("classes", [9, 50, 131], ids=["few classes", "one row tile", "several row tiles"])
 
 
 @CLASSES
@@ -81,9 +81,9 @@ def test_opcheck(classes, device):
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck_of_the_backward_operator(save, classes, device):
     image, text, scale, layers, *packed = operator_arguments(classes, device, False)
-    sums, deviation, kept = torch.ops.rada.masked_similarity(image, text, scale, layers, *packed, save)
+    sums, deviation, saved = torch.ops.rada.masked_similarity(image, text, scale, layers, *packed, save)
     grads = torch.randn_like(sums), torch.randn_like(deviation)
-    arguments = (*grads, image, text, scale, layers, kept, *packed, True, True, True)
+    arguments = (*grads, image, text, scale, layers, saved, *packed, True, True, True)
     torch.library.opcheck(torch.ops.rada.masked_similarity_backward, arguments)
 
 
@@ -110,9 +110,13 @@ def test_compiles_without_a_graph_break(classes, device):
             torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
 
 
+def test_one_graph_serves_every_batch(device):
+    assert_one_graph_serves_every_batch("triton", device)
+
+
 @pytest.mark.parametrize("sizes", [(9, 12), (40, 50)], ids=str)
 def test_compiles_for_a_changing_number_of_classes(sizes, device):
-    """With symbolic sizes: what is kept has its shapes from K and D alone."""
+    """With symbolic sizes: what is saved has its shapes from K and D alone."""
     head = head_on(device)
     compiled = torch.compile(head, fullgraph=True, dynamic=True, backend="aot_eager")
     for classes in sizes:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rada_kernels import BACKENDS, PENALTIES, Options, Params, rada_logits, rada_mask, usable_backends
 from tests.kernels.test_reference import SUBSETS
-from tests.kernels.truth import assert_as_good_as_reference, make_case, results, steady_case
+from tests.kernels.truth import assert_as_good_as_reference, assert_loss_scale_is_borne, make_case, results, steady_case
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,6 +97,11 @@ def test_any_size(backend, batch, classes, head_width, heads):
     # The scale keeps X of order one, as CLIP's 100 does at width 512: a saturated softmax amplifies single roundings.
     cases = [steady_case(batch, classes, width, heads, scale=width / 4, seed=seed) for seed in range(6)]
     assert_as_good_as_reference(cases, backend, torch.float32)
+
+
+@every_backend
+def test_a_loss_scale_is_borne_in_float16(backend):
+    assert_loss_scale_is_borne(backend)
 
 
 @every_backend

@@ -46,17 +46,45 @@ def threads():
     ("batch", "classes", "width", "heads"),
     [
         pytest.param(3, 97, 32, 2, id="several score blocks, the last one partial"),
-        pytest.param(70, 31, 24, 2, id="several waves, rows of many images in a block"),
+        pytest.param(70, 31, 24, 2, id="several slices, rows of many images in a block"),
         pytest.param(2, 65, 130, 2, id="width and head width past whole panels"),
+        pytest.param(2, 515, 12, 2, id="several chunks of score rows, the last block of three"),
     ],
 )
-def test_blocks_waves_and_what_is_kept(save_bytes, batch, classes, width, heads, monkeypatch, poisoned_empty):
+def test_blocks_slices_and_what_is_kept(save_bytes, batch, classes, width, heads, monkeypatch, poisoned_empty):
     monkeypatch.setenv("RADA_SAVE_BYTES", save_bytes)
     case = make_case(batch, classes, width, heads)
     assert_as_good_as_reference(case, "cpu", torch.float32)
     assert_as_good_as_reference(
         make_case(batch, classes, width, heads, clear_gates=True, penalty="mse"), "cpu", torch.bfloat16
     )
+
+
+@pytest.mark.parametrize("tile_bytes", ["1", "100000000"], ids=["stream", "hold"])
+@pytest.mark.parametrize("queries", [("image",), ("text", "image"), ("rational",)], ids="+".join)
+def test_chunks_of_score_rows(queries, tile_bytes, monkeypatch, poisoned_empty):
+    """Each subset of kinds: what a pair's chunks carry from step to step."""
+    monkeypatch.setenv("RADA_TILE_BYTES", tile_bytes)
+    assert_as_good_as_reference(make_case(1, 515, 12, 2, queries=queries), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("classes", "width"), [(65, 1152), (9, 1280), (3, 1536)])
+def test_wide_embeddings_in_eight_heads(classes, width, dtype):
+    """One image through the widths of large encoders: head widths of 144, 160 and 192."""
+    case = make_case(1, classes, width, 8, scale=width / 4, penalty="mse", clear_gates=dtype != torch.float32)
+    assert_as_good_as_reference(case, "cpu", dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_as_many_classes_as_imagenet21k(dtype):
+    """21,841: scores stream. Against the `torch` backend in float64."""
+    case = make_case(1, 21841, 8, 1, clear_gates=True, penalty="mse")
+    expected, got = results(case, "torch"), results(case.cast(dtype), "cpu")
+    for name, tensor in got.items():
+        error = (tensor.double() - expected[name]).norm() / expected[name].norm()
+        assert error < {torch.float32: 1e-3, torch.bfloat16: 4e-2}[dtype], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -73,7 +101,7 @@ def test_scores_that_outgrow_the_first_block(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("batch", "classes"), [(1, 70), (1, 1), (9, 70), (5, 3)])
+@pytest.mark.parametrize(("batch", "classes"), [(1, 70), (1, 1), (9, 70), (5, 3), (2, 515)])
 def test_same_bits_again_at_every_thread_count(batch, classes, dtype, threads):
     case = make_case(batch, classes, 32, 4).cast(dtype)
     once = results(case, "cpu")
@@ -345,11 +373,39 @@ def test_forked_children(isa):
     subprocess.run([sys.executable, "-c", FORKED], check=True, env=os.environ | {"RADA_CPU_ISA": isa})
 
 
+WORKSPACE = """
+import re, resource
+from pathlib import Path
+import torch
+from tests.kernels.test_cpu_operators import operator_arguments
+
+def mapped():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+torch.set_num_threads(1)
+small, large = operator_arguments(), operator_arguments(batch=1, classes=2040, width=16, heads=1)
+torch.ops.rada_cpu.forward(*small)
+before = mapped()
+torch.ops.rada_cpu.forward(*large)
+first = mapped()
+torch.ops.rada_cpu.forward(*large)
+assert 4 * (mapped() - first) < first - before, (mapped() - first, first - before)
+free = re.search(r"LazyFree: *(\\d+) kB", Path("/proc/self/smaps_rollup").read_text())
+assert not free or int(free[1]) > 16 << 10, free
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are counted on Linux")
+def test_a_large_workspace_stays_for_the_next_call():
+    """It is not mapped anew, and between calls the system may take it."""
+    subprocess.run([sys.executable, "-c", WORKSPACE], check=True)
+
+
 def operator_arguments(batch=3, classes=5, width=16, heads=4, dtype=torch.float32, **options):
     """Of torch.ops.rada_cpu.forward."""
     case = make_case(batch, classes, width, heads, **options).cast(dtype)
     params = Params(*case.layers, case.scale.float())
-    kept = cpu.empty_kept(case.image, case.text, case.options, save=True).tensors()
+    kept = cpu.empty_saved(case.image, case.text, case.options, save=True)
     arguments = cpu.operator_arguments(case.image, case.text, params, case.options, kept)
     return [*arguments, torch.empty(batch, classes), torch.empty(batch)]
 
@@ -434,9 +490,9 @@ def as_list(argument):
         (1, torch.empty(0, 16), "image, text:"),
         (2, [torch.randn(16, 16)], "layers"),
         (2, [torch.randn(16, 16), torch.randn(16, dtype=torch.float64)] * 6, "layers"),
-        (3, [torch.empty(0)] * 7, "kept"),
-        (3, [torch.empty(0)] * 6 + [torch.empty(3, 5, 16), torch.empty(0)], "kept"),
-        (3, [torch.empty(0, dtype=torch.bfloat16)] * 8, "kept"),
+        (3, [torch.empty(0)] * 7, "saved"),
+        (3, [torch.empty(0)] * 6 + [torch.empty(3, 5, 16), torch.empty(0)], "saved"),
+        (3, [torch.empty(0, dtype=torch.bfloat16)] * 8, "saved"),
         (4, 5, "num_heads"),
         (8, 0, "queries"),
         (9, 3, "penalty"),

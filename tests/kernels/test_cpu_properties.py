@@ -79,7 +79,7 @@ def test_order_of_images_and_classes_does_not_matter(batch, classes, seed):
 
 @every_dtype
 def test_an_image_does_not_see_the_others(dtype):
-    """Alone, in a small batch and in one of several waves: the same logits."""
+    """Alone, in a small batch and in one of several slices: the same logits."""
     case = make_case(90, 33, 32, 4, clear_gates=True).cast(dtype)
     whole, _ = logits_of(case)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]

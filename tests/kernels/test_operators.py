@@ -7,10 +7,10 @@ import torch
 from torch.library import opcheck
 
 from rada.fused import RAdaHead
-from rada_kernels import Options
+from rada_kernels import BACKENDS, Options, Params, dispatch, ops, rada_logits
 from rada_kernels.ops import pack_options
 from tests.kernels.test_backends import backends, every_backend
-from tests.kernels.truth import make_case
+from tests.kernels.truth import assert_one_graph_serves_every_batch, make_case
 
 
 def operator_arguments(backend, dtype, requires_grad, batch=3, permuted=False, **options):
@@ -142,3 +142,46 @@ def test_options_survive_the_trip_through_the_schema():
     *packed, backend = pack_options(options, "torch")
     assert backend == "torch"
     assert _unpack_options(*packed) == options
+
+
+def test_the_backward_pass_keeps_the_matmul_precision(monkeypatch):
+    seen, kernels = [], ops.KERNELS["torch"]
+
+    def backward(*call):
+        seen.append(torch.get_float32_matmul_precision())
+        return kernels.backward(*call)
+
+    monkeypatch.setitem(ops.KERNELS, "torch", kernels._replace(backward=backward))
+    case = make_case(2, 5, 16, 2).cast(torch.float32)
+    layers = [layer.requires_grad_() for layer in case.layers]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        logits, _ = rada_logits(case.image, case.text, Params(*layers, logit_scale=20.0), case.options, "torch")
+        torch.set_float32_matmul_precision("highest")
+        logits.sum().backward()
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["high"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_one_graph_serves_every_batch(backend):
+    """mark_dynamic raises where something fixes B."""
+    if not BACKENDS[backend].usable(torch.float32, torch.device("cpu"), 16, 2)[0]:
+        pytest.skip(f"{backend} is not usable here")
+    assert_one_graph_serves_every_batch(backend, torch.device("cpu"))
+
+
+def test_a_graph_holds_the_self_checks_answer(monkeypatch, tmp_path):
+    """It runs while the call is traced: reading a file, as no graph can."""
+    (tmp_path / "answer").write_text("agrees")
+    monkeypatch.setattr(dispatch, "self_check", lambda *call: (True, (tmp_path / "answer").read_text()))
+
+    def call(x):
+        works, found = dispatch._self_check(torch.float32, torch.device("cpu"), 32, 2)
+        return x + works * len(found)
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(x), x + len("agrees"))

@@ -13,15 +13,19 @@ import pytest
 import torch
 
 from rada_kernels.backends import triton as backend
-from rada_kernels.logit_reduction.config import reduction_config
+from rada_kernels.dispatch import choose_backend
+from rada_kernels.logit_reduction import config as reduction
 from rada_kernels.mask_attention import config as attention
 from rada_kernels.options import QUERIES, Options
-from rada_kernels.rational_projection.config import projection_config, rows_bwd_config, weight_bwd_config
+from rada_kernels.rational_projection import config as projection
 from rada_kernels.triton_common import device as devices
-from rada_kernels.triton_common.config import AttentionConfig, GemmConfig, config_key, pair_block
+from rada_kernels.triton_common.call import Shapes
+from rada_kernels.triton_common.config import BLOCKS, AttentionConfig, GemmConfig, PairBlock, config_key
 from rada_kernels.triton_common.device import INTERPRETER, KIB, Device
+from rada_kernels.triton_common.state import Attended, Projections
 from rada_kernels.triton_common.target import Gpu, Target, Usage, fit
 
+HEAD_WIDTHS = (1, 9, 16, 32, 48, 64, 72, 80, 96, 128, 144, 160, 192, 256)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -35,9 +39,8 @@ def interpreted(monkeypatch):
     ("dtype", "width", "heads", "part"),
     [
         (torch.float64, 64, 2, "dtype torch.float64"),
-        (torch.float32, 2048, 16, "embed_dim 2048: it takes at most 1536"),
         (torch.float32, 1024, 64, "num_heads 64: it takes at most 32"),
-        (torch.float32, 64, 8, "head width 8: it takes one of 16, 32, 48"),
+        (torch.float32, 2056, 8, "head width 257: it takes a whole number up to 256"),
         (torch.float32, 65, 2, "head width 32.5"),
     ],
 )
@@ -47,7 +50,7 @@ def test_the_predicate_names_what_it_does_not_take(interpreted, dtype, width, he
     assert part in reason
 
 
-@pytest.mark.parametrize("head_width", backend.HEAD_WIDTHS)
+@pytest.mark.parametrize("head_width", HEAD_WIDTHS)
 def test_every_head_width_is_taken(interpreted, head_width):
     for dtype in backend.DTYPES:
         assert backend.usable(dtype, CPU, 8 * head_width, 8) == (True, "Triton kernels, interpreted")
@@ -79,13 +82,13 @@ def test_a_gpu_is_told_what_was_never_tried(monkeypatch):
 
 def test_a_number_becomes_a_scalar_without_a_copy_from_the_host():
     """A copy would wait for the device, and a CUDA graph could not be captured."""
-    from codegen.launches import _TorchCalls
+    from codegen.launches import TorchCalls
 
     from rada_kernels import Params
     from rada_kernels.api import _on_device
 
     image, calls = torch.empty(2, 4, device="meta"), []
-    with _TorchCalls(calls):
+    with TorchCalls(calls):
         params = _on_device(Params(*[None] * 12, logit_scale=20.0, logit_bias=-3.0), image)
     assert [call.name for call in calls] == ["full", "full"]
     assert params.logit_scale.device.type == params.logit_bias.device.type == "meta"
@@ -104,6 +107,29 @@ def test_float32_on_rdna_is_left_to_torch(arch, monkeypatch):
     assert backend.usable(torch.bfloat16, device, 64, 2)[0]
     monkeypatch.setattr(backend, "gpu", lambda index: Device("gfx942", 64 * KIB))
     assert backend.usable(torch.float32, device, 64, 2)[0]
+
+
+@pytest.fixture
+def sm_90(monkeypatch):
+    """A GPU that torch believes in and no kernel ever meets."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("RADA_SELF_CHECK", "0")
+
+
+def test_every_open_clip_model_is_served_by_the_kernels(sm_90):
+    """With the released eight heads, "auto" on a GPU takes triton for every configuration that open_clip knows."""
+    factory = pytest.importorskip("open_clip.factory")
+    widths = {name: config["embed_dim"] for name, config in factory._MODEL_CONFIGS.items()}
+    assert len(widths) > 100
+    assert {1152, 1280, 1536} <= {*widths.values()}, "SO400M SigLIP, bigG, gopt-SigLIP 2"
+    served = {
+        (name, dtype): choose_backend("auto", dtype, torch.device("cuda", 0), width, 8)[0]
+        for name, width in widths.items()
+        for dtype in backend.DTYPES
+    }
+    assert {*served.values()} == {"triton"}, [key for key, name in served.items() if name != "triton"]
 
 
 def test_a_missing_gpu_is_an_answer(monkeypatch):
@@ -126,16 +152,11 @@ def test_without_triton_the_package_works_and_says_so():
     assert run.stdout.strip() == "(False, 'Triton is not installed')", run.stderr
 
 
-def test_float32_products_follow_torch():
-    before = torch.get_float32_matmul_precision()
-    try:
-        for setting, nvidia, amd in (("highest", "ieee", "ieee"), ("high", "tf32", "bf16x3")):
-            torch.set_float32_matmul_precision(setting)
-            assert SM_90.device.precision(torch.float32) == nvidia
-            assert Device("gfx942", 64 * KIB).precision(torch.float32) == amd
-            assert SM_90.device.precision(torch.bfloat16) == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
+@pytest.mark.parametrize(("setting", "nvidia", "amd"), [("highest", "ieee", "ieee"), ("high", "tf32", "bf16x3")])
+def test_float32_products_follow_torch(setting, nvidia, amd):
+    assert SM_90.device.precision(torch.float32, setting) == nvidia
+    assert Device("gfx942", 64 * KIB).precision(torch.float32, setting) == amd
+    assert SM_90.device.precision(torch.bfloat16, setting) == "ieee"
 
 
 # The architectures that kernels are compiled for, with the shared memory of a program.
@@ -148,12 +169,20 @@ DEVICES = {
 ALL = pytest.mark.parametrize("device", [*DEVICES.values(), INTERPRETER], ids=lambda device: device.name)
 
 
+def shapes(device: Device, dtype: torch.dtype, head_width: int = 64) -> Shapes:
+    return Shapes.of(Options(), 8 * head_width, dtype, device, "highest")
+
+
+def projection_of(target: Target, dtype: torch.dtype = torch.bfloat16) -> GemmConfig:
+    return projection.forward_config(target, shapes(target.device, dtype), 1000)
+
+
 def test_a_tuned_configuration_is_preferred(tuned_file):
-    own = projection_config(SM_90, torch.bfloat16, 512, 32, 1000)
+    own = projection_of(SM_90)
     tuned_file({KEY: GOOD})
-    assert projection_config(SM_90, torch.bfloat16, 512, 32, 1000) == GemmConfig(**GOOD) != own
-    assert projection_config(SM_90, torch.float16, 512, 32, 1000) == own
-    assert projection_config(Target(SM_90.device, configs={}), torch.bfloat16, 512, 32, 1000) == own, "of its own"
+    assert projection_of(SM_90) == GemmConfig(**GOOD) != own
+    assert projection_of(SM_90, torch.float16) == own
+    assert projection_of(Target(SM_90.device, configs={})) == own, "of its own"
 
 
 @pytest.fixture
@@ -197,7 +226,7 @@ GOOD = {"BR": 128, "BC": 128, "BD": 32, "num_warps": 4, "num_stages": 2}
 def test_a_wrong_tuned_file_is_named(tuned_file, content, parts):
     path = tuned_file(content)
     with pytest.raises(ValueError, match=f"^RADA_TUNED: {re.escape(path)}: ") as error:
-        projection_config(SM_90, torch.bfloat16, 512, 32, 1000)
+        projection_of(SM_90)
     for part in parts:
         assert part in str(error.value)
 
@@ -205,20 +234,7 @@ def test_a_wrong_tuned_file_is_named(tuned_file, content, parts):
 def test_a_missing_tuned_file_is_named(monkeypatch):
     monkeypatch.setenv("RADA_TUNED", "/nowhere/tuned.json")
     with pytest.raises(ValueError, match=r"^RADA_TUNED: /nowhere/tuned.json: .*No such file"):
-        projection_config(SM_90, torch.bfloat16, 512, 32, 1000)
-
-
-def test_tuned_configurations_that_do_not_go_together_are_named(tuned_file):
-    reduction = "logit_reduction_fwd sm_90 bfloat16 512 64 0 0"
-    path = tuned_file({reduction: GOOD | {"BR": 64, "BD": 128}})
-    part = re.escape(f"{path}: {reduction}: BD: got 128; it takes one of (16, 32, 64) beside the others")
-    with pytest.raises(ValueError, match=part):
-        reduction_config(SM_90, torch.bfloat16, 32, 100, 512, 64, False, False)
-    tuned_file(
-        {"mask_attention_direct_fwd sm_90 bfloat16 32 64": {"BM": 16, "BN": 32, "num_warps": 2, "num_stages": 1}}
-    )
-    with pytest.raises(ValueError, match=r"BM: got 16; it takes one of \(32,\)"):
-        attention.forward_config(SM_90, torch.bfloat16, 20, 64)
+        projection_of(SM_90)
 
 
 def usages(table: dict):
@@ -318,7 +334,7 @@ def test_a_gpu_compiles_once_halves_and_launches_what_fits():
         return (c.BM,), {"parts": c.BN}
 
     for _ in range(2):
-        launched = target.launch(kernel, attention_config(64, 64, 2), blocks, x=x, K=7)
+        launched = target.launch(kernel, attention_config(64, 64, 2), blocks, x=x, K=7, S="bfloat16")
     fitted = attention_config(32, 32, 1)
     assert kernel.compiled == [
         attention_config(64, 64, 2),  # beyond 1000 bytes
@@ -326,62 +342,57 @@ def test_a_gpu_compiles_once_halves_and_launches_what_fits():
         attention_config(32, 64, 1),  # spills
         fitted,
     ]
-    arguments = {"x": x, "K": 7, "parts": 32, "C": fitted, "num_warps": 4, "num_stages": 1}
+    arguments = {"x": x, "K": 7, "S": "bfloat16", "parts": 32, "C": fitted, "num_warps": 4, "num_stages": 1}
     assert kernel.launched == [((32,), arguments)] * 2
     assert launched == arguments
-    target.launch(kernel, attention_config(64, 64, 2), blocks, x=x.bfloat16(), K=7)
-    assert len(kernel.compiled) == 8, "another dtype is compiled for itself"
+    target.launch(kernel, attention_config(64, 64, 2), blocks, x=x, K=8, S="bfloat16")
+    assert len(kernel.compiled) == 4, "another number is served by the same code"
+    target.launch(kernel, attention_config(64, 64, 2), blocks, x=x, K=7, S="float16")
+    assert len(kernel.compiled) == 8, "what is compiled in is not"
 
 
 @ALL
 def test_every_table_serves_every_case(device):
-    """Blocks are powers of two from 16 on; contracted ones divide what they contract, the reduction's within a head."""
+    """Blocks are powers of two from 16 on, and contracted ones waste little."""
     target = Target(device, configs={})
     dtypes = [dtype for dtype in backend.DTYPES if not (device.family == "rdna" and dtype == torch.float32)]
-    for dtype, head_width, classes in itertools.product(dtypes, backend.HEAD_WIDTHS, (1, 20, 33, 257, 1000, 65536)):
-        width = 8 * head_width
-        direct, forward = attention.forward_config(target, dtype, classes, head_width)
+    for dtype, head_width, classes in itertools.product(dtypes, HEAD_WIDTHS, (1, 20, 33, 257, 1000, 65536)):
+        call = target, shapes(device, dtype, head_width)
         made = [
-            forward,
-            attention.queries_bwd_config(target, dtype, head_width),
-            attention.keys_bwd_config(target, dtype, head_width),
-            weight_bwd_config(target, dtype, width),
+            attention.forward_config(*call, classes),
+            attention.queries_bwd_config(*call, classes),
+            attention.keys_bwd_config(*call, classes),
+            projection.weight_bwd_config(*call),
         ]
-        assert not direct or forward.BM == forward.BN >= classes
-        for batch in (1, 64):
-            contracted = [
-                projection_config(target, dtype, width, batch, classes),
-                rows_bwd_config(target, dtype, width),
-            ]
-            assert all(width % config.BD == 0 for config in contracted)
-            reductions = [
-                reduction_config(target, dtype, batch, classes, width, head_width, direct, b) for b in (False, True)
-            ]
-            assert all((width if direct else head_width) % config.BD == 0 for config in reductions)
-            made += contracted + reductions
+        contracted = projection.forward_config(*call, classes), projection.rows_bwd_config(*call)
+        assert all(-8 * head_width % config.BD <= max(head_width, 15) for config in contracted)
+        reductions = reduction.forward_config(*call, classes), reduction.backward_config(*call, classes)
+        assert all(-head_width % config.BD <= max(head_width // 8, 15) for config in reductions)
+        made += contracted + reductions
         for config in made:
-            for name in config.blocks:
-                assert getattr(config, name) in (16, 32, 64, 128, 256), config
+            assert all(size in BLOCKS for size in config.blocks.values()), config
 
 
 @ALL
-def test_the_row_tile_does_not_depend_on_the_precision(device, monkeypatch):
+def test_few_classes_have_small_blocks(device):
+    target = Target(device, configs={})
+    for dtype, (classes, block) in itertools.product(backend.DTYPES[1:], {10: 16, 16: 32, 31: 32, 32: 64}.items()):
+        call = target, shapes(device, dtype), classes
+        assert block >= attention.forward_config(*call).BM, "K rows and the image query's"
+        assert max(16, 1 << (classes - 1).bit_length()) >= attention.keys_bwd_config(*call).BN
+
+
+@ALL
+def test_the_row_tile_does_not_depend_on_the_precision(device):
     """It may change between a forward and its backward pass, which takes the tile from the same table."""
     target, tiles = Target(device, configs={}), {}
     for precision in ("highest", "high"):
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
-        cases = itertools.product(backend.DTYPES[1:], backend.HEAD_WIDTHS, (1, 16, 17, 64, 1000))
-        tiles[precision] = [attention.forward_config(target, d, k, e)[1].BM for d, e, k in cases]
+        cases = itertools.product(backend.DTYPES[1:], HEAD_WIDTHS, (1, 16, 17, 64, 1000))
+        tiles[precision] = [
+            attention.forward_config(target, Shapes.of(Options(), 8 * e, d, device, precision), k).BM
+            for d, e, k in cases
+        ]
     assert tiles["highest"] == tiles["high"]
-
-
-@pytest.mark.parametrize("dtype", backend.DTYPES, ids=str)
-@pytest.mark.parametrize("head_width", backend.HEAD_WIDTHS)
-def test_the_direct_backward_finds_what_the_direct_forward_left(dtype, head_width):
-    few = attention.direct_bwd_classes(dtype, head_width)
-    assert few <= attention.direct_classes(dtype, head_width)
-    # 16 bits take delta from each kind's rows, which the direct forward kernel does not keep.
-    assert dtype == torch.float32 or few == attention.direct_classes(dtype, head_width)
 
 
 @pytest.mark.parametrize(
@@ -415,24 +426,64 @@ def test_what_is_asked_of_a_device(hip, properties, device, monkeypatch):
 @pytest.mark.parametrize("classes", [1, 2, 7, 10, 47, 100, 101, 1000, 65536])
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
 def test_pairs_of_images_and_classes_fill_a_tile(rows, classes):
-    many = pair_block(rows, classes, rows)
-    assert -(-classes // many["BK"]) * many["BK"] <= classes * 33 / 32, "few empty rows"
+    many = PairBlock.of(rows, classes, rows)
+    assert many.tiles(1, classes) * many.BK <= classes * 9 / 8, "few empty rows"
     for batch in (1, 2, 5, 31, 512):
-        pairs = pair_block(batch, classes, rows)
-        assert pairs["BI"] * pairs["BK"] == rows
-        assert pairs == many or pairs["BI"] < 2 * batch, "a last batch is served by the same code, one image by its own"
+        pairs = PairBlock.of(batch, classes, rows)
+        assert rows == pairs.BI * pairs.BK
+        assert pairs == many or 2 * batch > pairs.BI, "a last batch is served by the same code, one image by its own"
 
 
 @pytest.mark.parametrize("queries", [QUERIES, ("image",), ("text",)], ids="+".join)
 @pytest.mark.parametrize("classes", [9, 40, 131])
-def test_the_fake_has_the_shapes_of_what_is_kept(queries, classes, interpreted):
-    """What empty_kept says from shapes alone comes back from its tensors, row tile and all."""
+def test_the_fake_has_the_shapes_of_what_is_saved(queries, classes, interpreted):
+    """What empty_saved says from shapes alone comes back from its tensors, row tile and all."""
     image, text, options = torch.empty(3, 64), torch.empty(classes, 64), Options(2, queries=queries)
-    kept = backend.empty_kept(image, text, options, save=True)
-    again = backend.Kept.of(kept.tensors(), kept.attended.tile)
-    assert again.attended == kept.attended
-    assert again.projected[:-1] == kept.projected[:-1]
+    of = Shapes.of(options, 64, torch.float32, INTERPRETER, "highest")
+    tensors = backend.empty_saved(image, text, options, save=True)
+    again = backend.Saved.of(tensors, tile=attention.forward_config(Target(INTERPRETER), of, classes).BM)
+    shape = [t.shape for t in Attended.empty(image, classes, options, again.attended.tile)[:-1]]
+    assert [t.shape for t in again.attended[:-1]] == shape
+    expected = Projections.empty(image, text, options, save=True)
+    assert [t.shape for t in again.projected[:-1]] == [t.shape for t in expected[:-1]]
     score_rows = classes * (queries != ("image",)) + ("image" in queries)
-    tiles = 1 if kept.attended.combined else -(-score_rows // kept.attended.tile)
-    assert kept.attended.m.shape[-1] == tiles
-    assert backend.empty_kept(image, text, options, save=False).tensors() == []
+    assert again.attended.m.shape[-1] == -(-score_rows // again.attended.tile)
+    assert backend.empty_saved(image, text, options, save=False) == []
+
+
+@pytest.mark.parametrize("dtype", backend.DTYPES, ids=str)
+def test_the_output_weights_gradient_is_summed_in_float32(dtype):
+    from rada_kernels.logit_reduction.triton.backward import _product
+
+    left, right = torch.randn(8, 4000).to(dtype), torch.randn(4000, 8).to(dtype)
+    assert torch.equal(_product(left, right), left.float() @ right.float())
+    on_gpu = _product(left.to("meta"), right.to("meta"))
+    assert on_gpu.dtype == torch.float32
+
+
+def specialisations(launch) -> tuple:
+    """What Triton compiles a kernel for: constants, and of numbers that it looks at whether they are 1 or whole 16s."""
+    key = [launch.name, launch.arguments["num_warps"], launch.arguments["num_stages"]]
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            key.append(value)
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            key.append((value == 1, value % 16 == 0))
+    return tuple(key)
+
+
+def test_shapes_do_not_compile_anew():
+    """Twenty sizes, eight images or more: one set of kernels up to 256 classes, one up to 512, one above."""
+    pytest.importorskip("triton")
+    from codegen.launches import Recorder, record_launches
+    from workloads import Workload
+
+    sizes = [(b, k) for b in (8, 17, 32, 100) for k in (64, 101, 397, 1000, 2049)]
+    compiled: dict[str, set] = {}
+    for batch, classes in sizes:
+        load = Workload("size", batch, classes, 512, 8)
+        for launch in record_launches(load, "step-features", torch.bfloat16, Recorder(SM_90.device, configs={})):
+            compiled.setdefault(launch.name, set()).add(specialisations(launch))
+    assert len(compiled) == 10
+    assert {name: len(variants) for name, variants in compiled.items() if len(variants) > 3} == {}

@@ -144,3 +144,51 @@ def assert_as_good_as_reference(
     """Every result of one case, or of several pooled, is right by the rule of bench/tolerance.py."""
     verdict = verdict_of(cases if isinstance(cases, list) else [cases], backend, dtype, features=features)
     assert verdict.right, f"{backend}: {verdict.account}"
+
+
+def assert_loss_scale_is_borne(backend: str, classes: int = 1000) -> None:
+    """float16 gradients under torch.amp.GradScaler's first scale, 65536, with a softmax between uniform and one-hot.
+
+    Scaled back they err less than plain PyTorch does in bfloat16. Of one batch of 32, two images.
+    """
+    case = make_case(2, classes, 64, 2, scale=50.0, clear_gates=True, penalty="mse", seed=3)
+    case.penalty_weight = 0.0
+    chance = torch.full((2, classes), 1 / classes, dtype=torch.float64)
+    chance[:, 0] -= 1
+    case.weight = 2.0**16 * chance / 32
+    half, bfloat16 = case.cast(torch.float16), case.cast(torch.bfloat16)
+    mine, true = results(half, backend), results(half.cast(torch.float64), "reference")
+    plain, plain_true = results(bfloat16, "reference"), results(bfloat16.cast(torch.float64), "reference")
+
+    def error(got: Tensor, truth: Tensor) -> float:
+        return ((got.double() - truth).norm() / truth.norm()).item()
+
+    for name in true:
+        assert mine[name].isfinite().all(), f"{backend}: {name}"
+        if name.startswith("grad"):
+            limit = 2 * error(plain[name], plain_true[name])
+            assert error(mine[name], true[name]) <= limit, f"{backend}: {name}"
+
+
+def assert_one_graph_serves_every_batch(backend: str, device: torch.device) -> None:
+    case = make_case(7, 5, 32, 2).cast(torch.float32).to(device)
+    layers = [layer.requires_grad_() for layer in case.layers]
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+
+    def logits(image):
+        return rada_logits(image, case.text, Params(*layers, logit_scale=20.0), case.options, backend)[0]
+
+    compiled = torch.compile(logits, fullgraph=True, backend=count)
+    for batch in (2, 3, 5, 7):
+        image = case.image[:batch].clone()
+        torch._dynamo.mark_dynamic(image, 0)
+        mine = compiled(image)
+        torch.testing.assert_close(mine, logits(image), rtol=1e-4, atol=1e-4)
+        mine.sum().backward()
+    assert len(graphs) == 1

@@ -1,6 +1,6 @@
-"""Backward: the output layer again, and the gradients of its result, its bias, and R through the masked sums.
+"""Backward: the output layer again, and the gradients of its input, its weight and bias, and R through the sums.
 
-dsums [B, K], ddeviation [B], Attended, Projections, output layer  →  ReductionGrads (state.py)
+dsums [B, K], ddeviation [B], Attended, Projections, output layer  →  ReductionGrads
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rada_kernels.logit_reduction.config import backward_config
 from rada_kernels.logit_reduction.triton.forward import (
-    default_config,
+    RowBlocks,
     launch_arguments,
     output_block,
     place_of,
-    row_blocks,
     shares_of_kinds,
 )
-from rada_kernels.logit_reduction.triton.state import ReductionGrads
-from rada_kernels.mask_attention.triton.state import Attended
-from rada_kernels.options import Options, Params, Wanted
-from rada_kernels.rational_projection.triton.state import Projections
-from rada_kernels.triton_common.config import GemmConfig
-from rada_kernels.triton_common.dialect import load_rows, outer, outer_rows, pair_rows, store_rows
-from rada_kernels.triton_common.target import Target, target_of
+from rada_kernels.options import Wanted
+from rada_kernels.triton_common.call import Call
+from rada_kernels.triton_common.config import GemmConfig, cdiv
+from rada_kernels.triton_common.dialect import outer, outer_rows, pair_rows, store_rows, unit_features
+from rada_kernels.triton_common.state import Attended, Projections, ReductionGrads
 
 
 @triton.jit(do_not_specialize=["B", "K", "T"])
@@ -32,16 +30,13 @@ def _logit_reduction_bwd_kernel(
     attended,  # Attended
     weight,  # [D, D]
     bias,  # [D]
-    image,  # [B, D]
-    text,  # [K, D]
-    inverse_image,  # [B]
-    inverse_text,  # [K]
+    features,  # Features
     peak,  # [B] int64, "linf": bits and place of the largest |M - 1|
     grad_sums,  # [B, K]
     grad_deviation,  # [B]
     grad_out,  # [B, K, D] of the output layer's result
     grad_biases,  # [tiles of rows, D] a tile's part of the output bias's, LAYERS
-    rows,  # [B, K, D] the output layer's input, LAYERS and not COMBINED
+    rows,  # [B, K, D] the output layer's input, LAYERS
     masked,  # [B, K, D] of R through the sums: grad_sums M, FEATURES
     B,
     K,
@@ -64,10 +59,7 @@ def _logit_reduction_bwd_kernel(
         attended, weight, bias, b_shares, pairs, o_c, B, K, rows, pairs.m_r & (column == 0), S, C, R, LAYERS
     )
     b_upstream = tl.load(grad_sums + pairs.o_r, mask=pairs.m_r, other=0.0)[:, None]  # [BR, 1]
-    b_image = tl.load(inverse_image + pairs.o_i, mask=pairs.m_i, other=0.0)
-    b_text = tl.load(inverse_text + pairs.o_k, mask=pairs.m_k, other=0.0)
-    b_f = load_rows(image, pairs.o_i, pairs.m_i, o_c, D, C.BC).to(tl.float32) * b_image[:, None]  # [BI, BC]
-    b_h = load_rows(text, pairs.o_k, pairs.m_k, o_c, D, C.BC).to(tl.float32) * b_text[:, None]  # [BK, BC]
+    b_f, b_h = unit_features(features, 1.0, pairs, o_c, D, C.BC)
     b_grad = b_upstream * outer_rows(b_f, b_h)
     if PENALTY != "none":
         b_ones = tl.full([R.BK], 1.0, tl.float32)
@@ -90,39 +82,44 @@ def _logit_reduction_bwd_kernel(
         store_rows(masked, b_upstream * (1.0 + b_change), pairs.o_r, pairs.m_r, o_c, D, C.BC)
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, summed and returned in float32; torch's own 16-bit products may round partial sums to 16 bits."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if torch.version.hip or left.is_cpu:  # torch has no such product there
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
 def logit_reduction_bwd(
+    call: Call,
+    projected: Projections,
+    attended: Attended,
     grad_sums: Tensor,  # [B, K]
     grad_deviation: Tensor | None,  # [B]
-    attended: Attended,
-    projected: Projections,
-    image: Tensor,  # [B, D]
-    text: Tensor,  # [K, D]
-    params: Params,
-    options: Options,
     wanted: Wanted,
     *,
     config: GemmConfig | None = None,
-    target: Target | None = None,
 ) -> ReductionGrads:
-    """The gradients that the output layer's own products start from."""
-    (batch, width), classes = image.shape, len(text)
-    target = target or target_of(image)
-    grad_out = image.new_empty(batch, classes, width)
-    masked = image.new_empty(batch * (wanted.image or wanted.text), classes, width)
-    rows = attended.rows[0] if attended.combined else image.new_empty(batch * wanted.layers, classes, width)
+    batch, classes, width = call.sizes
+    features = wanted.image or wanted.text
+    grad_out = call.image.new_empty(batch, classes, width)
+    rows = call.image.new_empty(batch * wanted.layers, classes, width)
+    masked = call.image.new_empty(batch * features, classes, width)
 
     def blocks(c: GemmConfig):
-        columns = triton.cdiv(width, c.BC)
-        grid, own = row_blocks(c, attended, image, text, options, columns)
-        grad_biases = image.new_empty(grid[0] // columns * wanted.layers, width, dtype=torch.float32)
-        return grid, own | {"grad_biases": grad_biases}
+        pairs = RowBlocks.of(attended, call, c.BR)
+        tiles = cdiv(batch, pairs.BI) * cdiv(classes, pairs.BK)
+        grad_biases = call.image.new_empty(tiles * wanted.layers, width, dtype=torch.float32)
+        return (tiles * cdiv(width, c.BC),), {"R": pairs, "grad_biases": grad_biases}
 
-    config = config or default_config(attended, image, text, options, target, backward=True)
-    launched = target.launch(
-        _logit_reduction_bwd_kernel, config, blocks, peak=projected.peak, grad_sums=grad_sums,
+    launched = call.target.launch(
+        _logit_reduction_bwd_kernel, config or backward_config(call.target, call.shapes, classes), blocks,
+        **launch_arguments(call, projected, attended), peak=projected.peak, grad_sums=grad_sums,
         grad_deviation=grad_sums if grad_deviation is None else grad_deviation,
-        grad_out=grad_out, rows=rows, masked=masked, LAYERS=wanted.layers, FEATURES=wanted.image or wanted.text,
-        PENALTY="none" if grad_deviation is None else options.penalty,
-        **launch_arguments(attended, projected, image, text, params, options, target),
+        grad_out=grad_out, rows=rows, masked=masked, LAYERS=wanted.layers, FEATURES=features,
+        PENALTY="none" if grad_deviation is None else call.options.penalty,
     )  # fmt: skip
-    return ReductionGrads(grad_out, rows, launched["grad_biases"].sum(0), masked)
+    flat = grad_out.flatten(0, 1)
+    layers = {"out": (_product(flat.t(), rows.flatten(0, 1)), launched["grad_biases"].sum(0))} if wanted.layers else {}
+    return ReductionGrads((flat @ call.params.out_weight).view_as(grad_out), masked, layers)

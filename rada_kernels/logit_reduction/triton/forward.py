@@ -1,10 +1,9 @@
 """Forward: attended rows → output layer → mask M → masked sums and each image's deviation |M - 1|.
 
-    Attended, Projections, output layer  →  Reduced (state.py)
+    Attended, Projections, output layer  →  Reduced
 
 The mask lives in registers only. A tile's rows are all pairs of BI images and BK classes, whatever row tiles the
-attention made of them: combined rows [B·K, D] as they are; else one tensor per matrix query kind, weighted by head and
-row tile, plus the image query's row.
+attention made of them: one tensor per matrix query kind, weighted by head and row tile, plus the image query's row.
 
 An image's largest |M - 1| is an integer maximum over its programs' largest, in memory: the bits of numbers that are
 not negative are ordered as the numbers are, and a maximum does not depend on the order in which it is taken.
@@ -17,16 +16,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from rada_kernels.logit_reduction.config import reduction_config, tile_block
-from rada_kernels.logit_reduction.triton.state import Reduced
-from rada_kernels.mask_attention.triton.state import Attended
-from rada_kernels.options import Options, Params
-from rada_kernels.rational_projection.triton.state import Projections
-from rada_kernels.triton_common.config import GemmConfig, next_power, pair_block
+from rada_kernels.logit_reduction.config import forward_config
+from rada_kernels.triton_common.call import Call
+from rada_kernels.triton_common.config import GemmConfig, PairBlock, cdiv, next_power
 from rada_kernels.triton_common.dialect import (
-    Shapes,
     load_columns,
     load_rows,
     load_transposed,
@@ -35,19 +29,24 @@ from rada_kernels.triton_common.dialect import (
     pair_rows,
     store_rows,
 )
-from rada_kernels.triton_common.target import Target, target_of
+from rada_kernels.triton_common.state import Attended, Projections, Reduced
 
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """How a program reads attended rows."""
+    """A program's pairs of BI images and BK classes, and how it reads their attended rows."""
 
-    COMBINED: bool  # the rows are the sum over all query kinds
     TILE: int  # rows of a row tile of the attention
-    BT: int  # row tiles
-    BH: int  # heads
-    BI: int  # images
-    BK: int  # classes
+    BT: int  # row tiles whose m and l are read at a time
+    BH: int  # heads, padded to a power of two
+    BI: int
+    BK: int
+
+    @staticmethod
+    def of(attended: Attended, call: Call, rows: int) -> RowBlocks:
+        pairs, heads = PairBlock.of(*call.sizes[:2], rows), next_power(call.options.num_heads)
+        tiles = max(1, min(16, 2048 // (pairs.BI * heads)))  # 2048 numbers at most: 8 for each of 256 threads
+        return RowBlocks(attended.tile, tiles, heads, pairs.BI, pairs.BK)
 
 
 @triton.jit
@@ -90,44 +89,47 @@ def _of_head(b_shares, h, BH: tl.constexpr):
 def shares_of_kinds(attended, pairs, B, K, T, S: tl.constexpr, R: tl.constexpr):
     """_row_shares of the matrix query kinds in use: what takes their stored rows to those of O."""
     b_shares = ()
-    if not R.COMBINED:
-        MATRIX: tl.constexpr = S.MATRIX
-        factor = K * (1.0 / S.KINDS)
-        for n in tl.static_range(MATRIX):
-            o_kind = n * B * S.H * T
-            b_shares += (_row_shares(attended.m + o_kind, attended.l + o_kind, pairs, T, factor, S, R),)
+    MATRIX: tl.constexpr = S.MATRIX
+    factor = K * (1.0 / S.KINDS)
+    for n in tl.static_range(MATRIX):
+        o_kind = n * B * S.H * T
+        b_shares += (_row_shares(attended.m + o_kind, attended.l + o_kind, pairs, T, factor, S, R),)
     return b_shares
 
 
 @triton.jit
+def _attended_rows(attended, b_shares, pairs, head, o_d, m_d, plane, S: tl.constexpr, C: tl.constexpr, R: tl.constexpr):
+    """Columns o_d of O for a tile's rows, all of one head, in float32: [BR, BD]."""
+    b_rows = tl.zeros([C.BR, C.BD], tl.float32)
+    for n in tl.static_range(len(b_shares)):
+        b_kind = load_rows(attended.rows + n * plane, pairs.o_r, pairs.m_r, o_d, S.D, C.BD, m_d).to(tl.float32)
+        b_rows += _of_head(b_shares[n], head, R.BH)[:, None] * b_kind
+    if S.IMAGE:
+        b_image = load_rows(attended.image_row, pairs.o_i, pairs.m_i, o_d, S.D, C.BD, m_d).to(tl.float32)
+        b_rows += outer_rows(b_image * (1.0 / S.KINDS), tl.full([R.BK, C.BD], 1.0, tl.float32))
+    return b_rows
+
+
+@triton.jit
 def output_block(
-    attended, weight, bias, b_shares, pairs, o_c, B, K, kept, m_keep,
-    S: tl.constexpr, C: tl.constexpr, R: tl.constexpr, KEEP: tl.constexpr,
+    attended, weight, bias, b_shares, pairs, o_c, B, K, rows, m_store,
+    S: tl.constexpr, C: tl.constexpr, R: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """max(O Woᵀ + co, -1) = M - 1 for a tile's rows and columns o_c: [BR, BC]. KEEP: store O in `kept` where m_keep."""
+    """max(O Woᵀ + co, -1) = M - 1 of a tile's rows and columns o_c: [BR, BC]. STORE: O itself in rows where m_store."""
     D: tl.constexpr = S.D
+    padded: tl.constexpr = (S.E + C.BD - 1) // C.BD * C.BD  # contracted blocks end where a head does
     plane = B.to(tl.int64) * K * D
     b_out = tl.zeros([C.BR, C.BC], tl.float32)
-    for start in range(0, D, C.BD):
-        o_d = start + tl.arange(0, C.BD)
-        if R.COMBINED:
-            b_rows = load_rows(attended.rows, pairs.o_r, pairs.m_r, o_d, D, C.BD)  # [BR, BD]
-        else:
-            b_rows = tl.zeros([C.BR, C.BD], tl.float32)
-            for n in tl.static_range(len(b_shares)):
-                b_share = _of_head(b_shares[n], start // S.E, R.BH)[:, None]
-                b_rows += b_share * load_rows(attended.rows + n * plane, pairs.o_r, pairs.m_r, o_d, D, C.BD).to(
-                    tl.float32
-                )
-            if S.IMAGE:
-                b_image = load_rows(attended.image_row, pairs.o_i, pairs.m_i, o_d, D, C.BD).to(tl.float32) * (
-                    1.0 / S.KINDS
-                )
-                b_rows += outer_rows(b_image, tl.full([R.BK, C.BD], 1.0, tl.float32))
-            b_rows = b_rows.to(weight.dtype.element_ty)
-            if KEEP:
-                store_rows(kept, b_rows, pairs.o_r, m_keep, o_d, D, C.BD)
-        b_weight = load_transposed(weight, o_c, o_d, D, C.BC, C.BD)
+    for start in range(0, S.H * padded, C.BD):
+        head = start // padded
+        o_d = start - head * (padded - S.E) + tl.arange(0, C.BD)
+        m_d = None
+        if padded != S.E:
+            m_d = o_d < (head + 1) * S.E
+        b_rows = _attended_rows(attended, b_shares, pairs, head, o_d, m_d, plane, S, C, R).to(weight.dtype.element_ty)
+        if STORE:
+            store_rows(rows, b_rows, pairs.o_r, m_store, o_d, D, C.BD, m_d)
+        b_weight = load_transposed(weight, o_c, o_d, D, C.BC, C.BD, m_d)
         b_out = tl.dot(b_rows, b_weight, b_out, input_precision=S.PRECISION)
     b_out += load_columns(bias, o_c, D, C.BC)[None, :]
     return tl.where(b_out < -1.0, -1.0, b_out)  # NaN stays NaN
@@ -149,10 +151,7 @@ def _logit_reduction_fwd_kernel(
     attended,  # Attended
     weight,  # [D, D]
     bias,  # [D]
-    image,  # [B, D]
-    text,  # [K, D]
-    inverse_image,  # [B]
-    inverse_text,  # [K]
+    features,  # Features
     sums,  # [B, K]
     largest,  # [B] int32 bits of the largest |M - 1|, "linf"
     peak,  # [B] int64 those bits and the place, PEAK
@@ -175,8 +174,8 @@ def _logit_reduction_fwd_kernel(
     for start in range(0, D, C.BC):
         o_c = start + tl.arange(0, C.BC)
         b_change = output_block(attended, weight, bias, b_shares, pairs, o_c, B, K, sums, pairs.m_r, S, C, R, False)
-        b_f = load_rows(image, pairs.o_i, pairs.m_i, o_c, D, C.BC).to(tl.float32)  # [BI, BC]
-        b_h = load_rows(text, pairs.o_k, pairs.m_k, o_c, D, C.BC).to(tl.float32)  # [BK, BC]
+        b_f = load_rows(features.image, pairs.o_i, pairs.m_i, o_c, D, C.BC).to(tl.float32)  # [BI, BC]
+        b_h = load_rows(features.text, pairs.o_k, pairs.m_k, o_c, D, C.BC).to(tl.float32)  # [BK, BC]
         b_sum += tl.sum((1.0 + b_change) * outer_rows(b_f, b_h), 1)
         if D % C.BC != 0:
             b_change = tl.where((o_c < D)[None, :], b_change, 0.0)
@@ -191,8 +190,8 @@ def _logit_reduction_fwd_kernel(
             b_deviation += tl.sum(tl.abs(b_change), 1)
         else:
             b_deviation += tl.sum(b_change * b_change, 1)
-    b_image = tl.load(inverse_image + pairs.o_i, mask=pairs.m_i, other=0.0)
-    b_text = tl.load(inverse_text + pairs.o_k, mask=pairs.m_k, other=0.0)
+    b_image = tl.load(features.inverse_image + pairs.o_i, mask=pairs.m_i, other=0.0)
+    b_text = tl.load(features.inverse_text + pairs.o_k, mask=pairs.m_k, other=0.0)
     b_sum *= outer(b_image, b_text)
     tl.store(sums + pairs.o_r, b_sum, mask=pairs.m_r)
     # A comparison loses NaN; a mask element that is NaN has made the sum NaN too.
@@ -209,51 +208,30 @@ def _logit_reduction_fwd_kernel(
 
 
 def logit_reduction_fwd(
-    attended: Attended,
-    projected: Projections,  # its peak and largest are raised
-    image: Tensor,  # [B, D]
-    text: Tensor,  # [K, D]
-    params: Params,
-    options: Options,
-    *,
-    config: GemmConfig | None = None,
-    target: Target | None = None,
+    call: Call, projected: Projections, attended: Attended, *, config: GemmConfig | None = None
 ) -> Reduced:
-    """Masked sums in float32, and each image's deviation of the mask from one, of the penalty's kind."""
-    linf = options.penalty == "linf"
-    target = target or target_of(image)
-    sums = image.new_empty(len(image), len(text), dtype=torch.float32)
-    means = image.new_empty(0 if linf else len(image), len(text), dtype=torch.float32)
-    config = config or default_config(attended, image, text, options, target, backward=False)
-    target.launch(
-        _logit_reduction_fwd_kernel, config, lambda c: row_blocks(c, attended, image, text, options),
-        sums=sums, largest=projected.largest, peak=projected.peak, means=means,
-        PENALTY=options.penalty, PEAK=len(projected.peak) > 0,
-        **launch_arguments(attended, projected, image, text, params, options, target),
+    """Masked sums in float32, and each image's deviation of the mask from one. Raises projected.peak and .largest."""
+    batch, classes, _ = call.sizes
+    linf = call.options.penalty == "linf"
+    sums = call.image.new_empty(batch, classes, dtype=torch.float32)
+    means = call.image.new_empty(0 if linf else batch, classes, dtype=torch.float32)
+
+    def blocks(c: GemmConfig):
+        rows = RowBlocks.of(attended, call, c.BR)
+        return (cdiv(batch, rows.BI) * cdiv(classes, rows.BK),), {"R": rows}
+
+    call.target.launch(
+        _logit_reduction_fwd_kernel, config or forward_config(call.target, call.shapes, classes), blocks,
+        **launch_arguments(call, projected, attended), sums=sums, largest=projected.largest, peak=projected.peak,
+        means=means, PENALTY=call.options.penalty, PEAK=len(projected.peak) > 0,
     )  # fmt: skip
     return Reduced(sums, projected.largest.view(torch.float32) if linf else means.mean(1))
 
 
-def default_config(attended, image, text, options, target, *, backward: bool) -> GemmConfig:
-    (batch, width), classes = image.shape, len(text)
-    sizes = batch, classes, width, width // options.num_heads
-    return reduction_config(target, image.dtype, *sizes, attended.combined, backward)
-
-
-def row_blocks(c: GemmConfig, attended: Attended, image: Tensor, text: Tensor, options: Options, columns: int = 1):
-    """The grid, `columns` programs for a tile of rows, and what else follows from a configuration."""
-    pairs = pair_block(len(image), len(text), c.BR)
-    tiles = triton.cdiv(len(image), pairs["BI"]) * triton.cdiv(len(text), pairs["BK"])
-    heads = next_power(options.num_heads)
-    statistics = tile_block(attended.m.shape[-1], pairs["BI"] * heads)
-    return (tiles * columns,), {"R": RowBlocks(attended.combined, attended.tile, statistics, heads, **pairs)}
-
-
-def launch_arguments(attended, projected, image, text, params, options, target) -> dict:
+def launch_arguments(call: Call, projected: Projections, attended: Attended) -> dict:
     """What the forward and the backward kernel are both launched with."""
+    batch, classes, _ = call.sizes
     return {
-        "attended": attended.pointers, "weight": params.out_weight, "bias": params.out_bias,
-        "image": image, "text": text, "inverse_image": projected.inverse_image, "inverse_text": projected.inverse_text,
-        "B": len(image), "K": len(text), "T": attended.m.shape[-1],
-        "S": Shapes.of(options, image.shape[-1], image.dtype, target.device),
+        "attended": attended.pointers, "weight": call.params.out_weight, "bias": call.params.out_bias,
+        "features": call.features(projected), "B": batch, "K": classes, "T": attended.m.shape[-1], "S": call.shapes,
     }  # fmt: skip

@@ -3,15 +3,13 @@
     dO [B, K, D], Projections, Attended  →  AttentionGrads
 
 With P = A_n: dS = P (dP - delta) / (√E τ), dP = dO Vᵀ the same for every query kind, and one delta per (image, head,
-query kind). The direct kernel has all pairs of classes in registers. The streaming form takes three or four launches:
-what all rows share and the image query's row (joint); delta, from the stored rows in 16 bits, in float32 from the P and
-dP that the gradients are made of, because rounded rows would show where dP - delta cancels; the queries' gradients by
-score rows; the keys' and values' by classes.
+query kind). Three or four launches: what all rows share and the image query's row (joint); delta, from the stored rows
+in 16 bits, in float32 from the P and dP that the gradients are made of, because rounded rows would show where
+dP - delta cancels; the queries' gradients by score rows; the keys' and values' by classes.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -19,21 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_kernels.mask_attention.config import (
-    JOINT_BWD,
-    direct_bwd_classes,
-    keys_bwd_config,
-    queries_bwd_config,
-)
-from rada_kernels.mask_attention.config import (
-    direct_config as direct_config_of,
-)
-from rada_kernels.mask_attention.triton.backward_direct import mask_attention_direct_bwd_kernel
+from rada_kernels.mask_attention.config import joint_bwd_config, keys_bwd_config, queries_bwd_config
 from rada_kernels.mask_attention.triton.forward import launch_arguments, of_kinds, unit_offsets
-from rada_kernels.mask_attention.triton.state import Attended, AttentionGrads
-from rada_kernels.options import Options
-from rada_kernels.rational_projection.triton.state import Projections
-from rada_kernels.triton_common.config import AttentionConfig
+from rada_kernels.triton_common.call import Call
+from rada_kernels.triton_common.config import AttentionConfig, cdiv
 from rada_kernels.triton_common.dialect import (
     add_dot,
     add_heads,
@@ -45,7 +32,7 @@ from rada_kernels.triton_common.dialect import (
     sum_rows,
     zero_head,
 )
-from rada_kernels.triton_common.target import Target, target_of
+from rada_kernels.triton_common.state import Attended, AttentionGrads, Projections
 
 
 @triton.jit
@@ -66,19 +53,28 @@ def _joint_normaliser(m, l, o_tiles, T, BT: tl.constexpr):
 
 @triton.jit
 def _image_row(keys, values, b_q, b_dO, o_k, K, factor, S: tl.constexpr):
-    """A block of classes: keys [BN, E], the image query's scores and their dP [BN]."""
+    """A block of classes: keys [BN, E], the image query's scores and their dP [BN].
+
+    b_q: [16, E], zero but for its first row: scores are products of the precision of all others.
+    """
     m_k = o_k < K
     o_d = o_k.to(tl.int64) * S.D
     b_k = load_head(keys + o_d, m_k, S.E)
-    b_s = tl.where(m_k, dot_rows(b_k, b_q) * factor, float("-inf"))
+    b_s = tl.sum(dot_transposed(b_q, b_k, S.PRECISION), 0) * factor
+    b_s = tl.where(m_k, b_s, float("-inf"))
     return b_k, b_s, dot_rows(load_head(values + o_d, m_k, S.E), b_dO)
 
 
 class Joint(NamedTuple):
-    """What all rows of an (image, head) share: P = scale exp2(score - m); and the image query's row."""
+    """What all rows of an (image, head) share: P = unit scale exp2(score - m); and the image query's row.
+
+    float16 ends at 65504, and P goes up to K: there `unit` is a power of two, scale is from 1 to 2, and what a product
+    takes in 16 bits is P / unit. Its sum is multiplied in float32. For other dtypes `unit` is 1.
+    """
 
     m: Tensor  # [matrix kinds, B, H] largest score of all pairs of classes
-    scale: Tensor  # [matrix kinds, B, H] K / their sum of exp2(score - m)
+    scale: Tensor  # [matrix kinds, B, H] K / their sum of exp2(score - m), over unit
+    unit: Tensor  # [matrix kinds, B, H]
     delta: Tensor  # [matrix kinds, B, H]
     image_dO: Tensor  # [B, D] Σ_i dO[i]
     image_P: Tensor  # [B, H, K]
@@ -101,7 +97,6 @@ def _mask_attention_bwd_joint_kernel(
     C: tl.constexpr,  # AttentionConfig
     ROWS: tl.constexpr,  # delta = Σ_i dO[i] · O_n[i] / K from the stored rows
     TILE: tl.constexpr,  # of the forward pass
-    BT: tl.constexpr,
 ):
     """What all rows of an (image, head) share, and everything about the image's row: K numbers, not K²."""
     MATRIX: tl.constexpr = S.MATRIX
@@ -111,9 +106,13 @@ def _mask_attention_bwd_joint_kernel(
     b_joint = ()
     b_deltas = ()
     for n in tl.static_range(MATRIX):
-        b_m, b_l = _joint_normaliser(attended.m, attended.l, (n * units + unit) * T, T, BT)
+        b_m, b_l = _joint_normaliser(attended.m, attended.l, (n * units + unit) * T, T, 64)
         tl.store(joint.m + n * units + unit, b_m)
-        tl.store(joint.scale + n * units + unit, K / b_l)
+        b_unit = 1.0
+        if dO.dtype.element_ty == tl.float16:
+            b_unit = tl.exp2(tl.floor(tl.log2(K / b_l)))
+        tl.store(joint.scale + n * units + unit, K / b_l / b_unit)
+        tl.store(joint.unit + n * units + unit, b_unit)
         b_joint += ((b_m, b_l),)
         b_deltas += (tl.zeros([C.BN], tl.float32),)
     b_sum_dO = zero_head(1, S.E)
@@ -138,7 +137,8 @@ def _mask_attention_bwd_joint_kernel(
     if S.IMAGE:
         o_one = tl.arange(0, 1)
         store_head(joint.image_dO + o_image + o_one, b_sum_dO, o_one == 0, S.E)
-        b_q = load_head(projected.query_image + o_image + o_one, o_one == 0, S.E)  # [1, E]
+        o_16 = tl.arange(0, 16)
+        b_q = load_head(projected.query_image + o_image + o_16 * 0, o_16 == 0, S.E)  # [16, E]
         keys = projected.projections + o_rows
         # A softmax of its own again: rounded otherwise, the forward pass's would not cancel where dP - delta does.
         row_m = float("-inf")
@@ -238,7 +238,8 @@ def _mask_attention_bwd_queries_kernel(
         if DELTA:
             tl.store(parts + (n * B * S.H + unit) * T + tile, tl.sum(tl.where(o_r < K, b_sums[n], 0.0), 0))
         else:
-            store_head(grad_queries[n] + o_d, scale_head(b_sums[n], grad_factor), o_r < K, S.E)
+            b_factor = tl.load(joint.unit + n * B * S.H + unit) * grad_factor
+            store_head(grad_queries[n] + o_d, scale_head(b_sums[n], b_factor), o_r < K, S.E)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -254,8 +255,12 @@ def _mask_attention_bwd_keys_kernel(
     S: tl.constexpr,
     C: tl.constexpr,  # AttentionConfig
 ):
-    """Scores are transposed, [BN, BM]: what is rounded for the next product lies as that takes its left operand."""
+    """Scores are transposed, [BN, BM]: what is rounded for the next product lies as that takes its left operand.
+
+    b_dk is summed in the unit of the query kind whose turn it is, b_dv in the greatest unit.
+    """
     MATRIX: tl.constexpr = S.MATRIX
+    FLOAT16: tl.constexpr = dO.dtype.element_ty == tl.float16
     unit, _, _, o_n = _row_tile(K, C.BN)
     o_head, o_image, o_rows, plane = unit_offsets(unit, B, K, S)
     m_n = o_n < K
@@ -266,10 +271,18 @@ def _mask_attention_bwd_keys_kernel(
     b_v = load_head(keys + plane + o_d, m_n, S.E)
     b_dk = zero_head(C.BN, S.E)
     b_dv = zero_head(C.BN, S.E)
+    b_units = ()
+    greatest = 0.0
+    for n in tl.static_range(MATRIX):
+        b_units += (tl.load(joint.unit + n * B * S.H + unit),)
+        greatest = tl.maximum(greatest, b_units[n])
     if S.IMAGE:
         o_one = tl.arange(0, 1)
         b_row = tl.load(joint.image_P + unit.to(tl.int64) * K + o_n, mask=m_n, other=0.0) * (1.0 / S.KINDS)
         b_row_dS = tl.load(joint.image_dS + unit.to(tl.int64) * K + o_n, mask=m_n, other=0.0)
+        if FLOAT16 and MATRIX > 0:
+            b_row = b_row / greatest
+            b_row_dS = b_row_dS / b_units[MATRIX - 1]
         b_dk = scale_head(load_head(projected.query_image + o_image + o_one, o_one == 0, S.E), b_row_dS[:, None])
         b_dv = scale_head(load_head(joint.image_dO + o_image + o_one, o_one == 0, S.E), b_row[:, None])
     for start in range(0, K if S.MATRIX else 0, C.BM):
@@ -283,80 +296,95 @@ def _mask_attention_bwd_keys_kernel(
             b_q = load_head(queries[n] + o_rd, o_r < K, S.E)
             b_m, b_scale = tl.load(joint.m + o_kind), tl.load(joint.scale + o_kind)
             b_p = _weights(b_k, b_q, b_m, b_scale, start, o_r, K, factor, C.BM, S.PRECISION)
-            b_sum += b_p
+            if FLOAT16 and MATRIX == 2:
+                b_sum += b_p * (b_units[n] / greatest)
+                b_dk = scale_head(b_dk, b_units[1 - n] / b_units[n])
+            else:
+                b_sum += b_p
             b_dS = (b_p * (b_dP - tl.load(joint.delta + o_kind))).to(b_k[0].dtype)
             b_dk = add_dot(b_dk, b_dS, b_q, S.PRECISION)
         b_sum = (b_sum * (1.0 / S.KINDS)).to(b_dO[0].dtype)
         b_dv = add_dot(b_dv, b_sum, b_dO, S.PRECISION)
+    if FLOAT16 and MATRIX > 0:
+        b_dk = scale_head(b_dk, b_units[MATRIX - 1])
+        b_dv = scale_head(b_dv, greatest)
     grad_keys = grads.projections + o_rows + o_d
     store_head(grad_keys, scale_head(b_dk, grad_factor), m_n, S.E)
     store_head(grad_keys + plane, b_dv, m_n, S.E)
 
 
-def mask_attention_bwd(
-    dO: Tensor,  # [B, K, D]
-    projected: Projections,
-    attended: Attended,
-    options: Options,
-    *,
-    direct_config: AttentionConfig | None = None,
-    queries_config: AttentionConfig | None = None,
-    keys_config: AttentionConfig | None = None,
-    target: Target | None = None,
-) -> AttentionGrads:
-    """Gradients of the projections, the text query by image, and the image query."""
-    projections = projected.projections
-    _, batch, classes, width = projections.shape
-    heads, target = options.num_heads, target or target_of(projections)
-    sizes = projections.dtype, width // heads
-    images, units = batch * ("image" in options.queries), batch * heads
+def mask_attention_bwd(call: Call, projected: Projections, attended: Attended, dO: Tensor) -> AttentionGrads:
+    """Gradients of the projections, of the text query by image, and of the image query. dO: [B, K, D]"""
+    batch, classes, width = call.sizes
     grads = AttentionGrads(
-        projections=torch.empty_like(projections),
-        query_text=projections.new_empty(batch * ("text" in options.queries), classes, width),
-        query_image=projections.new_empty(images, width, dtype=torch.float32),
+        projections=torch.empty_like(projected.projections),
+        query_text=dO.new_empty(batch * call.shapes.TEXT, classes, width),
+        query_image=dO.new_empty(batch * call.shapes.IMAGE, width, dtype=torch.float32),
     )
-    arguments = launch_arguments(projections[0], options, target) | {"dO": dO, "projected": projected}
-    arguments["grad_factor"] = options.score_factor(width) / len(options.queries)
-    if classes <= direct_bwd_classes(*sizes):
-        config = direct_config or direct_config_of(target, "mask_attention_direct_bwd", classes, *sizes)
-        target.launch(
-            mask_attention_direct_bwd_kernel, config, lambda c: ((units,), {}), keep=("BM", "BN"),
-            attended=attended.pointers, grads=grads, **arguments,
-        )  # fmt: skip
-        return grads
+    arguments = launch_arguments(call) | {"dO": dO, "projected": projected}
+    arguments["grad_factor"] = call.options.score_factor(width) / call.shapes.KINDS
+    joint = mask_attention_bwd_joint(call, attended, grads, arguments)
+    if call.shapes.MATRIX:
+        if dO.dtype == torch.float32:
+            joint = joint._replace(delta=mask_attention_bwd_queries(call, joint, grads, arguments, delta=True))
+        mask_attention_bwd_queries(call, joint, grads, arguments)
+    mask_attention_bwd_keys(call, joint, grads, arguments)
+    return grads
 
-    m, scale, delta = (attended.m.new_empty(attended.m.shape[:-1]) for _ in range(3))
+
+def mask_attention_bwd_joint(call: Call, attended: Attended, grads: AttentionGrads, arguments: dict) -> Joint:
+    """arguments: the launch arguments that the backward kernels share. Fills grads.query_image."""
+    classes, tiles = call.sizes[1], attended.m.shape[-1]
+    m, scale, unit, delta = (attended.m.new_empty(attended.m.shape[:-1]) for _ in range(4))
+    images = len(grads.query_image)
     joint = Joint(
         m,
         scale,
+        unit,
         delta,
         image_dO=torch.empty_like(grads.query_image),
-        image_P=grads.query_image.new_empty(images, heads, classes),
-        image_dS=grads.query_image.new_empty(images, heads, classes),
+        image_P=m.new_empty(images, call.shapes.H, classes),
+        image_dS=m.new_empty(images, call.shapes.H, classes),
     )
-    tiles, exact = attended.m.shape[-1], projections.dtype == torch.float32
-    target.launch(
-        _mask_attention_bwd_joint_kernel, JOINT_BWD[width // heads > 64], lambda c: ((units,), {}), keep=("BM",),
+    call.target.launch(
+        _mask_attention_bwd_joint_kernel, joint_bwd_config(call.shapes),
+        lambda c: ((call.sizes[0] * call.shapes.H,), {}), keep=("BM",), **arguments,
         attended=attended.pointers, joint=joint, grad_query_image=grads.query_image, T=tiles,
-        ROWS=not exact, TILE=attended.tile, BT=32 if tiles <= 32 else 128, **arguments,
+        ROWS=call.dtype != torch.float32, TILE=attended.tile,
     )  # fmt: skip
-    if len(joint.m):
-        config = queries_config or queries_bwd_config(target, *sizes)
+    return joint
 
-        def blocks(c: AttentionConfig, count: int = 0):
-            row_tiles = triton.cdiv(classes, c.BM)
-            return (units * row_tiles,), {"parts": joint.m.new_empty(count, batch, heads, row_tiles)}
 
-        for of_delta in (True, False) if exact else (False,):
-            launched = target.launch(
-                _mask_attention_bwd_queries_kernel, config,
-                functools.partial(blocks, count=len(joint.m) * of_delta),
-                joint=joint, grads=grads, DELTA=of_delta, **arguments,
-            )  # fmt: skip
-            if of_delta:
-                joint = joint._replace(delta=launched["parts"].sum(-1))
-    target.launch(
-        _mask_attention_bwd_keys_kernel, keys_config or keys_bwd_config(target, *sizes),
-        lambda c: ((units * triton.cdiv(classes, c.BN),), {}), joint=joint, grads=grads, **arguments,
+def mask_attention_bwd_queries(
+    call: Call,
+    joint: Joint,
+    grads: AttentionGrads,
+    arguments: dict,
+    *,
+    delta: bool = False,
+    config: AttentionConfig | None = None,
+) -> Tensor:
+    """Fills the queries' gradients; or, with `delta`, returns that alone, [matrix kinds, B, H]."""
+    batch, classes, _ = call.sizes
+
+    def blocks(c: AttentionConfig):
+        row_tiles = cdiv(classes, c.BM)
+        parts = joint.m.new_empty(call.shapes.MATRIX * delta, batch, call.shapes.H, row_tiles)
+        return (batch * call.shapes.H * row_tiles,), {"parts": parts}
+
+    launched = call.target.launch(
+        _mask_attention_bwd_queries_kernel, config or queries_bwd_config(call.target, call.shapes, classes), blocks,
+        joint=joint, grads=grads, DELTA=delta, **arguments,
     )  # fmt: skip
-    return grads
+    return launched["parts"].sum(-1)
+
+
+def mask_attention_bwd_keys(
+    call: Call, joint: Joint, grads: AttentionGrads, arguments: dict, *, config: AttentionConfig | None = None
+) -> None:
+    """Fills the gradients of keys and values."""
+    batch, classes, _ = call.sizes
+    call.target.launch(
+        _mask_attention_bwd_keys_kernel, config or keys_bwd_config(call.target, call.shapes, classes),
+        lambda c: ((batch * call.shapes.H * cdiv(classes, c.BN),), {}), joint=joint, grads=grads, **arguments,
+    )  # fmt: skip

@@ -1,38 +1,33 @@
 """Forward: text and rational scores side by side on the same blocks of keys and values.
 
-    Projections  →  Attended (state.py)
+    Projections  →  Attended
 
-Two forms. *Direct*: one program holds all scores of an (image, head), the joint softmax is finished in registers and
-one value product serves all query kinds. *Streaming*, for any K: a program has BM score rows of every matrix query
-kind and goes over the classes with a running softmax per row; a tile's rows are weighted against each other, and what
-the tiles weigh against each other is left to the next step as (m, l). The image query is one more score row, after the
-K class rows. No score leaves the registers.
+A program has BM score rows of every matrix query kind and goes over the classes with a running softmax per row; a
+tile's rows are weighted against each other, and what the tiles weigh against each other is left to the next step as
+(m, l). The image query is one more score row, after the K class rows. No score leaves the registers.
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rada_kernels.mask_attention.config import forward_config
-from rada_kernels.mask_attention.triton.state import Attended
-from rada_kernels.options import Options
-from rada_kernels.rational_projection.triton.state import Projections
+from rada_kernels.triton_common.call import Call
 from rada_kernels.triton_common.config import AttentionConfig
 from rada_kernels.triton_common.dialect import (
-    Shapes,
     add_dot,
-    dot_rows,
     dot_transposed,
     load_head,
     scale_head,
     store_head,
     zero_head,
 )
-from rada_kernels.triton_common.target import Target, target_of
+from rada_kernels.triton_common.state import Attended, Projections
 
 
 @triton.jit
@@ -52,54 +47,6 @@ def unit_offsets(unit, B, K, S: tl.constexpr):
     o_head = unit % S.H * S.E
     b = (unit // S.H).to(tl.int64)
     return o_head, b * S.D + o_head, b * K * S.D + o_head, B.to(tl.int64) * K * S.D
-
-
-@triton.jit
-def image_weights(p_query, b_k, m_n, factor, E: tl.constexpr):
-    """The one row of A_image, [BN], and the image query, [1, E]."""
-    o_one = tl.arange(0, 1)
-    b_q = load_head(p_query + o_one, o_one == 0, E)
-    b_s = tl.where(m_n, dot_rows(b_k, b_q) * factor, float("-inf"))
-    b_p = tl.exp2(b_s - tl.max(b_s, 0))
-    return b_p / tl.sum(b_p, 0), b_q
-
-
-@triton.jit(do_not_specialize=["B", "K"])
-def _mask_attention_direct_fwd_kernel(
-    projected,  # Projections
-    out,  # Attended: rows, m, l; T = 1
-    B,
-    K,
-    factor,  # log2(e) / (√E τ)
-    S: tl.constexpr,
-    C: tl.constexpr,  # AttentionConfig with BM = BN, at least K
-):
-    unit = tl.program_id(0)  # (image, head)
-    o_head, o_image, o_rows, plane = unit_offsets(unit, B, K, S)
-    o_k = tl.arange(0, C.BN)
-    m_k = o_k < K
-    m_pair = m_k[:, None] & m_k[None, :]
-    o_d = o_k.to(tl.int64) * S.D
-    keys = projected.projections + o_rows
-    queries = of_kinds(projected.query_text + o_head, keys + 2 * plane, S)
-    MATRIX: tl.constexpr = S.MATRIX
-    b_k = load_head(keys + o_d, m_k, S.E)  # [BN, E]
-    b_p = tl.zeros([C.BN, C.BN], tl.float32)
-    for n in tl.static_range(MATRIX):
-        b_q = load_head(queries[n] + o_d, m_k, S.E)
-        b_s = tl.where(m_pair, dot_transposed(b_q, b_k, S.PRECISION), float("-inf"))
-        b_m = tl.max(tl.max(b_s, 1), 0) * factor
-        b_e = tl.exp2(b_s * factor - b_m)
-        b_l = tl.sum(tl.sum(b_e, 1), 0)
-        b_p += b_e * (K / b_l)
-        tl.store(out.m + n * B * S.H + unit, b_m)
-        tl.store(out.l + n * B * S.H + unit, b_l)
-    if S.IMAGE:
-        b_row, _ = image_weights(projected.query_image + o_image, b_k, m_k, factor, S.E)
-        b_p += b_row[None, :]
-    b_v = load_head(keys + plane + o_d, m_k, S.E)
-    b_p = (b_p * (1.0 / S.KINDS)).to(b_v[0].dtype)
-    store_head(out.rows + o_rows + o_d, add_dot(zero_head(C.BN, S.E), b_p, b_v, S.PRECISION), m_k, S.E)
 
 
 @triton.jit
@@ -125,7 +72,7 @@ def _online_softmax(b_s, b_state, b_v, factor, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["B", "K"])
-def _mask_attention_streaming_fwd_kernel(
+def _mask_attention_fwd_kernel(
     projected,  # Projections
     out,  # Attended
     B,
@@ -176,34 +123,36 @@ def _mask_attention_streaming_fwd_kernel(
             tl.store(out.l + (n * B * S.H + unit) * T + tile, b_sum)
 
 
-def mask_attention_fwd(
-    projected: Projections,
-    options: Options,
-    *,
-    config: AttentionConfig | None = None,
-    target: Target | None = None,
-) -> Attended:
+def mask_attention_fwd(call: Call, projected: Projections, *, config: AttentionConfig | None = None) -> Attended:
     """Joint-softmax attention of every (image, head). A config's BM is the row tile of the result."""
-    keys = projected.projections[0]
-    batch, classes, width = keys.shape
-    target = target or target_of(keys)
-    direct, default = forward_config(target, keys.dtype, classes, width // options.num_heads)
-    config = config or default
-    out = Attended.empty(keys[:, 0], classes, options, direct, config.BM)
-    units = batch * options.num_heads
-    if direct:
-        kernel, grid, keep = _mask_attention_direct_fwd_kernel, (units,), ("BM", "BN")
-    else:
-        kernel, grid, keep = _mask_attention_streaming_fwd_kernel, (units * out.m.shape[-1],), ("BM",)
-    target.launch(
-        kernel, config, lambda c: (grid, {}), keep=keep,
-        projected=projected, out=out.pointers, **launch_arguments(keys, options, target),
+    batch, classes, _ = call.sizes
+    config = config or forward_config(call.target, call.shapes, classes)
+    out = Attended.empty(call.image, classes, call.options, config.BM)
+    grid = (batch * call.shapes.H * out.m.shape[-1],)
+    call.target.launch(
+        _mask_attention_fwd_kernel, config, lambda c: (grid, {}), keep=("BM",),
+        **launch_arguments(call), projected=projected, out=out.pointers,
     )  # fmt: skip
     return out
 
 
-def launch_arguments(keys: Tensor, options: Options, target: Target) -> dict:
-    """What every attention kernel is launched with, of keys [B, K, D]."""
-    batch, classes, width = keys.shape
-    factor = options.score_factor(width) * math.log2(math.e)
-    return {"B": batch, "K": classes, "factor": factor, "S": Shapes.of(options, width, keys.dtype, target.device)}
+def combine_rows(call: Call, attended: Attended) -> Tensor:
+    """O [B, K, D] in memory, in the dtype of the features. The logit reduction forms the same tile by tile."""
+    (_, classes, _), shapes = call.sizes, call.shapes
+    rows = call.image.new_zeros((), dtype=torch.float32)
+    if shapes.IMAGE:
+        rows = attended.image_row.float().unsqueeze(1).expand(-1, classes, -1) / shapes.KINDS
+    if shapes.MATRIX:
+        share = torch.exp2(attended.m - attended.m.amax(-1, keepdim=True)) * attended.l
+        share = share / share.sum(-1, keepdim=True) * (classes / shapes.KINDS)  # [n, B, H, T]
+        share = share.repeat_interleave(attended.tile, -1)[..., :classes].transpose(2, 3).unsqueeze(-1)
+        by_head = attended.rows.unflatten(-1, (shapes.H, shapes.E))  # [n, B, K, H, E]
+        rows = rows + (share * by_head).sum(0).flatten(-2)
+    return rows.to(call.dtype)
+
+
+def launch_arguments(call: Call) -> dict:
+    """What every attention kernel is launched with. factor: log2(e) / (√E τ)."""
+    batch, classes, width = call.sizes
+    factor = call.options.score_factor(width) * math.log2(math.e)
+    return {"B": batch, "K": classes, "factor": factor, "S": call.shapes}

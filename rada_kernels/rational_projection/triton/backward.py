@@ -1,6 +1,6 @@
-"""Backward: the layers' gradients, and those of the features through the rational matrix R = f ⊙ h.
+"""Backward: the layers' gradients, and those of the features through queries and the rational matrix R = f ⊙ h.
 
-    dY [2 or 3, B, K, D] of Projections.projections  →  dW, dc of the layers; df [B, D], dh [K, D]
+    AttentionGrads, dR [B, K, D] through the sums, Projections  →  ProjectionGrads
 
 X = s·R is formed again in registers, tile by tile; R's gradient [B, K, D] is in memory where features want gradients.
 """
@@ -12,20 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_kernels.options import Options, Params
+from rada_kernels.numerics import unit_rows_backward
+from rada_kernels.options import Wanted
 from rada_kernels.rational_projection.config import FEATURES, row_split, rows_bwd_config, weight_bwd_config
-from rada_kernels.rational_projection.triton.state import Projections
-from rada_kernels.triton_common.config import GemmConfig, pair_block
-from rada_kernels.triton_common.dialect import Shapes, load_rows, outer_rows, pair_rows, store_rows
-from rada_kernels.triton_common.target import Target, target_of
+from rada_kernels.triton_common.call import Call
+from rada_kernels.triton_common.config import GemmConfig, PairBlock, cdiv
+from rada_kernels.triton_common.dialect import load_rows, outer_rows, pair_rows, store_rows, unit_features
+from rada_kernels.triton_common.state import AttentionGrads, ProjectionGrads, Projections
 
 
 @triton.jit(do_not_specialize=["B", "K", "SPLIT"])
 def _rational_projection_bwd_weight_kernel(
-    image,  # [B, D]
-    text,  # [K, D]
-    inverse_image,  # [B]
-    inverse_text,  # [K]
+    features,  # Features
     scale,  # []
     grad_projections,  # [LAYERS, B·K, D]
     grad_layers,  # [splits, LAYERS, D + 1, D] sums over a split's rows: dW, then dc
@@ -34,8 +32,7 @@ def _rational_projection_bwd_weight_kernel(
     SPLIT,  # tiles of rows of a split
     S: tl.constexpr,
     C: tl.constexpr,  # GemmConfig
-    BI: tl.constexpr,
-    BK: tl.constexpr,
+    P: tl.constexpr,  # PairBlock
 ):
     D: tl.constexpr = S.D
     outputs: tl.constexpr = (D + C.BC - 1) // C.BC
@@ -51,14 +48,11 @@ def _rational_projection_bwd_weight_kernel(
     first = inside % inputs == 0
     b_weight = tl.zeros([C.BD, C.BC], tl.float32)  # dWᵀ: X is the first factor and stays in registers
     b_bias = tl.zeros([C.BC], tl.float32)
-    end = min(tl.cdiv(B, BI) * tl.cdiv(K, BK), (split + 1) * SPLIT)
+    end = min(tl.cdiv(B, P.BI) * tl.cdiv(K, P.BK), (split + 1) * SPLIT)
     for tile in range(split * SPLIT, end):
-        pairs = pair_rows(tile, B, K, BI, BK)
-        b_image = tl.load(inverse_image + pairs.o_i, mask=pairs.m_i, other=0.0) * b_scale
-        b_text = tl.load(inverse_text + pairs.o_k, mask=pairs.m_k, other=0.0)
-        b_f = load_rows(image, pairs.o_i, pairs.m_i, o_d, D, C.BD).to(tl.float32) * b_image[:, None]
-        b_h = load_rows(text, pairs.o_k, pairs.m_k, o_d, D, C.BD).to(tl.float32) * b_text[:, None]
-        b_x = outer_rows(b_f, b_h).to(image.dtype.element_ty)  # a tile of X: [BR, BD]
+        pairs = pair_rows(tile, B, K, P.BI, P.BK)
+        b_f, b_h = unit_features(features, b_scale, pairs, o_d, D, C.BD)
+        b_x = outer_rows(b_f, b_h).to(features.image.dtype.element_ty)  # a tile of X: [BR, BD]
         b_grad = load_rows(grad, pairs.o_r, pairs.m_r, o_c, D, C.BC)  # [BR, BC]
         b_weight = tl.dot(tl.trans(b_x), b_grad, b_weight, input_precision=S.PRECISION)
         if first:
@@ -102,7 +96,7 @@ def _rational_projection_bwd_rows_kernel(
     store_rows(grad_rational, b_grad, o_r, m_r, o_c, D, C.BC)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "row_stride", "other_stride"])
 def _rational_projection_bwd_features_kernel(
     grad_rational,  # [B·K, D]
     other,  # [M, D] the features of the other side
@@ -129,74 +123,79 @@ def _rational_projection_bwd_features_kernel(
     tl.store(grad + n.to(tl.int64) * D + o_c, b_grad, mask=o_c < D)
 
 
-def rational_projection_bwd_weights(
-    grad_projections: Tensor,  # [2 or 3, B, K, D]
-    image: Tensor,  # [B, D]
-    text: Tensor,  # [K, D]
-    params: Params,
-    projected: Projections,
-    options: Options,
-    *,
-    config: GemmConfig | None = None,
-    target: Target | None = None,
-) -> tuple[Tensor, Tensor]:
-    """dW [2 or 3, D, D] and dc [2 or 3, D] of the layers in float32. X is never in memory."""
-    layers, batch, classes, width = grad_projections.shape
-    target = target or target_of(image)
+def rational_projection_bwd(
+    call: Call, projected: Projections, grads: AttentionGrads, masked: Tensor, wanted: Wanted
+) -> ProjectionGrads:
+    """masked [B, K, D]: dR through the sums, where features want gradients."""
+    layers = _layers_over_x(call, projected, grads.projections) if wanted.layers else {}
+    units = _units_through_r(call, projected, grads.projections, masked) if wanted.image or wanted.text else ()
+    root = call.params.scale.sqrt()
+    grad_rows: list[Tensor | None] = [None, None]
+    for index, (kind, rows, inverse) in enumerate(
+        (("image", call.image, projected.inverse_image), ("text", call.text, projected.inverse_text))
+    ):
+        grad_query = None
+        if kind in call.options.queries:  # W (√s x / |x|) + c
+            grad_query = grads.query_image if kind == "image" else grads.query_text.sum(0, dtype=torch.float32)
+            if wanted.layers:
+                unit = rows * (root * inverse)[:, None]
+                layers[f"query_{kind}"] = grad_query.t() @ unit, grad_query.sum(0)
+        if wanted[index]:
+            grad = units[index]
+            if grad_query is not None:
+                grad += root * (grad_query @ getattr(call.params, f"query_{kind}_weight").float())
+            normalize = call.options.normalize
+            grad_rows[index] = unit_rows_backward(grad, rows * inverse[:, None], inverse) if normalize else grad
+    return ProjectionGrads(grad_rows[0], grad_rows[1], layers)
+
+
+def _layers_over_x(
+    call: Call, projected: Projections, grad_projections: Tensor, *, config: GemmConfig | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """dW and dc of keys, values and rational queries in float32. X is never in memory."""
+    batch, classes, width = call.sizes
+    layers = len(grad_projections)
 
     def blocks(c: GemmConfig):
-        pairs = pair_block(batch, classes, c.BR)
-        programs = layers * triton.cdiv(width, c.BC) * triton.cdiv(width, c.BD)
-        row_tiles = triton.cdiv(batch, pairs["BI"]) * triton.cdiv(classes, pairs["BK"])
+        pairs = PairBlock.of(batch, classes, c.BR)
+        programs = layers * cdiv(width, c.BC) * cdiv(width, c.BD)
+        row_tiles = pairs.tiles(batch, classes)
         split = row_split(row_tiles, programs)
-        splits = triton.cdiv(row_tiles, split)
-        grad_layers = image.new_empty(splits, layers, width + 1, width, dtype=torch.float32)
-        return (splits * programs,), pairs | {"SPLIT": split, "grad_layers": grad_layers}
+        splits = cdiv(row_tiles, split)
+        grad_layers = call.image.new_empty(splits, layers, width + 1, width, dtype=torch.float32)
+        return (splits * programs,), {"P": pairs, "SPLIT": split, "grad_layers": grad_layers}
 
-    config = config or weight_bwd_config(target, image.dtype, width)
-    launched = target.launch(
-        _rational_projection_bwd_weight_kernel, config, blocks, image=image, text=text,
-        inverse_image=projected.inverse_image, inverse_text=projected.inverse_text, scale=params.logit_scale,
-        grad_projections=grad_projections, B=batch, K=classes,
-        S=Shapes.of(options, width, image.dtype, target.device),
+    launched = call.target.launch(
+        _rational_projection_bwd_weight_kernel, config or weight_bwd_config(call.target, call.shapes), blocks,
+        features=call.features(projected), scale=call.params.logit_scale, grad_projections=grad_projections,
+        B=batch, K=classes, S=call.shapes,
     )  # fmt: skip
     total = launched["grad_layers"].sum(0)
-    return total[:, :width], total[:, width]
+    names = ("key", "value", "query_rational")[:layers]
+    return {name: (grad[:width], grad[width]) for name, grad in zip(names, total, strict=True)}
 
 
-def rational_projection_bwd_features(
-    grad_projections: Tensor,  # [2 or 3, B, K, D]
-    masked: Tensor,  # [B, K, D] dR through the sums
-    image: Tensor,  # [B, D]
-    text: Tensor,  # [K, D]
-    params: Params,
-    projected: Projections,
-    options: Options,
-    *,
-    config: GemmConfig | None = None,
-    target: Target | None = None,
+def _units_through_r(
+    call: Call, projected: Projections, grad_projections: Tensor, masked: Tensor, *, config: GemmConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the unit rows f [B, D] and h [K, D] through R, in float32."""
-    _, batch, classes, width = grad_projections.shape
-    target = target or target_of(image)
-    shapes = Shapes.of(options, width, image.dtype, target.device)
-    grad_rational = torch.empty_like(masked)
-    target.launch(
-        _rational_projection_bwd_rows_kernel, config or rows_bwd_config(target, image.dtype, width),
-        lambda c: ((triton.cdiv(batch * classes, c.BR) * triton.cdiv(width, c.BC),), {}),
-        scale=params.logit_scale, key_weight=params.key_weight, value_weight=params.value_weight,
-        query_weight=params.query_rational_weight, grad_projections=grad_projections, masked=masked,
-        grad_rational=grad_rational, N=batch * classes, S=shapes,
+    batch, classes, width = call.sizes
+    grad_rational, p = torch.empty_like(masked), call.params
+    call.target.launch(
+        _rational_projection_bwd_rows_kernel, config or rows_bwd_config(call.target, call.shapes),
+        lambda c: ((cdiv(batch * classes, c.BR) * cdiv(width, c.BC),), {}),
+        scale=p.logit_scale, key_weight=p.key_weight, value_weight=p.value_weight, query_weight=p.query_rational_weight,
+        grad_projections=grad_projections, masked=masked, grad_rational=grad_rational, N=batch * classes, S=call.shapes,
     )  # fmt: skip
 
     def reduce(rows: Tensor, other: Tensor, inverse: Tensor, row_stride: int, other_stride: int) -> Tensor:
         grad = rows.new_empty(rows.shape, dtype=torch.float32)
-        target.launch(
-            _rational_projection_bwd_features_kernel, FEATURES, lambda c: ((len(rows), triton.cdiv(width, c.BC)), {}),
+        call.target.launch(
+            _rational_projection_bwd_features_kernel, FEATURES, lambda c: ((len(rows), cdiv(width, c.BC)), {}),
             grad_rational=grad_rational, other=other, inverse=inverse, grad=grad, M=len(other),
-            row_stride=row_stride, other_stride=other_stride, S=shapes,
+            row_stride=row_stride, other_stride=other_stride, S=call.shapes,
         )  # fmt: skip
         return grad
 
-    grad_image = reduce(image, text, projected.inverse_text, classes, 1)
-    return grad_image, reduce(text, image, projected.inverse_image, 1, classes)
+    grad_image = reduce(call.image, call.text, projected.inverse_text, classes, 1)
+    return grad_image, reduce(call.text, call.image, projected.inverse_image, 1, classes)

@@ -1,6 +1,6 @@
 """Forward: keys, values and queries from tiles of the rational matrix X that are made in registers.
 
-    image [B, D], text [K, D], six layers  →  Projections (state.py)
+    image [B, D], text [K, D], six layers  →  Projections
 
 A tile's rows are all pairs of BI images and BK classes: BI + BK rows of features make BI·BK rows of X. One launch makes
 all projections: its first programs those of the feature rows, the others those of X.
@@ -15,12 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rada_kernels.numerics import ZERO_NORM
-from rada_kernels.options import Options, Params
-from rada_kernels.rational_projection.config import projection_config
-from rada_kernels.rational_projection.triton.state import Projections
-from rada_kernels.triton_common.config import GemmConfig, next_power, pair_block
+from rada_kernels.rational_projection.config import forward_config
+from rada_kernels.triton_common.call import Call
+from rada_kernels.triton_common.config import GemmConfig, PairBlock, cdiv, next_power
 from rada_kernels.triton_common.dialect import (
-    Shapes,
     load_columns,
     load_rows,
     load_transposed,
@@ -29,7 +27,7 @@ from rada_kernels.triton_common.dialect import (
     pair_rows,
     store_rows,
 )
-from rada_kernels.triton_common.target import Target, target_of
+from rada_kernels.triton_common.state import Projections
 
 
 class Linear(NamedTuple):
@@ -95,8 +93,7 @@ def _rational_projection_fwd_kernel(
     PEAK: tl.constexpr,
     ZERO: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    BI: tl.constexpr,
-    BK: tl.constexpr,
+    P: tl.constexpr,  # PairBlock
     BW: tl.constexpr,  # columns of features that are squared at a time
 ):
     D: tl.constexpr = S.D
@@ -136,7 +133,7 @@ def _rational_projection_fwd_kernel(
         if layer == 2:
             weight = query_rational.weight
             bias = query_rational.bias
-        pairs = pair_rows((tile - feature_tiles) // S.LAYERS, B, K, BI, BK)
+        pairs = pair_rows((tile - feature_tiles) // S.LAYERS, B, K, P.BI, P.BK)
         o_c = column * C.BC + tl.arange(0, C.BC)
         b_image = _inverse_norms(image, pairs.o_i, pairs.m_i, D, ZERO, NORMALIZE, BW) * tl.load(scale)
         b_text = _inverse_norms(text, pairs.o_k, pairs.m_k, D, ZERO, NORMALIZE, BW)
@@ -157,35 +154,22 @@ def _rational_projection_fwd_kernel(
         store_rows(out.projections + layer.to(tl.int64) * B * K * D, b_out, pairs.o_r, pairs.m_r, o_c, D, C.BC)
 
 
-def rational_projection_fwd(
-    image: Tensor,  # [B, D]
-    text: Tensor,  # [K, D]
-    params: Params,
-    options: Options,
-    *,
-    save: bool,  # whether a backward pass follows
-    config: GemmConfig | None = None,
-    target: Target | None = None,
-) -> Projections:
-    """W (√s x / |x|) + c of the feature rows and W x + c of the rows x of X, rounded once to their dtype."""
-    (batch, width), classes = image.shape, len(text)
-    target = target or target_of(image)
-    shapes = Shapes.of(options, width, image.dtype, target.device)
-    out = Projections.empty(image, text, options, save)
+def rational_projection_fwd(call: Call, *, save: bool, config: GemmConfig | None = None) -> Projections:
+    """W (√s x / |x|) + c of the feature rows, W x + c of the rows x of X. save: a backward pass follows."""
+    batch, classes, width = call.sizes
+    out = Projections.empty(call.image, call.text, call.options, save)
 
     def blocks(c: GemmConfig):
-        pairs = pair_block(batch, classes, c.BR)
-        tiles = shapes.LAYERS * triton.cdiv(batch, pairs["BI"]) * triton.cdiv(classes, pairs["BK"])
-        tiles += triton.cdiv(batch, c.BR) + triton.cdiv(classes, c.BR)
-        return (tiles * triton.cdiv(width, c.BC),), pairs
+        pairs = PairBlock.of(batch, classes, c.BR)
+        tiles = call.shapes.LAYERS * pairs.tiles(batch, classes) + cdiv(batch, c.BR) + cdiv(classes, c.BR)
+        return (tiles * cdiv(width, c.BC),), {"P": pairs}
 
-    names = ("query_image", "query_text", "query_rational", "key", "value")
-    layers: dict[str, Any] = {n: Linear(getattr(params, f"{n}_weight"), getattr(params, f"{n}_bias")) for n in names}
-    config = config or projection_config(target, image.dtype, width, batch, classes)
-    target.launch(
-        _rational_projection_fwd_kernel, config, blocks, image=image, text=text, scale=params.logit_scale,
-        **layers,
-        out=out, B=batch, K=classes, S=shapes, LARGEST=len(out.largest) > 0, PEAK=len(out.peak) > 0,
-        ZERO=ZERO_NORM, NORMALIZE=options.normalize, BW=min(128, next_power(width)),
+    names, p = ("query_image", "query_text", "query_rational", "key", "value"), call.params
+    layers: dict[str, Any] = {n: Linear(getattr(p, f"{n}_weight"), getattr(p, f"{n}_bias")) for n in names}
+    call.target.launch(
+        _rational_projection_fwd_kernel, config or forward_config(call.target, call.shapes, classes),
+        blocks, image=call.image, text=call.text, scale=p.logit_scale, **layers, out=out, B=batch, K=classes,
+        S=call.shapes, LARGEST=len(out.largest) > 0, PEAK=len(out.peak) > 0,
+        ZERO=ZERO_NORM, NORMALIZE=call.options.normalize, BW=min(128, next_power(width)),
     )  # fmt: skip
     return out

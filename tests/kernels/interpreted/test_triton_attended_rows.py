@@ -1,4 +1,4 @@
-"""The attended rows by Triton kernels, interpreted: of the direct form and of the streaming one, in row tiles."""
+"""The attended rows by Triton kernels, interpreted, in row tiles."""
 
 from __future__ import annotations
 

@@ -68,33 +68,33 @@ class Traffic(Target):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("batch", "classes"), [(8, 10), (4, 40), (2, 130)], ids=["direct", "streaming", "several row tiles"]
+    ("batch", "classes"), [(8, 10), (4, 40), (2, 130)], ids=["few classes", "one row tile", "several row tiles"]
 )
 def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
     case = make_case(batch, classes, 64, 2).cast(dtype)
     params = Params(*case.layers, logit_scale=case.scale.float())
     with monkeypatch.context() as patch:
         traffic = Traffic(patch)
-        kept = backend.forward(case.image, case.text, params, case.options, True, traffic)[2]
+        saved = backend.forward(case.image, case.text, params, case.options, True, traffic)[2]
     counted = sum(distinct for _, distinct, _ in traffic.launches)
     by_formula = sum(launch.bytes for launch, _, _ in traffic.launches)
     assert len(traffic.launches) == 3
     assert counted == pytest.approx(by_formula, rel=0.03)
 
     # The least: weights, features and logits once, one write and one read of what is passed between launches.
-    projected, attended = backend.Kept.of(kept, tile=0)
+    projected, attended = backend.Saved.of(saved, tile=0)
     inputs = [case.image, case.text, *params.layers]  # the query projections' weights too
     between = [projected.projections, projected.query_image, projected.query_text, attended.rows, attended.image_row]
     least = sum(t.numel() * t.element_size() for t in inputs) + 4 * batch * classes
     least += 2 * sum(t.numel() * t.element_size() for t in between)
     print(f"counted {counted}, formula {by_formula}, least {least}: {counted / least:.3f}")
     assert counted <= 1.25 * least
-    wide = [t for t in kept if t.dtype == torch.float32 and t.numel() >= batch * classes * 64]
+    wide = [t for t in saved if t.dtype == torch.float32 and t.numel() >= batch * classes * 64]
     assert dtype == torch.float32 or not wide, "a float32 [B, K, D]"
 
 
 @pytest.mark.parametrize(
-    ("batch", "classes"), [(3, 10), (2, 70), (1, 130)], ids=["direct", "streaming", "several row tiles"]
+    ("batch", "classes"), [(3, 10), (2, 70), (1, 130)], ids=["few classes", "one row tile", "several row tiles"]
 )
 def test_products_of_a_step(batch, classes, monkeypatch):
     """The model's FLOP, padding included, are what the kernels multiply: every launch, forward and backward."""
@@ -103,9 +103,9 @@ def test_products_of_a_step(batch, classes, monkeypatch):
     with monkeypatch.context() as patch:
         traffic = Traffic(patch)
         call = case.image, case.text, params
-        sums, deviation, kept = backend.forward(*call, case.options, True, traffic)
+        sums, deviation, saved = backend.forward(*call, case.options, True, traffic)
         wanted = backend.Wanted(True, True, True)
-        backend.backward(sums, deviation, *call, kept, case.options, wanted, traffic)
+        backend.backward(sums, deviation, *call, saved, case.options, wanted, traffic)
     counted = {launch.name: flop for launch, _, flop in traffic.launches}
     assert sum(map(bool, counted.values())) >= 6
     for launch, _, flop in traffic.launches:

@@ -10,22 +10,28 @@ from rada_kernels.backends import triton as backend
 from rada_kernels.triton_common.device import KIB, Device
 from rada_kernels.triton_common.target import Target
 from tests.kernels.test_reference import SUBSETS
-from tests.kernels.truth import assert_as_good_as_reference, make_case, results
+from tests.kernels.truth import assert_as_good_as_reference, assert_loss_scale_is_borne, make_case, results
 
-FORMS = ["direct", "streaming", "streaming, several row tiles"]
+TILES = ["few classes", "one row tile", "several row tiles"]
 SHAPES = [  # (B, K, D, H)
     pytest.param(2, 1, 48, 3, id="one class, E = 16"),
     pytest.param(17, 2, 32, 2, id="rows of several images in a tile"),
     pytest.param(2, 17, 96, 2, id="E = 48, padded"),
-    pytest.param(2, 32, 64, 2, id="a block of exactly K classes"),
-    pytest.param(2, 63, 32, 2, id="streaming, a tile of exactly K rows and the image's"),
-    pytest.param(1, 64, 64, 2, id="streaming, one more"),
-    pytest.param(2, 65, 96, 1, id="streaming, two tiles, E = 96"),
-    pytest.param(1, 128, 64, 1, id="streaming, the image's row alone in its tile"),
-    pytest.param(1, 129, 80, 1, id="streaming, E = 80"),
-    pytest.param(2, 200, 32, 2, id="streaming, several row tiles"),
-    pytest.param(1, 192, 96, 1, id="streaming, E = 96"),
-    pytest.param(1, 140, 128, 1, id="streaming, E = 128"),
+    pytest.param(2, 32, 64, 2, id="a block of exactly K classes, the image's row in another"),
+    pytest.param(2, 63, 32, 2, id="a tile of exactly K rows and the image's"),
+    pytest.param(1, 64, 64, 2, id="one more"),
+    pytest.param(2, 65, 96, 1, id="two tiles, E = 96"),
+    pytest.param(1, 128, 64, 1, id="the image's row alone in its tile"),
+    pytest.param(1, 129, 80, 1, id="E = 80"),
+    pytest.param(2, 200, 32, 2, id="several row tiles"),
+    pytest.param(1, 192, 96, 1, id="E = 96"),
+    pytest.param(1, 140, 128, 1, id="E = 128"),
+    pytest.param(2, 19, 18, 2, id="E = 9, padded to 16"),
+    pytest.param(2, 40, 72, 1, id="E = 72, padded to 64 + 16"),
+    pytest.param(1, 40, 144, 1, id="E = 144"),
+    pytest.param(1, 70, 160, 1, id="E = 160"),
+    pytest.param(1, 20, 192, 1, id="E = 192"),
+    pytest.param(1, 40, 512, 2, id="E = 256"),
 ]
 
 
@@ -35,7 +41,7 @@ def test_shapes(batch, classes, width, heads, poisoned_empty):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("batch", "classes"), [(2, 17), (2, 70), (2, 140)], ids=FORMS)
+@pytest.mark.parametrize(("batch", "classes"), [(2, 17), (2, 70), (2, 140)], ids=TILES)
 def test_16_bits(dtype, batch, classes, poisoned_empty):
     # Near ties decide which element is the largest, and with it where linf's gradient goes.
     case = make_case(batch, classes, 64, 2, clear_gates=True, penalty="mse")
@@ -48,6 +54,17 @@ def test_16_bits(dtype, batch, classes, poisoned_empty):
 def test_16_bits_in_every_shape(dtype, batch, classes, width, heads, poisoned_empty):
     case = make_case(batch, classes, width, heads, clear_gates=True, penalty="l1")
     assert_as_good_as_reference(case, "triton", dtype)
+
+
+def test_a_loss_scale_is_borne_in_float16():
+    assert_loss_scale_is_borne("triton")
+
+
+@pytest.mark.parametrize("queries", [("text",), ("rational",), ("image", "rational")], ids="+".join)
+def test_query_subsets_in_float16(queries, poisoned_empty):
+    """One matrix query kind has no other whose unit its sums would follow."""
+    case = make_case(2, 40, 32, 2, queries=queries, clear_gates=True, penalty="mse")
+    assert_as_good_as_reference(case, "triton", torch.float16)
 
 
 class _OnTarget(torch.autograd.Function):
@@ -85,16 +102,18 @@ def on_target(target: Target):
         (Device("sm_90", 227 * KIB), torch.float32, 128, 10),
         (Device("gfx1100", 64 * KIB), torch.float16, 128, 20),
         (Device("gfx1100", 64 * KIB), torch.float16, 128, 70),
+        (Device("sm_90", 227 * KIB), torch.bfloat16, 144, 40),
+        (Device("sm_80", 163 * KIB), torch.float16, 160, 40),
     ],
     ids=str,
 )
 def test_configurations_of_other_devices(device, dtype, width, classes, poisoned_empty):
-    """Row tiles and class blocks of different sizes; 10 wide float32 classes are direct forward only."""
+    """Row tiles and class blocks of different sizes."""
     case = make_case(1, classes, width, 1, clear_gates=True, penalty="mse")
     assert_as_good_as_reference(case, on_target(Target(device)), dtype)
 
 
-@pytest.mark.parametrize("classes", [11, 50, 131], ids=FORMS)
+@pytest.mark.parametrize("classes", [11, 50, 131], ids=TILES)
 @pytest.mark.parametrize("queries", SUBSETS, ids="+".join)
 def test_query_subsets(queries, classes, poisoned_empty):
     penalty = ("linf", "l1", "mse")[len(queries) % 3]
@@ -103,7 +122,7 @@ def test_query_subsets(queries, classes, poisoned_empty):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("classes", [11, 50, 131], ids=FORMS)
+@pytest.mark.parametrize("classes", [11, 50, 131], ids=TILES)
 @pytest.mark.parametrize("penalty", ["linf", "l1", "mse"])
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
 def test_penalties_and_temperatures(penalty, temperature, classes, poisoned_empty):
@@ -119,15 +138,23 @@ def test_scales(scale, classes, poisoned_empty):
     assert_as_good_as_reference(make_case(2, classes, 32, 2, scale=scale), "triton", torch.float32)
 
 
-@pytest.mark.parametrize("classes", [19, 70, 131], ids=FORMS)
+@pytest.mark.parametrize("classes", [19, 70, 131], ids=TILES)
 def test_frozen_features_computed_again_and_unnormalised(classes, monkeypatch, poisoned_empty):
     monkeypatch.setenv("RADA_SAVE_BYTES", "0")
     case = make_case(2, classes, 32, 2, scale=0.5, normalize=False)
     assert_as_good_as_reference(case, "triton", torch.float32, features=False)
 
 
+@pytest.mark.parametrize("features", [True, False])
+def test_images_in_chunks(features, monkeypatch, poisoned_empty):
+    monkeypatch.setenv("RADA_SAVE_BYTES", "0")
+    case = make_case(5, 19, 32, 2)
+    monkeypatch.setattr(backend, "CHUNK_BYTES", 2 * 5 * 19 * 32 * 4)  # of five tensors: two images, two, and one
+    assert_as_good_as_reference(case, "triton", torch.float32, features=features)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("classes", [5, 50, 130], ids=FORMS)
+@pytest.mark.parametrize("classes", [5, 50, 130], ids=TILES)
 def test_zero_rows_are_finite_with_zero_gradient(dtype, classes, poisoned_empty):
     case = make_case(3, classes, 32, 2)
     case.image[1] = 0
@@ -150,7 +177,7 @@ def test_large_raw_features_in_float16():
     torch.testing.assert_close(out["logits"].double(), truth["logits"], rtol=2e-2, atol=2e-1)
 
 
-@pytest.mark.parametrize("classes", [7, 50, 130], ids=FORMS)
+@pytest.mark.parametrize("classes", [7, 50, 130], ids=TILES)
 def test_zero_output_layer_gives_zero_shot_logits(classes):
     case = make_case(3, classes, 32, 2, scale=100.0).cast(torch.float32)
     layers = [*case.layers[:10], torch.zeros_like(case.layers[10]), torch.zeros_like(case.layers[11])]
@@ -213,7 +240,7 @@ class Guarded:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("batch", "classes", "width"), [(3, 7, 48), (2, 50, 32), (1, 131, 32)], ids=FORMS)
+@pytest.mark.parametrize(("batch", "classes", "width"), [(3, 7, 48), (2, 50, 32), (1, 131, 32)], ids=TILES)
 def test_nothing_outside_the_tensors_is_read_or_written(dtype, batch, classes, width, monkeypatch):
     case = make_case(batch, classes, width, 1).cast(dtype)
     plain = results(case, "triton")

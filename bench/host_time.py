@@ -1,0 +1,68 @@
+"""What a call of the triton backend costs the host: python bench/host_time.py
+
+Its launches are left out and its tensors small, so that what is left is Python and torch's own calls. Outside of a CUDA
+graph this is the least time of a call, however fast the device is. Microseconds of the processor, median of rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import typer
+from workloads import DTYPES
+
+from rada_kernels import Options, Params
+from rada_kernels.backends import triton as backend
+from rada_kernels.options import Wanted
+from rada_kernels.triton_common.device import KIB, Device
+from rada_kernels.triton_common.target import Target
+
+
+class Silent(Target):
+    """A device on which nothing is launched."""
+
+    def run(self, kernel, grid, arguments) -> None:
+        pass
+
+
+def passes(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """A forward pass, and a step of layers and features, of two images and two classes of width 16."""
+    target = Silent(Device("sm_90", 227 * KIB), configs={})
+    image, text = torch.randn(2, 16, dtype=dtype), torch.randn(2, 16, dtype=dtype)
+    layers = [torch.randn(16, 16, dtype=dtype) if i % 2 == 0 else torch.randn(16, dtype=dtype) for i in range(12)]
+    params, options = Params._make((*layers, torch.tensor(100.0), None)), Options(1)
+    call = image, text, params, options
+
+    def forward():
+        return backend.forward(*call, False, target)
+
+    def step():
+        sums, deviation, saved = backend.forward(*call, True, target)
+        return backend.backward(sums, deviation, *call[:3], saved, options, Wanted(True, True, True), target)
+
+    return {"forward": forward, "step": step}
+
+
+def host_us(run: Callable[[], object], rounds: int, calls: int = 20) -> float:
+    run()
+    times = []
+    for _ in range(rounds):
+        start = time.thread_time()
+        for _ in range(calls):
+            run()
+        times.append((time.thread_time() - start) / calls)
+    return 1e6 * statistics.median(times)
+
+
+def main(dtype: str = "bfloat16", rounds: int = 50) -> None:
+    """Host time of a call without its launches, in microseconds."""
+    torch.set_num_threads(1)
+    for name, run in passes(DTYPES[dtype]).items():
+        print(f"{name}: {host_us(run, rounds):.0f} us")
+
+
+if __name__ == "__main__":
+    typer.run(main)

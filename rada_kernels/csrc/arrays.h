@@ -1,0 +1,151 @@
+// The memory of a call: its workspace, and plain arrays in the place of tensors that the loops cannot read in place.
+#pragma once
+
+#include <torch/headeronly/util/Exception.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "call.h"
+
+namespace rada {
+
+// Advice to the system about the huge pages wholly in [at, at + bytes).
+inline void advise(void* at, size_t bytes, [[maybe_unused]] bool fresh) {
+#if defined(__linux__)
+  constexpr size_t page = size_t(2) << 20;
+  const uintptr_t first = ((uintptr_t)at + page - 1) & ~(page - 1), end = ((uintptr_t)at + bytes) & ~(page - 1);
+  if (at && end > first) madvise((void*)first, end - first, fresh ? MADV_HUGEPAGE : MADV_FREE);
+#else
+  (void)at, (void)bytes;
+#endif
+}
+// Large arrays that are about to be written for the first time: in huge pages they fault and miss the TLB less.
+inline void advise_huge_pages(void* at, size_t bytes) { advise(at, bytes, true); }
+// Nobody needs what is there: where memory is short, the system takes the pages.
+inline void advise_free(void* at, size_t bytes) { advise(at, bytes, false); }
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+inline std::unique_ptr<void, Free> allocate(size_t bytes) {
+  std::unique_ptr<void, Free> memory(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+  STD_TORCH_CHECK(memory, "out of memory: the CPU operators need ", bytes >> 20, " MiB to work in");
+  return memory;
+}
+
+// What a call works in. A large piece is kept for the next call, since fresh memory is mapped and cleared page by page;
+// smaller ones the allocator keeps itself, and more of the tensors' memory with them.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) : piece(kept.exchange(nullptr)) {
+    if (piece && piece->bytes >= bytes) return;
+    piece.reset();
+    piece.reset(new Piece{allocate(bytes), bytes});
+    advise_huge_pages(at(), bytes);
+  }
+  ~Workspace() {
+    if (piece->bytes <= SMALL_BYTES || piece->bytes > KEPT_BYTES) return;
+    advise_free(at(), piece->bytes);
+    piece.reset(kept.exchange(piece.release()));
+  }
+  void* at() const { return piece->memory.get(); }
+
+ private:
+  static constexpr size_t SMALL_BYTES = size_t(32) << 20, KEPT_BYTES = size_t(512) << 20;
+  struct Piece {
+    std::unique_ptr<void, Free> memory;
+    size_t bytes;
+  };
+  inline static std::atomic<Piece*> kept{nullptr};  // of all threads: two calls at once do not share it
+
+  std::unique_ptr<Piece> piece;
+};
+
+// The arrays that stand for a call's tensors: the tensors' own memory, or else copies.
+class Arrays {
+ public:
+  // What `from` holds, once copy_in has run. Null for an empty tensor.
+  void* input(const Matrix& from, Type type) {
+    if (fits(from, type)) return from.at;
+    inputs.push_back({like(from, type), from});
+    return inputs.back().to.at;
+  }
+  // Where to write what `to` holds once copy_out has run.
+  void* output(const Matrix& to, Type type) {
+    if (fits(to, type)) return to.at;
+    outputs.push_back({to, like(to, type)});
+    return outputs.back().from.at;
+  }
+
+  void copy_in(const Pool& pool, const Loops& loops) { copy(inputs, pool, loops); }
+  void copy_out(const Pool& pool, const Loops& loops) { copy(outputs, pool, loops); }
+
+ private:
+  struct Copy {
+    Matrix to, from;
+  };
+
+  static int64_t bytes_of(Type type) { return type == Type::FLOAT ? 4 : 2; }
+
+  // The loops take rows without gaps and read them in words of 4 bytes.
+  static bool fits(const Matrix& m, Type type) {
+    const bool dense = (m.row_stride == m.columns || m.rows == 1) && (m.column_stride == 1 || m.columns == 1);
+    return !m.at || (m.type == type && dense && (uintptr_t)m.at % 4 == 0);
+  }
+
+  Matrix like(const Matrix& m, Type type) {
+    return {take(m.rows * m.columns * bytes_of(type)), type, m.rows, m.columns, m.columns, 1};
+  }
+
+  // From pieces that hold several arrays: the allocator keeps one piece for the next call, where it gives many back.
+  void* take(size_t bytes) {
+    constexpr size_t PIECE = size_t(8) << 20;
+    bytes = (bytes + 63) / 64 * 64;
+    if (bytes > left) {
+      left = std::max(bytes, PIECE);
+      memory.push_back(allocate(left));
+      next = (char*)memory.back().get();
+    }
+    left -= bytes;
+    return std::exchange(next, next + bytes);
+  }
+
+  // In blocks of rows, so that a single large matrix spreads over the threads.
+  static void copy(const std::vector<Copy>& copies, const Pool& pool, const Loops& loops) {
+    constexpr int64_t BLOCK = 32;
+    struct Task {
+      const Copy* copy;
+      int64_t row;
+    };
+    std::vector<Task> tasks;
+    for (const Copy& c : copies)
+      for (int64_t row = 0; row < c.to.rows; row += BLOCK) tasks.push_back({&c, row});
+    auto run = [&](int64_t i) {
+      const auto [copy, row] = tasks[i];
+      loops.convert(rows_from(copy->to, row, BLOCK), rows_from(copy->from, row, BLOCK));
+    };
+    typedef decltype(run) Run;
+    pool.run(pool, tasks.size(), [](void* context, int64_t i, int) { (*(Run*)context)(i); }, &run);
+  }
+  static Matrix rows_from(const Matrix& m, int64_t row, int64_t count) {
+    char* at = (char*)m.at + row * m.row_stride * bytes_of(m.type);
+    return {at, m.type, std::min(count, m.rows - row), m.columns, m.row_stride, m.column_stride};
+  }
+
+  std::vector<std::unique_ptr<void, Free>> memory;
+  char* next = nullptr;
+  size_t left = 0;
+  std::vector<Copy> inputs, outputs;
+};
+
+}  // namespace rada

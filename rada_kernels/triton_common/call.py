@@ -1,0 +1,89 @@
+"""What a call hands to every launcher: its inputs, its options, where it runs, and what of it is compiled in."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rada_kernels.options import Options, Params
+from rada_kernels.triton_common.device import Device
+from rada_kernels.triton_common.state import Features, Projections
+from rada_kernels.triton_common.target import Target
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is compiled into the kernels of a call beside its launch configuration."""
+
+    H: int
+    E: int
+    IMAGE: bool
+    TEXT: bool
+    RATIONAL: bool
+    DTYPE: str  # of features, layers and all that is passed between steps, such as "bfloat16"
+    PRECISION: str  # input_precision of the products
+
+    @staticmethod
+    @functools.lru_cache
+    def of(options: Options, width: int, dtype: torch.dtype, device: Device, matmul_precision: str) -> Shapes:
+        image, text, rational = (name in options.queries for name in ("image", "text", "rational"))
+        precision = device.precision(dtype, matmul_precision)
+        name = str(dtype).removeprefix("torch.")
+        return Shapes(options.num_heads, width // options.num_heads, image, text, rational, name, precision)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.DTYPE)
+
+    @property
+    def D(self) -> int:
+        return self.H * self.E
+
+    @property
+    def MATRIX(self) -> int:
+        """Query kinds with a K x K matrix of scores: text, rational."""
+        return self.TEXT + self.RATIONAL
+
+    @property
+    def KINDS(self) -> int:
+        return self.IMAGE + self.MATRIX
+
+    @property
+    def LAYERS(self) -> int:
+        """Layers over X: keys, values and, if in use, rational queries."""
+        return 2 + self.RATIONAL
+
+
+@dataclass(frozen=True)
+class Call:
+    """Contiguous inputs of one dtype, and the target to launch on. B and K at least 1."""
+
+    image: Tensor  # [B, D]
+    text: Tensor  # [K, D]
+    params: Params  # logit_scale: float32
+    options: Options
+    target: Target
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, int, int]:
+        """B, K, D"""
+        return self.image.shape[0], self.text.shape[0], self.image.shape[1]
+
+    @functools.cached_property
+    def shapes(self) -> Shapes:
+        precision = torch.get_float32_matmul_precision()
+        return Shapes.of(self.options, self.image.shape[1], self.image.dtype, self.target.device, precision)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.image.dtype
+
+    def of_images(self, b: slice) -> Call:
+        whole = b.start == 0 and b.stop >= self.image.shape[0]
+        return self if whole else replace(self, image=self.image[b])
+
+    def features(self, projected: Projections) -> Features:
+        return Features(self.image, self.text, projected.inverse_image, projected.inverse_text)
