@@ -58,7 +58,9 @@ def read_class_names(path: str | Path, classes: Sequence[str]) -> dict[str, str]
             origin, name = match[1], match[2]
             if "\t" not in line:
                 name = name.split(",")[0]
-            origin, position = origin if origin in known else str(position), position + 1
+            if origin not in known:
+                origin = str(position)
+            position += 1
             if origin not in known:
                 continue
             if ("name", prompt_name(name)) in line_of:
