@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rada.cli import main
 from rada.data import base_new, load_source
 from rada.data.coop import load_coop
+from rada.evaluate import evaluate_checkpoint
 
 BREEDS = ["sphynx", "pug", "beagle", "bombay"]  # label order, not the alphabet's
 
@@ -100,3 +102,19 @@ def test_a_file_that_is_none(tmp_path):
     (tmp_path / "split_zhou_x.json").write_text("{")
     with pytest.raises(ValueError, match="not a JSON file"):
         load_coop(tmp_path / "split_zhou_x.json")
+
+
+def test_a_head_is_trained_and_evaluated_on_a_split(tmp_path):
+    pytest.importorskip("open_clip")
+    data, output = f"coop:{write_pets(tmp_path)}", tmp_path / "run"
+    settings = ("--shots", "2", "--epochs", "1", "--seeds", "1", "--device", "cpu", "--backend", "torch")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--data", data, "--model", "demo", "--output", str(output), *settings])
+    assert ended.value.code == 0
+    results = json.loads((output / "results.json").read_text())
+    assert (results["data"]["name"], results["data"]["new_test_images"]) == ("OxfordPets", 4)
+    record = json.loads((output / "seed-1" / "split.json").read_text())
+    assert record["class_names"] == BREEDS
+    evaluated = evaluate_checkpoint(output, device="cpu", backend="torch")
+    assert evaluated["test_items"] == {"base": 4, "new": 4}
+    assert evaluated["rada"]["base"] == pytest.approx(results["seeds"][0]["base"])

@@ -105,6 +105,19 @@ def test_imagenet_and_its_variants(tmp_path):
         assert name.split("/")[0] == str(label)
 
 
+@pytest.mark.parametrize("split", [None, ["train", "train", "test"] * 2])
+def test_features_without_a_split_are_tested_whole(tmp_path, split):
+    entries = {} if split is None else {"split": np.array(split)}
+    rows = np.arange(12, dtype=np.float32).reshape(6, 2)
+    np.savez(
+        tmp_path / "variant.npz", image_features=rows, labels=[0, 0, 0, 1, 1, 1], class_names=["d", "b"], **entries
+    )
+    variant = load_source(f"features:{tmp_path / 'variant.npz'}")
+    test = make_protocol("cross", source(), [variant]).groups["variant"].test
+    assert variant.drawn == (split is None)
+    assert sorted(test.features[:, 0].tolist()) == ([0, 2, 4, 6, 8, 10] if split is None else [4, 10])
+
+
 def test_what_a_protocol_does_not_take_is_named():
     with pytest.raises(ValueError, match="protocol: got 'base2new'; it takes one of all, base-new, cross"):
         make_protocol("base2new", source())
