@@ -87,8 +87,8 @@ def compare(
 
 def class_rows(text: Tensor, fitted: Tensor) -> Tensor | None:
     """Where the classes of text features [K', D] stand among `fitted` [K, D]: [K'] int64; None where one does not."""
-    text, fitted = F.normalize(text, dim=-1), F.normalize(fitted, dim=-1)
-    rows = (text @ fitted.T).argmax(-1)
+    rows = (F.normalize(text, dim=-1) @ F.normalize(fitted, dim=-1).T).argmax(-1)
+    # Of the features as they are: the last bits of a norm may differ with the number of rows.
     return rows if torch.equal(fitted[rows], text) else None
 
 

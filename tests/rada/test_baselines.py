@@ -102,7 +102,7 @@ def test_base_and_new():
 def test_rows_of_classes():
     text = torch.eye(4)[:3] * 2
     assert class_rows(text[[2, 0]], text).tolist() == [2, 0]
-    assert class_rows(5 * text[[1]], text).tolist() == [1]  # the direction counts, not the norm
+    assert class_rows(text[[1]] + 1e-6, text) is None
     assert class_rows(torch.eye(4)[[0, 3]], text) is None
 
 
