@@ -186,8 +186,9 @@ void forward(Tensor image, Tensor text, Tensors layers, Tensors saved, int64_t n
   const Loops loops = loops_for(given);
   call.sums = (float*)arrays.output(matrix("sums", sums, call.images, call.classes, Type::FLOAT), Type::FLOAT);
   call.deviation = (float*)arrays.output(matrix("deviation", deviation, 1, call.images, Type::FLOAT), Type::FLOAT);
-  STD_TORCH_CHECK(call.sums ? call.deviation != nullptr : call.attended && !call.shifts,
-                  "sums, deviation: they take [B, K] and [B], or nothing where saved takes the attended rows alone");
+  const bool attended_alone = call.attended && !call.shifts;
+  STD_TORCH_CHECK(!call.sums == attended_alone && !call.deviation == attended_alone,
+                  "sums, deviation: they take [B, K] and [B], nothing where saved takes the attended rows alone");
   for (const Tensor& tensor : saved)
     if (tensor.numel()) rada::advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
   compute(call, loops, arrays);
