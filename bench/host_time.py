@@ -6,12 +6,12 @@ graph this is the least time of a call, however fast the device is. Microseconds
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
-import typer
 from workloads import DTYPES
 
 from rada_kernels import Options, Params
@@ -57,12 +57,15 @@ def host_us(run: Callable[[], object], rounds: int, calls: int = 20) -> float:
     return 1e6 * statistics.median(times)
 
 
-def main(dtype: str = "bfloat16", rounds: int = 50) -> None:
-    """Host time of a call without its launches, in microseconds."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=50)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    for name, run in passes(DTYPES[dtype]).items():
-        print(f"{name}: {host_us(run, rounds):.0f} us")
+    for name, run in passes(DTYPES[options.dtype]).items():
+        print(f"{name}: {host_us(run, options.rounds):.0f} us")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()
