@@ -1,0 +1,95 @@
+"""The scripts of examples/, each in a process of its own, with small settings."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+CHECKPOINT = ["head.json", "head.safetensors", "classes.npz"]
+
+
+def run(script: str, *arguments: object) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def accuracies(output: str) -> list[float]:
+    return [
+        float(number) for number in re.findall(r"(?:accuracy|zero-shot:|adapted:|zero_shot:|rada:) ([\d.]+) %", output)
+    ]
+
+
+def test_the_readme_names_every_script_and_each_is_short():
+    scripts = sorted(path.name for path in EXAMPLES.glob("*.py"))
+    assert sorted(re.findall(r"^\| \[(\w+\.py)\]\(\1\)", (EXAMPLES / "README.md").read_text(), re.M)) == scripts
+    assert all(len((EXAMPLES / script).read_text().splitlines()) <= 60 for script in scripts)
+
+
+def test_plain_loop_learns():
+    before, *after = accuracies(run("plain_loop.py", "--epochs", 5))
+    assert len(after) == 5
+    assert after[-1] > before + 3
+
+
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="it takes accelerate")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate_loop_learns(precision):
+    before, *after = accuracies(run("accelerate_loop.py", "--epochs", 5, "--mixed-precision", precision))
+    assert len(after) == 5
+    assert after[-1] > before + 3
+
+
+@pytest.mark.slow
+def test_own_data_writes_a_run(tmp_path):
+    output = run("own_data.py", "--epochs", 2, "--output", tmp_path / "shapes")
+    assert "shapes" in output
+    assert (tmp_path / "shapes" / "results.json").is_file()
+    assert all((tmp_path / "shapes" / "seed-1" / name).is_file() for name in CHECKPOINT)
+
+
+@pytest.mark.slow
+def test_own_loop_checkpoint_serves_the_command_line(tmp_path):
+    zero_shot, trained = accuracies(run("own_loop_checkpoint.py", "--epochs", 5, "--output", tmp_path / "mine"))
+    assert trained > zero_shot + 5
+    image = tmp_path / "image.png"
+    Image.new("RGB", (64, 64), "white").save(image)
+    command = [sys.executable, "-m", "rada", "predict", "--checkpoint", str(tmp_path / "mine"), "--images", str(image),
+               "--output", str(tmp_path / "predictions.jsonl")]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_hugging_face_learns_four_colours():
+    pytest.importorskip("transformers")
+    last = run("hugging_face.py").splitlines()[-1]
+    assert last.endswith("['red', 'green', 'blue', 'yellow']")
+
+
+@pytest.mark.slow
+def test_full_stores_the_towers_and_resumes(tmp_path):
+    arguments = ("full.py", "--epochs", 1, "--output", tmp_path)
+    first = accuracies(run(*arguments))
+    assert len(first) == 3
+    assert all((tmp_path / name).is_file() for name in [*CHECKPOINT, "towers.safetensors", "resume.pt"])
+    assert accuracies(run(*arguments)) == first  # nothing is left to train
+
+
+@pytest.mark.slow
+def test_test_time_adapts_every_image():
+    output = run("test_time.py", "--images", 8, "--views", 16)
+    assert len(accuracies(output)) == 2
+    assert output.count("of 8 images") == 2
