@@ -19,7 +19,7 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-from measure import Clock, run_rounds, summarize
+from timing import Clock, run_rounds, summarize
 from torch import Tensor
 
 from rada import RAdaHead
