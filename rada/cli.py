@@ -210,6 +210,7 @@ def train(
         ),
         full=full_tuning_for(
             data,
+            batch_size=batch_size,
             **_given(epochs=epochs, lr=towers_lr, head_lr=lr, alpha=alpha, loss=loss),
         ),
         head=Options(heads, temperature, tuple(queries.split(","))),
