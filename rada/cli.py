@@ -135,7 +135,7 @@ def train(
     ] = None,
     seeds: Annotated[str, typer.Option(help="One training run each, separated by commas.")] = "1,2,3",
     epochs: Annotated[
-        int | None, typer.Option(min=1, help=f"[default: {_default('epochs')}; of full {FullTuning.epochs}]")
+        int | None, typer.Option(min=1, help=f"[default: {_default('epochs')}; of full {_full_epochs()}]")
     ] = None,
     lr: Annotated[
         float | None, typer.Option(help=f"Learning rate of Adam after warm-up. [default: {_default('lr')}]")
@@ -210,6 +210,7 @@ def train(
         ),
         full=full_tuning_for(
             data,
+            batch_size=batch_size,
             **_given(epochs=epochs, lr=towers_lr, head_lr=lr, alpha=alpha, loss=loss),
         ),
         head=Options(heads, temperature, tuple(queries.split(","))),

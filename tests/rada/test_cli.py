@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -198,6 +199,44 @@ def test_predict_on_images_skips_and_counts_what_is_no_image(image_run, images, 
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["item"] for row in rows] == [str(folder / f"{label}.png") for label in range(CLASSES)]
     assert all(len(row["classes"]) == 2 for row in rows)
+
+
+def test_adapt_starts_from_a_checkpoint_or_from_zero_shot(image_run, images, model_dir, tmp_path, capsys):
+    output = tmp_path / "adapted.json"
+    few = ("--views", 4, "--limit", 2, "--device", "cpu", "--backend", "torch", "--output", output)
+    assert call("adapt", "--checkpoint", image_run, *few) == 0
+    found = json.loads(output.read_text())
+    assert (found["images"], found["views"], found["kept"]) == (2, 4, 1)
+    assert "images/s with their views' encoding" in capsys.readouterr().out
+    named = ("--model", f"local-dir:{model_dir}", "--data", f"folder:{images}", "--heads", 4)
+    assert call("adapt", *named, *few) == 0
+    found = json.loads(output.read_text())
+    assert found["zero_shot"] == found["rada"]  # an untrained head
+    assert call("adapt", *named, *few, "--views", 0) == 2
+    assert "views: got 0" in capsys.readouterr().err
+    assert call("adapt", *few) == 2
+    assert "checkpoint, model: got both or none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "cocoop"), "methods: got ['cocoop']"),
+        (("--setting", "half"), "setting: got 'half'"),
+        (("--setting", "full", "--method", "rada"), "setting: got 'full' with --method"),
+        (("--protocol", "new"), "protocol: got 'new'"),
+        (("--precision", "int8"), "precision: got 'int8'"),
+        (("--shots", "2,0"), "shots: got"),
+        (("--resume",), "results.json: no such file"),
+        (("--wandb",), "--wandb needs wandb"),
+    ],
+)
+def test_an_option_of_a_run_is_named(features, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    output = tmp_path / "run"
+    assert call("train", "--data", f"features:{features}", *TINY, "--output", output, *arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not output.exists()
 
 
 def test_info_tells_of_every_backend(capsys):

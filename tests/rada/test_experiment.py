@@ -49,8 +49,7 @@ def settings_for(images, model_dir, **changes) -> Settings:
 @pytest.fixture(scope="module")
 def whole(images, model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    methods = tuple(name for name in METHODS if name != "ensemble")  # 80 prompts per class take their time
-    run(settings_for(images, model_dir, methods=methods, curve=(1,)), folder)
+    run(settings_for(images, model_dir, methods=tuple(METHODS), curve=(1,)), folder)
     return folder
 
 
@@ -60,7 +59,7 @@ def results(whole):
 
 
 def test_every_method_answers_for_the_classes_it_knows(results):
-    assert list(results["methods"]) == [name for name in METHODS if name != "ensemble"]
+    assert list(results["methods"]) == list(METHODS)
     for name, entry in results["methods"].items():
         (row,) = entry["seeds"]
         assert 0 <= row["base"] <= 100

@@ -13,6 +13,7 @@ import rada.huggingface
 from rada import RAdaCLIP, RAdaHead
 from rada.huggingface import HuggingFaceEncoder
 from rada.losses import CrossEntropy, PromptSRC, SigmoidLoss
+from rada.models import ModelSpec
 from rada.prompt import PromptedEncoder, PromptedHead, PromptLearner
 
 transformers = pytest.importorskip("transformers")
@@ -196,6 +197,23 @@ def test_half_precision(folder):
     encoder = HuggingFaceEncoder.from_pretrained(folder, dtype=torch.bfloat16)
     assert encoder.encode_text(encoder.tokenizer(TEXTS)).dtype == torch.bfloat16
     assert encoder.encode_image(encoder.preprocess(picture())[None]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_it_opens_by_name(encoder, folder, precision, dtype):
+    """As --model transformers:NAME does."""
+    spec = ModelSpec(f"transformers:{folder}")
+    opened = spec.open(torch.device("cpu"), precision)
+    assert (opened.spec, opened.backbone) == (spec, str(folder))
+    assert opened.model.encode_image(opened.preprocess(picture())[None].to(dtype)).dtype == dtype
+    assert opened.model.logit_scale.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in opened.parameters())
+    with torch.no_grad():
+        text = F.normalize(encoder.encode_text(encoder.tokenizer(TEXTS)), dim=-1)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.1, "atol": 0.05}
+    torch.testing.assert_close(opened.classes(NAMES).text, text, **tolerance)
+    with pytest.raises(ValueError, match="pretrained: got 'laion'; the model 'transformers:"):
+        ModelSpec(spec.name, "laion").open(torch.device("cpu"))
 
 
 def test_the_encoder_of_ones_own_in_the_docstring():
