@@ -17,12 +17,16 @@ EXAMPLES = ROOT / "examples"
 CHECKPOINT = ["head.json", "head.safetensors", "classes.npz"]
 
 
-def run(script: str, *arguments: object) -> str:
+def python(*arguments: object, cwd: Path = ROOT) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def run(script: str, *arguments: object) -> str:
+    return python(EXAMPLES / script, *arguments)
 
 
 def accuracies(output: str) -> list[float]:
@@ -65,11 +69,9 @@ def test_own_loop_checkpoint_serves_the_command_line(tmp_path):
     assert trained > zero_shot + 5
     image = tmp_path / "image.png"
     Image.new("RGB", (64, 64), "white").save(image)
-    command = [sys.executable, "-m", "rada", "predict", "--checkpoint", str(tmp_path / "mine"), "--images", str(image),
-               "--output", str(tmp_path / "predictions.jsonl")]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 1
+    predictions = tmp_path / "predictions.jsonl"
+    python("-m", "rada", "predict", "--checkpoint", tmp_path / "mine", "--images", image, "--output", predictions)
+    assert len(predictions.read_text().splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -93,3 +95,12 @@ def test_test_time_adapts_every_image():
     output = run("test_time.py", "--images", 8, "--views", 16)
     assert len(accuracies(output)) == 2
     assert output.count("of 8 images") == 2
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_settings_page_run(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "settings.md").read_text(), re.M | re.S)
+    assert len(blocks) == 6
+    python("-c", "\n".join(blocks), cwd=tmp_path)
+    assert (tmp_path / "runs" / "head" / "head.json").is_file()
+    assert (tmp_path / "runs" / "towers" / "towers.safetensors").is_file()
