@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from methods import PENALTY_WEIGHT, Method, all_methods, result_names, work
+from implementations import PENALTY_WEIGHT, Method, all_methods, result_names, work
 from tolerance import Expected, Verdict, gradient_terms, judge, result_terms
 from torch import Tensor
 from workloads import Inputs

@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from charts import draw
 from compare import compare, print_comparison
 from correctness import Judge
 from floors import floor_flop, gemm_rate
+from implementations import ENCODER, Method, choose_methods, make_encoder, why_unusable, work
 from memory import Probe, available_bytes, probe_cpu, probe_cuda
-from methods import ENCODER, Method, choose_methods, make_encoder, why_unusable, work
-from plots import draw
 from rows import FAILED, OK, OUT_OF_MEMORY, UNUSABLE, WRONG, Results, Row, environment, markdown
 from timing import cuda_graph, make_clock, run_rounds, summarize
 from workloads import DTYPES, MODES, SUITES, WORKLOADS, Cell, Inputs, choose_cells, make_inputs

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from methods import choose_methods, work
+from implementations import choose_methods, work
 from timing import Clock, run_rounds, summarize
 from workloads import DTYPES, MODES, Cell, choose_cells, make_inputs
 

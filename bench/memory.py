@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from methods import Method, all_methods, work
+from implementations import Method, all_methods, work
 from workloads import DTYPES, Cell, make_inputs
 
 # What a child may take is what is free, less this.

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 
 import torch
-from methods import choose_methods, why_unusable, work
+from implementations import choose_methods, why_unusable, work
 from timing import make_clock, run_rounds
 from workloads import DTYPES, SUITES, Cell, choose_cells, make_inputs
 

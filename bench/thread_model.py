@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from methods import choose_methods, work
+from implementations import choose_methods, work
 from workloads import DTYPES, MODES, choose_cells, make_inputs
 
 CAPACITY = 1 << 20  # tasks of a call, at most

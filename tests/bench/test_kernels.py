@@ -13,8 +13,8 @@ from pathlib import Path
 import kernels
 import pytest
 import torch
+from charts import draw
 from compare import compare
-from plots import draw
 from rows import Results, Row, slow_down, table
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +109,7 @@ def test_pictures_need_the_file_alone(tmp_path):
     made = run_of(*rows, row(), row("torch", 8.0))
     made.rows.append(ENCODER)
     made.write(tmp_path / "kernels.json")
-    command = [sys.executable, "bench/plots.py", str(tmp_path / "kernels.json")]
+    command = [sys.executable, "bench/charts.py", str(tmp_path / "kernels.json")]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     names = ["time_over_classes.png", "memory_over_classes.png", "scores.png", "end_to_end.png"]
     assert printed.split() == [str(tmp_path / name) for name in names]
@@ -188,19 +188,19 @@ def test_command_measures_on_cuda(bench, tmp_path, graph):
 
 
 def test_wrong_and_failing_methods_have_no_time(bench, tmp_path, monkeypatch):
-    import methods
+    import implementations
 
     def wrong(image, text, params, options):
-        logits, penalty = methods.sdpa_logits(image, text, params, options)
+        logits, penalty = implementations.sdpa_logits(image, text, params, options)
         return 1.01 * logits, penalty
 
     def failing(image, text, params, options):
         raise RuntimeError("no kernel image [here]")
 
-    real = methods.all_methods()
+    real = implementations.all_methods()
     faulty = {"torch": real["torch"], "sdpa": replace(real["sdpa"], head=wrong)}
     faulty["reference"] = real["reference"]
-    monkeypatch.setattr(methods, "all_methods", lambda: faulty)
+    monkeypatch.setattr(implementations, "all_methods", lambda: faulty)
     code = bench(*SMALL[:2], "--modes", "forward", "--dtypes", "float32", "--methods", "sdpa,torch")
     assert code == 0
     rows = {r.method: r for r in Results.read(tmp_path / "kernels.json").rows}

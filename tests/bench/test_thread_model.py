@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from methods import choose_methods, work
+from implementations import choose_methods, work
 from thread_model import main, makespan, record, schedule
 from workloads import Workload, make_inputs
 

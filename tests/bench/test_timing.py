@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from floors import floor_flop, gemm_rate
+from implementations import choose_methods
 from memory import RESERVE_BYTES, available_bytes, peak_above, probe_cpu
-from methods import choose_methods
 from timing import MAX_ROUNDS, MIN_ROUNDS, Clock, CudaClock, run_rounds, summarize
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import Cell, make_inputs, workload

@@ -108,13 +108,14 @@ def test_a_head_is_trained_and_evaluated_on_a_split(tmp_path):
     pytest.importorskip("open_clip")
     data, output = f"coop:{write_pets(tmp_path)}", tmp_path / "run"
     settings = ("--shots", "2", "--epochs", "1", "--seeds", "1", "--device", "cpu", "--backend", "torch")
+    command = ["train", "--data", data, "--model", "demo", "--protocol", "base-new", "--output", str(output), *settings]
     with pytest.raises(SystemExit) as ended:
-        main(["train", "--data", data, "--model", "demo", "--output", str(output), *settings])
+        main(command)
     assert ended.value.code == 0
     results = json.loads((output / "results.json").read_text())
-    assert (results["data"]["name"], results["data"]["new_test_images"]) == ("OxfordPets", 4)
+    assert (results["data"]["name"], results["data"]["test_images"]["new"]) == ("OxfordPets", 4)
     record = json.loads((output / "seed-1" / "split.json").read_text())
     assert record["class_names"] == BREEDS
     evaluated = evaluate_checkpoint(output, device="cpu", backend="torch")
-    assert evaluated["test_items"] == {"base": 4, "new": 4}
-    assert evaluated["rada"]["base"] == pytest.approx(results["seeds"][0]["base"])
+    assert evaluated["test_items"] == {"base": 4, "new": 4, "all": 8}
+    assert evaluated["rada"]["base"] == pytest.approx(results["methods"]["rada"]["seeds"][0]["base"])

@@ -217,7 +217,9 @@ def test_python_and_the_command_line_take_the_same_settings_of_the_data(monkeypa
     assert (settings.model, settings.max_classes, settings.shots, settings.protocol) == ("demo", 300, 4, "base-new")
     assert {"rada", "full", "test-time"} < set(settings.methods)
     assert settings.tuning == Tuning(epochs=20, lr=1e-2, alpha=0.3)
-    photos = rada.problem.Settings(data="folder:photos", tuning=tuning_for("folder:photos", epochs=7, lr=0.5))
+    full = rada.problem.full_tuning_for("folder:photos", epochs=7, lr=1e-5, head_lr=0.5)
+    tuning = tuning_for("folder:photos", epochs=7, lr=0.5)
+    photos = rada.problem.Settings(data="folder:photos", tuning=tuning, full=full)
     assert (photos.model, photos.max_classes, photos.tuning) == (None, 0, Tuning(epochs=7, lr=0.5))
     assert (photos.protocol, photos.methods) == ("all", ("rada",))
     assert taken == [settings, photos]

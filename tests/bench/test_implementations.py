@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from correctness import Judge, _images_at_a_time, _reference_in_chunks
-from methods import all_methods, choose_methods, result_names, why_unusable, work
+from implementations import all_methods, choose_methods, result_names, why_unusable, work
 from sdpa import attention_with_lse, sdpa_logits
 from tolerance import rms
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention

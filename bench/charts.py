@@ -1,4 +1,4 @@
-"""Pictures of a run, from its JSON file alone: `python bench/plots.py runs/bench-cpu/kernels.json`."""
+"""Pictures of a run, from its JSON file alone: `python bench/charts.py runs/bench-cpu/kernels.json`."""
 
 from __future__ import annotations
 
