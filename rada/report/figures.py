@@ -149,6 +149,7 @@ def shots_figure(results: dict) -> Figure:
     columns = results["protocol"]["columns"]
     figure = Figure(figsize=(2.6 + 3.2 * len(columns), 3.8), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(columns)))
+    colours = matplotlib.colormaps["tab20"]
     for axes, column in zip(panels, columns, strict=True):
         axes.axhline(results["zero_shot"][column], color=ZERO_SHOT, linewidth=2, label="zero-shot")
         for number, (method, rows) in enumerate(results["shot_curve"].items()):
@@ -158,7 +159,7 @@ def shots_figure(results: dict) -> Figure:
             scores = [row["scores"][column] for row in rows]
             label = results["methods"][method]["label"]
             (line,) = axes.plot(
-                shots, [s["mean"] for s in scores], marker="o", markersize=4, label=label, color=f"C{number}"
+                shots, [s["mean"] for s in scores], marker="o", markersize=4, label=label, color=colours(number)
             )
             if all(s["low"] is not None for s in scores):
                 low, high = ([s[end] for s in scores] for end in ("low", "high"))
