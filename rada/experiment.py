@@ -231,7 +231,8 @@ class _Run:
             row["checkpoint"] = place.relative_to(self.folder).as_posix()
         if fitted.head is not None:
             self.heads.setdefault(method, []).append(fitted.head)
-        entry["curves"] |= fitted.curves
+        if fitted.curves is not None:
+            entry["curves"] = fitted.curves()
         entry["seeds"].append(row)
         entry["test_images"] = {name: len(answer.logits) for name, answer in answers.items() if answer is not None}
         self._compare(method, seed, answers)

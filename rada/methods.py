@@ -57,7 +57,7 @@ class Fitted(NamedTuple):
     answer: Callable[[str], Answer | None]
     checkpoint: Callable[[], Checkpoint] | None = None
     head: nn.Module | None = None  # over the run's own features
-    curves: dict[str, list[dict]] = {}  # noqa: RUF012  # by name: rows of numbers
+    curves: Callable[[], dict[str, list[dict]]] | None = None  # by name: rows of numbers; where the trial wants them
 
 
 class Method(NamedTuple):
@@ -168,15 +168,11 @@ def fit_full(trial: Trial) -> Fitted:
         return problem.checkpoint(model.head, trial.seed, towers=model.model.state_dict(), classes=classes)
 
     answer = partial(_answer, problem, model, model.head, True)
-    curves = {}
-    if trial.curves:
 
-        def scores() -> dict[str, float]:
-            answers = {name: answer(name) for name in problem.groups}
-            return problem.protocol.scores({name: _accuracy(problem, name, a) for name, a in answers.items()})
+    def curves() -> dict[str, list[dict]]:
+        return {"wise_ft": wise_ft(model, start, lambda: _scores(problem, answer), WISE_FT_ALPHAS)}
 
-        curves["wise_ft"] = wise_ft(model, start, scores, WISE_FT_ALPHAS)
-    return Fitted(answer, checkpoint, curves=curves)
+    return Fitted(answer, checkpoint, curves=curves if trial.curves else None)
 
 
 def fit_test_time(trial: Trial) -> Fitted:
@@ -194,12 +190,12 @@ def fit_test_time(trial: Trial) -> Fitted:
         adapter = TestTimeAdapter(head, problem.classes_of(group, trial.seed), Adaptation(steps=steps))
         return Answer(adapter(views[group]).logits.float().cpu(), items)
 
-    curves = {}
-    if trial.curves:
+    def curves() -> dict[str, list[dict]]:
         rows = [{"steps": steps, **_scores(problem, partial(answer, steps=steps))} for steps in CURVE_STEPS]
         before = _scores(problem, lambda group: _some(problem, trial.seed, group))
-        curves["adaptation"] = [{"steps": 0, **before}, *rows]
-    return Fitted(answer, curves=curves)
+        return {"adaptation": [{"steps": 0, **before}, *rows]}
+
+    return Fitted(answer, curves=curves if trial.curves else None)
 
 
 def fit_ensemble(trial: Trial) -> Fitted:

@@ -59,7 +59,8 @@ def draw_figures(folder: Path, results: dict) -> list[dict]:
                 "methods.png",
                 methods_figure(results),
                 "Methods side by side",
-                "Bars: the mean over the seeds. Whiskers: one std. Dots: the single seeds. The grey line is zero-shot.",
+                "Bars: the mean over the seeds. Whiskers: one std. Dots: the single seeds. The grey line is zero-shot "
+                "on all test images; the table's Δ compares on the same ones.",
             )
         if results.get("epochs"):
             keep(
@@ -122,7 +123,8 @@ def methods_figure(results: dict) -> Figure:
     for axes, column in zip(panels, columns, strict=True):
         before = results["zero_shot"][column]
         axes.axvline(before, color=ZERO_SHOT, linewidth=2)
-        axes.set_title(f"{HEADINGS.get(column, column)}: accuracy in %, zero-shot {before:.1f}")
+        axes.set_title(f"{HEADINGS.get(column, column)}, zero-shot {before:.1f}")
+        axes.set_xlabel("accuracy in %")
         high = before
         for place, entry in enumerate(entries):
             if column not in entry["summary"]:
@@ -145,17 +147,20 @@ def methods_figure(results: dict) -> Figure:
 def shots_figure(results: dict) -> Figure:
     """A panel per column, a line per method with the interval of its mean, over the number of shots."""
     columns = results["protocol"]["columns"]
-    figure = Figure(figsize=(1.2 + 3.4 * len(columns), 3.8), layout="constrained")
+    figure = Figure(figsize=(2.6 + 3.2 * len(columns), 3.8), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(columns)))
+    colours = matplotlib.colormaps["tab20"]
     for axes, column in zip(panels, columns, strict=True):
         axes.axhline(results["zero_shot"][column], color=ZERO_SHOT, linewidth=2, label="zero-shot")
-        for method, rows in results["shot_curve"].items():
+        for number, (method, rows) in enumerate(results["shot_curve"].items()):
             if column not in rows[0]["scores"]:
                 continue
             shots = [row["shots"] for row in rows]
             scores = [row["scores"][column] for row in rows]
             label = results["methods"][method]["label"]
-            (line,) = axes.plot(shots, [s["mean"] for s in scores], marker="o", markersize=4, label=label)
+            (line,) = axes.plot(
+                shots, [s["mean"] for s in scores], marker="o", markersize=4, label=label, color=colours(number)
+            )
             if all(s["low"] is not None for s in scores):
                 low, high = ([s[end] for s in scores] for end in ("low", "high"))
                 axes.fill_between(shots, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
@@ -164,7 +169,7 @@ def shots_figure(results: dict) -> Figure:
         axes.set_xlabel("shots")
         axes.set_title(f"{HEADINGS.get(column, column)}: accuracy in %")
         axes.grid()
-    panels[-1].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
