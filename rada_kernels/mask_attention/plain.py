@@ -149,11 +149,7 @@ def mask_attention_backward(
                 delta_n = delta[n, p]
             share = _share(classes, l[n, p])
             mixed.addcmul_(exps, share)
-            dS = (dP - delta_n[:, None, None]).mul_(exps)  # without its factor
-            if dtype == torch.float16:  # halfway between the range of dS and that of its sums
-                half = share.log2().div_(2).floor_().clamp_(max=0).exp2_()
-                dS, share = dS.mul_(half), share / half
-            dS = dS.to(dtype)
+            dS = (dP - delta_n[:, None, None]).mul_(exps).to(dtype)  # without its factor
             share = (factor * share).to(dtype)
             grad_key[p].baddbmm_(dS.mT, query[p, r] * share)
             grad_queries[n][p, r] = torch.bmm(dS, key[p]).mul_(share)
