@@ -489,7 +489,7 @@ def as_list(argument):
         (2, [torch.randn(16, 16)], "layers"),
         (2, [torch.randn(16, 16), torch.randn(16, dtype=torch.float64)] * 6, "layers"),
         (3, [torch.empty(0)] * 7, "saved"),
-        (3, [torch.empty(0)] * 6 + [torch.empty(3, 5, 16), torch.empty(0)], "saved"),
+        (3, [torch.empty(0)] * 4 + [torch.empty(3, 5, 16)] + [torch.empty(0)] * 3, "saved"),
         (3, [torch.empty(0, dtype=torch.bfloat16)] * 8, "saved"),
         (4, 5, "num_heads"),
         (8, 0, "queries"),
