@@ -155,7 +155,7 @@ def test_named_classes_go_with_the_checkpoint(tmp_path):
     assert set(record["train"]) == {"n04", "n03"}, "the first half of the file's order is base"
     assert tuple(np.load(output / "seed-1" / "classes.npz")["class_names"]) == named
     results = json.loads((output / "results.json").read_text())
-    assert {row["name"]: row["half"] for row in results["gain"]["classes"]} == dict(
+    assert {row["name"]: row["group"] for row in results["gain"]["classes"]} == dict(
         zip(named, ("base", "base", "new", "new"), strict=True)
     )
     assert call("evaluate", "--checkpoint", output, "--output", tmp_path / "e.json", "--device", "cpu") == 0
