@@ -23,6 +23,7 @@ from codegen.launches import Launch
 from codegen.sass import Counts, Way, read_way
 from rada_kernels.triton_common.target import Usage
 
+TIMED = 90, 100  # the compute capabilities of prediction.PARTS, times ten
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # What is read from machine code changes with what reads it.
 READER = hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), Path(sass.__file__)))).hexdigest()
@@ -68,7 +69,7 @@ class Code:
     tensor_columns: int = 0  # of tensor memory, sm_100
     operand_bytes_per_flop: float = 0.0  # that products read from shared memory
     unread: tuple[int, ...] = ()  # places of the tensors that the kernel does not touch
-    way: Way = NO_WAY  # what a warp executes; NVIDIA only
+    way: Way = NO_WAY  # what a warp executes, of TIMED
 
     @staticmethod
     def of(stored: dict) -> Code:
@@ -126,6 +127,7 @@ def _products(ttgir: str) -> list[_Product]:
 
 
 def read_nvidia(compiled) -> Code:
+    capability = compiled.metadata.target.arch
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -152,7 +154,7 @@ def read_nvidia(compiled) -> Code:
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         operand_bytes_per_flop=sum(product.operand_bytes for product in products) / max(1, flop),
         unread=_unread(compiled.asm["ttir"]),
-        way=read_way(code, compiled.metadata.num_warps, flop / max(1, asked)),
+        way=read_way(code, compiled.metadata.num_warps, flop / max(1, asked)) if capability in TIMED else NO_WAY,
     )
 
 

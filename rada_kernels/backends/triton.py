@@ -236,7 +236,7 @@ def _backward_in_chunks(call: Call, grad_sums: Tensor, grad_deviation: Tensor | 
         if wanted.image:
             of_images.append(grads.pop(0))
         total = grads if total is None else [sum_ + grad for sum_, grad in zip(total, grads, strict=True)]
-    return [torch.cat(of_images)] * wanted.image + (total or [])
+    return ([torch.cat(of_images)] if wanted.image else []) + (total or [])
 
 
 masked_similarity, attended_rows = ops.register("triton", forward, backward, empty_saved, attended_rows)

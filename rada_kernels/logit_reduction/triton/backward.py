@@ -105,7 +105,9 @@ def logit_reduction_bwd(
     features = wanted.image or wanted.text
     grad_out = call.image.new_empty(batch, classes, width)
     rows = call.image.new_empty(batch * wanted.layers, classes, width)
-    masked = call.image.new_empty(batch * features, classes, width)
+    # Gradients of R are as large as the logit scale times the loss scale: beyond float16's range.
+    range_dtype = torch.float32 if call.dtype == torch.float16 else call.dtype
+    masked = call.image.new_empty(batch * features, classes, width, dtype=range_dtype)
 
     def blocks(c: GemmConfig):
         pairs = RowBlocks.of(attended, call, c.BR)
