@@ -240,8 +240,9 @@ class _Run:
         self.write()
 
     def _fitted(self, method: str, seed: int, shots: int, report: Callable[[dict], None]) -> Fitted:
-        problem = self.problem
-        curves = shots == problem.settings.shots and seed == problem.settings.seeds[0]
+        # Class means, in the place of missing text features, are those of these shots.
+        problem = replace(self.problem, settings=replace(self.problem.settings, shots=shots, curve=()))
+        curves = shots == self.problem.settings.shots and seed == problem.settings.seeds[0]
         state = self.folder / RESUME / f"{method}-{seed}-{shots}"
         return METHODS[method].fit(Trial(problem, seed, problem.samples[seed, shots], report, state, curves))
 

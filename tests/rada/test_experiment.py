@@ -177,6 +177,15 @@ def test_features_without_texts_have_class_means(tmp_path):
         prepare(Settings(data=data, protocol="base-new"))
 
 
+def test_a_point_of_a_curve_takes_class_means_of_its_own_shots(tmp_path):
+    data = write_features(tmp_path / "f.npz")
+    common = {"data": data, "seeds": (1,), "head": Options(num_heads=4), "device": "cpu"}
+    curve = run(Settings(shots=4, curve=(1,), **common), tmp_path / "curve")["shot_curve"]["rada"]
+    alone = run(Settings(shots=1, **common), tmp_path / "alone")["methods"]["rada"]["seeds"][0]["all"]
+    assert curve[0]["shots"] == 1
+    assert curve[0]["scores"]["all"]["mean"] == alone
+
+
 def test_cross_tests_other_data_sets_among_their_own_classes(images, model_dir, tmp_path):
     other = tmp_path / "other"
     for name in ("colour 3", "colour 1"):
