@@ -211,7 +211,7 @@ def test_adapt_starts_from_a_checkpoint_or_from_zero_shot(image_run, images, mod
     named = ("--model", f"local-dir:{model_dir}", "--data", f"folder:{images}", "--heads", 4)
     assert call("adapt", *named, *few) == 0
     found = json.loads(output.read_text())
-    assert found["zero_shot"] == found["rada"]  # an untrained head
+    assert found["zero_shot"] == pytest.approx(found["rada"])  # an untrained head, up to rounding
     assert call("adapt", *named, *few, "--views", 0) == 2
     assert "views: got 0" in capsys.readouterr().err
     assert call("adapt", *few) == 2
