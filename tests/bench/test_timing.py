@@ -147,13 +147,16 @@ class FixedClock(Clock):
 
 
 def test_peak_sees_an_allocation():
-    def run():
-        scratch = torch.ones(50 * MB, dtype=torch.int8)
-        del scratch
-        return torch.ones(20 * MB, dtype=torch.int8)
+    """Linux counts resident pages by processor, in batches: the sum is off by a few MB, whatever the size."""
 
-    assert peak_above(run) == pytest.approx(50 * MB, rel=0.05)
-    assert peak_above(lambda: torch.ones(5 * MB, dtype=torch.int8)) == pytest.approx(5 * MB, rel=0.2)
+    def run():
+        scratch = torch.ones(150 * MB, dtype=torch.int8)
+        del scratch
+        return torch.ones(100 * MB, dtype=torch.int8)
+
+    off = 5 * MB
+    assert peak_above(run) == pytest.approx(150 * MB, abs=off)
+    assert peak_above(lambda: torch.ones(50 * MB, dtype=torch.int8)) == pytest.approx(50 * MB, abs=off)
 
 
 def test_probe_measures_the_reference():
