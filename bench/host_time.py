@@ -10,12 +10,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from workloads import DTYPES
 
 from rada_kernels import Options, Params
 from rada_kernels.backends import triton as backend
+from rada_kernels.ops import pack_options
 from rada_kernels.options import Wanted
 from rada_kernels.triton_common.device import KIB, Device
 from rada_kernels.triton_common.target import Target
@@ -29,7 +31,9 @@ class Silent(Target):
 
 
 def passes(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """A forward pass, and a step of layers and features, of two images and two classes of width 16."""
+    """A forward pass, a step of layers and features, and the same by torch's dispatcher and autograd, of two images and
+    two classes of width 16.
+    """
     target = Silent(Device("sm_90", 227 * KIB), configs={})
     image, text = torch.randn(2, 16, dtype=dtype), torch.randn(2, 16, dtype=dtype)
     layers = [torch.randn(16, 16, dtype=dtype) if i % 2 == 0 else torch.randn(16, dtype=dtype) for i in range(12)]
@@ -43,7 +47,16 @@ def passes(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         sums, deviation, saved = backend.forward(*call, True, target)
         return backend.backward(sums, deviation, *call[:3], saved, options, Wanted(True, True, True), target)
 
-    return {"forward": forward, "step": step}
+    leaves = [tensor.clone().requires_grad_() for tensor in (image, text, *layers)]
+
+    def by_autograd():
+        with mock.patch.object(backend, "target_of", return_value=target):
+            sums, deviation, _ = torch.ops.rada.masked_similarity(
+                *leaves[:2], params.scale, leaves[2:], *pack_options(options, "triton"), True
+            )
+            return torch.autograd.grad((sums, deviation), leaves, (sums, deviation))
+
+    return {"forward": forward, "step": step, "step by autograd": by_autograd}
 
 
 def host_us(run: Callable[[], object], rounds: int, calls: int = 20) -> float:

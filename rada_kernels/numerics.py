@@ -51,7 +51,7 @@ def unit_rows_backward(grad_unit: Tensor, unit: Tensor, inverse: Tensor) -> Tens
     grad_unit [N, D] and unit [N, D] in the accumulation dtype, inverse [N] as inverse_norms gives it.
     """
     along = (grad_unit * unit).sum(-1, keepdim=True)
-    return (grad_unit - unit * along) * inverse.unsqueeze(-1)
+    return torch.addcmul(grad_unit, unit, along, value=-1) * inverse.unsqueeze(-1)
 
 
 class LayerGradients:

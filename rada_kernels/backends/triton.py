@@ -109,21 +109,21 @@ def _row_tile(image: Tensor, classes: int, options: Options, target: Target) -> 
     return forward_config(target, shapes, classes).BM
 
 
-def _bytes_of(image: Tensor, classes: int, options: Options) -> int:
-    """What the forward pass of these images saves."""
+def _image_bytes(image: Tensor, classes: int, options: Options) -> int:
+    """What the forward pass of one of these images saves."""
     kinds = len(options.queries) - ("image" in options.queries)
     row_tensors = 2 + ("rational" in options.queries) + kinds
-    return row_tensors * classes * image.numel() * image.dtype.itemsize
+    return row_tensors * classes * image.shape[1] * image.dtype.itemsize
 
 
 def _fits_budget(image: Tensor, classes: int, options: Options) -> bool:
-    return _bytes_of(image, classes, options) <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
+    return image.shape[0] * _image_bytes(image, classes, options) <= budget("RADA_SAVE_BYTES", SAVE_BYTES)
 
 
 def _chunks(call: Call) -> list[slice]:
     """Images at a time: as many as CHUNK_BYTES have room for."""
     batch, classes, _ = call.sizes
-    images = max(1, CHUNK_BYTES // _bytes_of(call.image[:1], classes, call.options))
+    images = max(1, CHUNK_BYTES // _image_bytes(call.image, classes, call.options))
     return [slice(start, start + images) for start in range(0, batch, images)]
 
 
@@ -202,7 +202,7 @@ def backward(
     with _on_device(image):
         call = _call(image, text, params, options, target)
         if saved:
-            state = Saved.of(saved, _row_tile(image, text.shape[0], options, call.target))
+            state = Saved.of(saved, call.config(forward_config, text.shape[0]).BM)
             grads = _backward(call, state, grad_sums, grad_deviation, wanted)
         else:
             grads = _backward_in_chunks(call, grad_sums, grad_deviation, wanted)

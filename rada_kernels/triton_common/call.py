@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rada_kernels.options import Options, Params
+from rada_kernels.triton_common.config import TUNED, ConfigT
 from rada_kernels.triton_common.device import Device
 from rada_kernels.triton_common.state import Features, Projections
 from rada_kernels.triton_common.target import Target
@@ -76,6 +79,14 @@ class Call:
     def shapes(self) -> Shapes:
         precision = torch.get_float32_matmul_precision()
         return Shapes.of(self.options, self.image.shape[1], self.image.dtype, self.target.device, precision)
+
+    @functools.cached_property
+    def tuned(self) -> str | None:
+        return os.environ.get(TUNED)
+
+    def config(self, configure: Callable[..., ConfigT], *sizes: int) -> ConfigT:
+        """A step's configure(target, shapes, *sizes)."""
+        return self.target.configured(configure, self.shapes, sizes, self.tuned)
 
     @property
     def dtype(self) -> torch.dtype:

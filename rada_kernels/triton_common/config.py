@@ -21,6 +21,7 @@ from rada_kernels.triton_common.device import Device
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+TUNED = "RADA_TUNED"  # names the file of tuned configurations
 BLOCKS = (16, 32, 64, 128, 256)  # 16 is the least that tl.dot takes
 LAUNCH_OPTIONS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": tuple(range(1, 9))}
 
@@ -127,7 +128,7 @@ def tuned_file() -> Mapping[str, Mapping[str, int]]:
 
     Raises ValueError naming the file, the entry, what it got and what it takes.
     """
-    path = os.environ.get("RADA_TUNED")
+    path = os.environ.get(TUNED)
     return _read_tuned(path) if path else {}
 
 
@@ -151,7 +152,7 @@ def _read_tuned(path: str) -> dict[str, dict[str, int]]:
 
 
 def _wrong(got: str, takes: str) -> ValueError:
-    return ValueError(f"RADA_TUNED: {got}; it takes {takes}")
+    return ValueError(f"{TUNED}: {got}; it takes {takes}")
 
 
 def tuned(key: str, entries: Mapping[str, Mapping[str, int]], default: ConfigT) -> ConfigT:
@@ -160,5 +161,5 @@ def tuned(key: str, entries: Mapping[str, Mapping[str, int]], default: ConfigT) 
         return default
     entry = entries[key]
     if entry.keys() != vars(default).keys():
-        raise _wrong(f"{os.environ.get('RADA_TUNED')}: {key}: got {', '.join(entry)}", ", ".join(vars(default)))
+        raise _wrong(f"{os.environ.get(TUNED)}: {key}: got {', '.join(entry)}", ", ".join(vars(default)))
     return default.changed(**entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,13 +62,24 @@ class Target:
     def __init__(self, device: Device, configs: Mapping[str, Mapping[str, int]] | None = None):
         self.device = device
         self.configs = configs
-        self.compiled_in: dict[int, list[str]] = {}  # names of arguments, by kernel
+        self.compiled_in: dict[int, Callable[[dict], tuple]] = {}  # which arguments, by kernel
         self.fitted: dict[tuple, Any] = {}  # by kernel and what is compiled in
+        self.known: dict[tuple, Any] = {}  # configurations, by what they follow from
 
     def config(self, kernel: str, dtype: torch.dtype, sizes: tuple[int, ...], default: ConfigT) -> ConfigT:
         """A kernel's configuration; sizes: what tells its configurations apart."""
         entries = tuned_file() if self.configs is None else self.configs
         return tuned(config_key(kernel, self.device, dtype, *sizes), entries, default)
+
+    def configured(
+        self, configure: Callable[..., ConfigT], shapes, sizes: tuple[int, ...], tuned: str | None
+    ) -> ConfigT:
+        """configure(self, shapes, *sizes), asked once. tuned: the file that RADA_TUNED names."""
+        key = configure, shapes, sizes, tuned
+        config = self.known.get(key)
+        if config is None:
+            config = self.known[key] = configure(self, shapes, *sizes)
+        return config
 
     def launch(
         self,
@@ -86,19 +98,21 @@ class Target:
 
         def complete(config: ConfigT) -> tuple[Grid, dict]:
             grid, own = blocks(config)
-            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            return grid, arguments | own | {"C": config} | options
+            options = {"C": config, "num_warps": config.num_warps, "num_stages": config.num_stages}
+            return grid, {**arguments, **own, **options}
 
         grid, everything = complete(config)
         identity = id(kernel)  # a kernel's own hash takes microseconds
         if identity not in self.compiled_in:
-            self.compiled_in[identity] = [name for name, value in everything.items() if _is_compiled_in(value)]
-        key = identity, *[everything[name] for name in self.compiled_in[identity]]
-        if key not in self.fitted:
+            names = [name for name, value in everything.items() if _is_compiled_in(value)]
+            self.compiled_in[identity] = operator.itemgetter(*names)
+        key = identity, self.compiled_in[identity](everything)
+        fitted = self.fitted.get(key)
+        if fitted is None:
             limit = self.device.shared_bytes
-            self.fitted[key] = fit(config, lambda candidate: self.usage(kernel, *complete(candidate)), limit, keep)
-        fitted = self.fitted[key]
-        if fitted != config:
+            fitted = fit(config, lambda candidate: self.usage(kernel, *complete(candidate)), limit, keep)
+            self.fitted[key] = fitted
+        if fitted is not config and fitted != config:
             grid, everything = complete(fitted)
         self.run(kernel, grid, everything)
         return everything

@@ -16,10 +16,10 @@ from rada_kernels.backends import triton as backend
 from rada_kernels.dispatch import choose_backend
 from rada_kernels.logit_reduction import config as reduction
 from rada_kernels.mask_attention import config as attention
-from rada_kernels.options import QUERIES, Options
+from rada_kernels.options import QUERIES, Options, Params
 from rada_kernels.rational_projection import config as projection
 from rada_kernels.triton_common import device as devices
-from rada_kernels.triton_common.call import Shapes
+from rada_kernels.triton_common.call import Call, Shapes
 from rada_kernels.triton_common.config import BLOCKS, AttentionConfig, GemmConfig, PairBlock, config_key
 from rada_kernels.triton_common.device import INTERPRETER, KIB, Device
 from rada_kernels.triton_common.state import Attended, Projections
@@ -183,6 +183,25 @@ def test_a_tuned_configuration_is_preferred(tuned_file):
     assert projection_of(SM_90) == GemmConfig(**GOOD) != own
     assert projection_of(SM_90, torch.float16) == own
     assert projection_of(Target(SM_90.device, configs={})) == own, "of its own"
+
+
+def test_a_call_asks_for_a_configuration_once_for_each_tuned_file(tuned_file):
+    target, asked = Target(SM_90.device), []
+
+    def configure(target: Target, of: Shapes, classes: int) -> GemmConfig:
+        asked.append(classes)
+        return projection.forward_config(target, of, classes)
+
+    def configured(classes: int) -> GemmConfig:
+        features = torch.empty(1, 512, dtype=torch.bfloat16, device="meta")
+        return Call(features, features, Params(*[features] * 12), Options(), target).config(configure, classes)
+
+    own = configured(1000)
+    assert configured(1000) is own
+    tuned_file({KEY: GOOD})
+    assert configured(1000) == GemmConfig(**GOOD) != own
+    assert configured(10) == projection.forward_config(SM_90, shapes(SM_90.device, torch.bfloat16), 10)
+    assert asked == [1000, 1000, 10]
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def logit_reduction_bwd(
         return (tiles * cdiv(width, c.BC),), {"R": pairs, "grad_biases": grad_biases}
 
     launched = call.target.launch(
-        _logit_reduction_bwd_kernel, config or backward_config(call.target, call.shapes, classes), blocks,
+        _logit_reduction_bwd_kernel, config or call.config(backward_config, classes), blocks,
         **launch_arguments(call, projected, attended), peak=projected.peak, grad_sums=grad_sums,
         grad_deviation=grad_sums if grad_deviation is None else grad_deviation,
         grad_out=grad_out, rows=rows, masked=masked, LAYERS=wanted.layers, FEATURES=features,

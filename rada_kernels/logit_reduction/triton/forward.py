@@ -214,14 +214,14 @@ def logit_reduction_fwd(
     batch, classes, _ = call.sizes
     linf = call.options.penalty == "linf"
     sums = call.image.new_empty(batch, classes, dtype=torch.float32)
-    means = call.image.new_empty(0 if linf else batch, classes, dtype=torch.float32)
+    means = sums if linf else torch.empty_like(sums)  # "linf" writes none
 
     def blocks(c: GemmConfig):
         rows = RowBlocks.of(attended, call, c.BR)
         return (cdiv(batch, rows.BI) * cdiv(classes, rows.BK),), {"R": rows}
 
     call.target.launch(
-        _logit_reduction_fwd_kernel, config or forward_config(call.target, call.shapes, classes), blocks,
+        _logit_reduction_fwd_kernel, config or call.config(forward_config, classes), blocks,
         **launch_arguments(call, projected, attended), sums=sums, largest=projected.largest, peak=projected.peak,
         means=means, PENALTY=call.options.penalty, PEAK=len(projected.peak) > 0,
     )  # fmt: skip

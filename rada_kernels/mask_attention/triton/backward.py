@@ -364,7 +364,7 @@ def mask_attention_bwd_queries(
     delta: bool = False,
     config: AttentionConfig | None = None,
 ) -> Tensor:
-    """Fills the queries' gradients; or, with `delta`, returns that alone, [matrix kinds, B, H]."""
+    """Fills the queries' gradients; or, with `delta`, computes and returns that alone, [matrix kinds, B, H]."""
     batch, classes, _ = call.sizes
 
     def blocks(c: AttentionConfig):
@@ -373,10 +373,10 @@ def mask_attention_bwd_queries(
         return (batch * call.shapes.H * row_tiles,), {"parts": parts}
 
     launched = call.target.launch(
-        _mask_attention_bwd_queries_kernel, config or queries_bwd_config(call.target, call.shapes, classes), blocks,
+        _mask_attention_bwd_queries_kernel, config or call.config(queries_bwd_config, classes), blocks,
         joint=joint, grads=grads, DELTA=delta, **arguments,
     )  # fmt: skip
-    return launched["parts"].sum(-1)
+    return launched["parts"].sum(-1) if delta else joint.delta
 
 
 def mask_attention_bwd_keys(
@@ -385,6 +385,6 @@ def mask_attention_bwd_keys(
     """Fills the gradients of keys and values."""
     batch, classes, _ = call.sizes
     call.target.launch(
-        _mask_attention_bwd_keys_kernel, config or keys_bwd_config(call.target, call.shapes, classes),
+        _mask_attention_bwd_keys_kernel, config or call.config(keys_bwd_config, classes),
         lambda c: ((batch * call.shapes.H * cdiv(classes, c.BN),), {}), joint=joint, grads=grads, **arguments,
     )  # fmt: skip

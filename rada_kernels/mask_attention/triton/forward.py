@@ -126,7 +126,7 @@ def _mask_attention_fwd_kernel(
 def mask_attention_fwd(call: Call, projected: Projections, *, config: AttentionConfig | None = None) -> Attended:
     """Joint-softmax attention of every (image, head). A config's BM is the row tile of the result."""
     batch, classes, _ = call.sizes
-    config = config or forward_config(call.target, call.shapes, classes)
+    config = config or call.config(forward_config, classes)
     out = Attended.empty(call.image, classes, call.options, config.BM)
     grid = (batch * call.shapes.H * out.m.shape[-1],)
     call.target.launch(

@@ -128,24 +128,27 @@ def rational_projection_bwd(
 ) -> ProjectionGrads:
     """masked [B, K, D]: dR through the sums, where features want gradients."""
     layers = _layers_over_x(call, projected, grads.projections) if wanted.layers else {}
-    units = _units_through_r(call, projected, grads.projections, masked) if wanted.image or wanted.text else ()
-    root = call.params.scale.sqrt()
-    grad_rows: list[Tensor | None] = [None, None]
-    for index, (kind, rows, inverse) in enumerate(
-        (("image", call.image, projected.inverse_image), ("text", call.text, projected.inverse_text))
+    units: tuple[Tensor | None, ...] = (None, None)
+    if wanted.image or wanted.text:
+        through_r = _units_through_r(call, projected, grads.projections, masked)
+        units = tuple(grad if asked else None for grad, asked in zip(through_r, wanted[:2], strict=True))
+    p, root, grad_rows = call.params, call.params.scale.sqrt(), []
+    for rows, inverse, kind, weight, grad_query, grad in (
+        (call.image, projected.inverse_image, "image", p.query_image_weight, grads.query_image, units[0]),
+        (call.text, projected.inverse_text, "text", p.query_text_weight, grads.query_text, units[1]),
     ):
-        grad_query = None
-        if kind in call.options.queries:  # W (√s x / |x|) + c
-            grad_query = grads.query_image if kind == "image" else grads.query_text.sum(0, dtype=torch.float32)
+        unit = rows * inverse.unsqueeze(1)  # u
+        if kind in call.options.queries:  # W (√s u) + c
+            if kind == "text":
+                grad_query = grad_query.sum(0, dtype=torch.float32)  # of the images
+            grad_scaled = root * grad_query
             if wanted.layers:
-                unit = rows * (root * inverse)[:, None]
-                layers[f"query_{kind}"] = grad_query.t() @ unit, grad_query.sum(0)
-        if wanted[index]:
-            grad = units[index]
-            if grad_query is not None:
-                grad += root * (grad_query @ getattr(call.params, f"query_{kind}_weight").float())
-            normalize = call.options.normalize
-            grad_rows[index] = unit_rows_backward(grad, rows * inverse[:, None], inverse) if normalize else grad
+                layers[f"query_{kind}"] = grad_scaled.t() @ unit, grad_query.sum(0)
+            if grad is not None:
+                grad = grad.addmm_(grad_scaled, weight.float())
+        if grad is not None and call.options.normalize:
+            grad = unit_rows_backward(grad, unit, inverse)
+        grad_rows.append(grad)
     return ProjectionGrads(grad_rows[0], grad_rows[1], layers)
 
 
@@ -166,13 +169,13 @@ def _layers_over_x(
         return (splits * programs,), {"P": pairs, "SPLIT": split, "grad_layers": grad_layers}
 
     launched = call.target.launch(
-        _rational_projection_bwd_weight_kernel, config or weight_bwd_config(call.target, call.shapes), blocks,
+        _rational_projection_bwd_weight_kernel, config or call.config(weight_bwd_config), blocks,
         features=call.features(projected), scale=call.params.logit_scale, grad_projections=grad_projections,
         B=batch, K=classes, S=call.shapes,
     )  # fmt: skip
     total = launched["grad_layers"].sum(0)
-    names = ("key", "value", "query_rational")[:layers]
-    return {name: (grad[:width], grad[width]) for name, grad in zip(names, total, strict=True)}
+    weights, biases = total[:, :width].unbind(), total[:, width].unbind()
+    return dict(zip(("key", "value", "query_rational"), zip(weights, biases, strict=True), strict=False))
 
 
 def _units_through_r(
@@ -182,7 +185,7 @@ def _units_through_r(
     batch, classes, width = call.sizes
     grad_rational, p = torch.empty_like(masked), call.params
     call.target.launch(
-        _rational_projection_bwd_rows_kernel, config or rows_bwd_config(call.target, call.shapes),
+        _rational_projection_bwd_rows_kernel, config or call.config(rows_bwd_config),
         lambda c: ((cdiv(batch * classes, c.BR) * cdiv(width, c.BC),), {}),
         scale=p.logit_scale, key_weight=p.key_weight, value_weight=p.value_weight, query_weight=p.query_rational_weight,
         grad_projections=grad_projections, masked=masked, grad_rational=grad_rational, N=batch * classes, S=call.shapes,

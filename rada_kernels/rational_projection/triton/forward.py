@@ -8,7 +8,7 @@ all projections: its first programs those of the feature rows, the others those 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -164,12 +164,13 @@ def rational_projection_fwd(call: Call, *, save: bool, config: GemmConfig | None
         tiles = call.shapes.LAYERS * pairs.tiles(batch, classes) + cdiv(batch, c.BR) + cdiv(classes, c.BR)
         return (tiles * cdiv(width, c.BC),), {"P": pairs}
 
-    names, p = ("query_image", "query_text", "query_rational", "key", "value"), call.params
-    layers: dict[str, Any] = {n: Linear(getattr(p, f"{n}_weight"), getattr(p, f"{n}_bias")) for n in names}
+    # In the order of Params: the queries of image, text and rational matrix, keys, values.
+    query_image, query_text, query_rational, key, value = map(Linear, call.params[0:10:2], call.params[1:10:2])
     call.target.launch(
-        _rational_projection_fwd_kernel, config or forward_config(call.target, call.shapes, classes),
-        blocks, image=call.image, text=call.text, scale=p.logit_scale, **layers, out=out, B=batch, K=classes,
-        S=call.shapes, LARGEST=len(out.largest) > 0, PEAK=len(out.peak) > 0,
+        _rational_projection_fwd_kernel, config or call.config(forward_config, classes), blocks,
+        image=call.image, text=call.text, scale=call.params.logit_scale, query_image=query_image, query_text=query_text,
+        query_rational=query_rational, key=key, value=value, out=out, B=batch, K=classes, S=call.shapes,
+        LARGEST=len(out.largest) > 0, PEAK=len(out.peak) > 0,
         ZERO=ZERO_NORM, NORMALIZE=call.options.normalize, BW=min(128, next_power(width)),
     )  # fmt: skip
     return out

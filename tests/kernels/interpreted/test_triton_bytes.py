@@ -2,68 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from codegen.launches import Launch
 from codegen.prediction import work_of
-from triton.runtime.interpreter import InterpreterBuilder
 
 from rada_kernels import Params
 from rada_kernels.backends import triton as backend
-from rada_kernels.triton_common.device import INTERPRETER
-from rada_kernels.triton_common.target import Target
+from tests.kernels.interpreted.accesses import Recorded
 from tests.kernels.truth import make_case
-
-
-class Traffic(Target):
-    """For each launch: distinct bytes loaded and stored, FLOP of the products."""
-
-    def __init__(self, patch: pytest.MonkeyPatch):
-        super().__init__(INTERPRETER)
-        self.launches: list[tuple[Launch, int, int]] = []
-        dot, load, store, atomic = (
-            InterpreterBuilder.create_dot,
-            InterpreterBuilder.create_masked_load,
-            InterpreterBuilder.create_masked_store,
-            InterpreterBuilder.create_atomic_rmw,
-        )
-
-        def note(kind, pointers, mask, width):
-            addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
-            addresses = np.unique(addresses[np.broadcast_to(mask.data, addresses.shape)])
-            self.seen[kind].append(addresses)
-            self.widths.update(dict.fromkeys(addresses.tolist(), width))
-
-        def masked_load(builder, pointers, mask, *rest, **named):
-            note("load", pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
-            return load(builder, pointers, mask, *rest, **named)
-
-        def masked_store(builder, pointers, value, mask, *rest, **named):
-            note("store", pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
-            return store(builder, pointers, value, mask, *rest, **named)
-
-        def counted_atomic(builder, operation, pointers, value, mask, *rest):
-            note("store", pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
-            return atomic(builder, operation, pointers, value, mask, *rest)
-
-        def counted_dot(builder, a, b, *rest):
-            self.flop += 2 * a.data.size * b.data.shape[-1]
-            return dot(builder, a, b, *rest)
-
-        patch.setattr(InterpreterBuilder, "create_masked_load", masked_load)
-        patch.setattr(InterpreterBuilder, "create_masked_store", masked_store)
-        patch.setattr(InterpreterBuilder, "create_atomic_rmw", counted_atomic)
-        patch.setattr(InterpreterBuilder, "create_dot", counted_dot)
-
-    def run(self, kernel, grid, arguments):
-        self.seen, self.widths, self.flop = {"load": [], "store": []}, {}, 0
-        super().run(kernel, grid, arguments)
-        distinct = 0
-        for addresses in self.seen.values():
-            if addresses:
-                distinct += sum(map(self.widths.get, np.unique(np.concatenate(addresses)).tolist()))
-        self.launches.append((Launch(kernel.fn, grid, arguments), distinct, self.flop))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -74,10 +20,10 @@ def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
     case = make_case(batch, classes, 64, 2).cast(dtype)
     params = Params(*case.layers, logit_scale=case.scale.float())
     with monkeypatch.context() as patch:
-        traffic = Traffic(patch)
+        traffic = Recorded(patch)
         saved = backend.forward(case.image, case.text, params, case.options, True, traffic)[2]
-    counted = sum(distinct for _, distinct, _ in traffic.launches)
-    by_formula = sum(launch.bytes for launch, _, _ in traffic.launches)
+    counted = sum(seen.bytes_of("load") + seen.bytes_of("store", "atomic") for seen in traffic.launches)
+    by_formula = sum(seen.launch.bytes for seen in traffic.launches)
     assert len(traffic.launches) == 3
     assert counted == pytest.approx(by_formula, rel=0.03)
 
@@ -101,12 +47,12 @@ def test_products_of_a_step(batch, classes, monkeypatch):
     case = make_case(batch, classes, 96, 2).cast(torch.float32)
     params = Params(*case.layers, logit_scale=case.scale.float())
     with monkeypatch.context() as patch:
-        traffic = Traffic(patch)
+        traffic = Recorded(patch)
         call = case.image, case.text, params
         sums, deviation, saved = backend.forward(*call, case.options, True, traffic)
         wanted = backend.Wanted(True, True, True)
         backend.backward(sums, deviation, *call, saved, case.options, wanted, traffic)
-    counted = {launch.name: flop for launch, _, flop in traffic.launches}
+    counted = {seen.launch.name: seen.flop for seen in traffic.launches}
     assert sum(map(bool, counted.values())) >= 6
-    for launch, _, flop in traffic.launches:
-        assert flop == work_of(launch)[0], launch.name
+    for seen in traffic.launches:
+        assert seen.flop == work_of(seen.launch)[0], seen.launch.name

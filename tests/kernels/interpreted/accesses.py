@@ -1,0 +1,110 @@
+"""What interpreted kernels load, store and multiply: every address, by launch and program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from codegen.launches import Launch
+from triton.runtime.interpreter import InterpreterBuilder
+
+from rada_kernels.triton_common.device import INTERPRETER, Device
+from rada_kernels.triton_common.target import Target
+
+GRANULE = 2  # bytes of the narrowest dtype: what overlaps shares a granule, whatever the widths of its accesses
+
+
+@dataclass
+class Access:
+    """Granules of memory, each once for each program."""
+
+    granules: np.ndarray  # [N] byte address / GRANULE
+    programs: np.ndarray  # [N]
+
+
+@dataclass
+class Seen:
+    """One launch."""
+
+    launch: Launch
+    flop: int = 0  # of its products
+    parts: dict[str, list[tuple[int, np.ndarray]]] = field(
+        default_factory=lambda: {"load": [], "store": [], "atomic": []}
+    )
+
+    def add(self, kind: str, program: int, pointers, mask) -> None:
+        # The interpreter's masks may be integers, which numpy would take for places.
+        mask = mask.data.astype(bool)
+        wanted = np.broadcast_to(mask, np.broadcast_shapes(pointers.data.shape, mask.shape))
+        addresses = np.unique(np.broadcast_to(pointers.data, wanted.shape)[wanted]).astype(np.int64)
+        width = pointers.get_element_ty().primitive_bitwidth // 8
+        assert width % GRANULE == 0
+        assert not (addresses % width).any(), "unaligned"
+        granules = (addresses[:, None] + np.arange(0, width, GRANULE)).ravel() // GRANULE
+        self.parts[kind].append((program, granules))
+
+    def of(self, *kinds: str) -> Access:
+        by_program: dict[int, list[np.ndarray]] = {}
+        for kind in kinds:
+            for program, granules in self.parts[kind]:
+                by_program.setdefault(program, []).append(granules)
+        unique = {program: np.unique(np.concatenate(parts)) for program, parts in by_program.items()}
+        programs = [np.full(len(granules), program) for program, granules in unique.items()]
+        empty = np.empty(0, np.int64)
+        return Access(np.concatenate([empty, *unique.values()]), np.concatenate([empty, *programs]))
+
+    def bytes_of(self, *kinds: str) -> int:
+        """Distinct ones."""
+        return GRANULE * len(np.unique(self.of(*kinds).granules))
+
+
+class Recorded(Target):
+    """The interpreter with a device's configurations, until the patch is undone; `launches` has what each did."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, device: Device = INTERPRETER):
+        super().__init__(device, configs={})
+        self.launches: list[Seen] = []
+        self.program = 0
+        builder = InterpreterBuilder
+        index, dot, load, store, atomic = (
+            builder.set_grid_idx,
+            builder.create_dot,
+            builder.create_masked_load,
+            builder.create_masked_store,
+            builder.create_atomic_rmw,
+        )
+
+        def set_grid_idx(builder, x, y, z):
+            grid = (*self.launches[-1].launch.grid, 1, 1)
+            self.program = x + grid[0] * (y + grid[1] * z)
+            index(builder, x, y, z)
+
+        def masked_load(builder, pointers, mask, *rest, **named):
+            self.launches[-1].add("load", self.program, pointers, mask)
+            return load(builder, pointers, mask, *rest, **named)
+
+        def masked_store(builder, pointers, value, mask, *rest, **named):
+            self.launches[-1].add("store", self.program, pointers, mask)
+            return store(builder, pointers, value, mask, *rest, **named)
+
+        def atomic_rmw(builder, operation, pointers, value, mask, *rest):
+            self.launches[-1].add("atomic", self.program, pointers, mask)
+            return atomic(builder, operation, pointers, value, mask, *rest)
+
+        def counted_dot(builder, a, b, *rest):
+            self.launches[-1].flop += 2 * a.data.size * b.data.shape[-1]
+            return dot(builder, a, b, *rest)
+
+        for name, recorded in {
+            "set_grid_idx": set_grid_idx,
+            "create_dot": counted_dot,
+            "create_masked_load": masked_load,
+            "create_masked_store": masked_store,
+            "create_atomic_rmw": atomic_rmw,
+        }.items():
+            patch.setattr(InterpreterBuilder, name, recorded)
+
+    def run(self, kernel, grid, arguments):
+        self.launches.append(Seen(Launch(kernel.fn, grid, arguments)))
+        super().run(kernel, grid, arguments)

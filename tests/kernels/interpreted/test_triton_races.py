@@ -1,0 +1,98 @@
+"""No launch has a race: from the addresses of every load and store, by program.
+
+The interpreter runs programs one after another, so that values alone would hide two programs that write one address, or
+one that reads what another writes: on a GPU their order is open.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from rada_kernels import Params
+from rada_kernels.backends import triton as backend
+from rada_kernels.triton_common.device import INTERPRETER, KIB, Device
+from tests.kernels.interpreted.accesses import Recorded, Seen
+from tests.kernels.truth import make_case
+
+KERNELS = {
+    "rational_projection_fwd", "mask_attention_fwd", "logit_reduction_fwd", "logit_reduction_bwd",
+    "mask_attention_bwd_joint", "mask_attention_bwd_queries", "mask_attention_bwd_keys",
+    "rational_projection_bwd_weight", "rational_projection_bwd_rows", "rational_projection_bwd_features",
+}  # fmt: skip
+SM_90, GFX942 = Device("sm_90", 227 * KIB), Device("gfx942", 64 * KIB)
+
+
+def races(seen: Seen) -> list[str]:
+    """What two programs of a launch do to one address, where one of them writes. Atomic maxima have no order."""
+    stored, written, loaded = seen.of("store"), seen.of("store", "atomic"), seen.of("load")
+    found = []
+    if len(np.unique(stored.granules)) != len(stored.granules):
+        found.append("two programs store to one address")
+    if np.intersect1d(stored.granules, seen.of("atomic").granules).size:
+        found.append("an address is stored to and raised")
+    order = np.argsort(written.granules, kind="stable")
+    granules, programs = written.granules[order], written.programs[order]
+    first, last = (np.searchsorted(granules, loaded.granules, side) for side in ("left", "right"))
+    for reader, start, end in zip(loaded.programs, first, last, strict=True):
+        if end > start and (programs[start:end] != reader).any():
+            found.append("a program loads what another writes")
+            break
+    return found
+
+
+def run_step(case, target):
+    params = Params(*case.layers, logit_scale=case.scale.float())
+    call = case.image, case.text, params
+    sums, deviation, saved = backend.forward(*call, case.options, True, target)
+    wanted = backend.Wanted(True, True, True)
+    backend.backward(sums, deviation, *call, saved, case.options, wanted, target)
+
+
+@pytest.mark.parametrize(
+    ("classes", "device", "dtype"),
+    [
+        *[(classes, INTERPRETER, torch.float32) for classes in (1, 5, 17, 65, 129, 300)],
+        (17, INTERPRETER, torch.float16),  # whose backward pass takes delta from the stored rows
+        (129, INTERPRETER, torch.float16),
+        (65, SM_90, torch.float16),
+        (65, GFX942, torch.float32),
+        pytest.param(1000, SM_90, torch.float16, marks=pytest.mark.slow),
+        pytest.param(1000, SM_90, torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_no_launch_has_a_race(classes, device, dtype, monkeypatch):
+    case = make_case(3 if classes < 64 else 1, classes, 48, 2).cast(dtype)
+    with monkeypatch.context() as patch:
+        target = Recorded(patch, device)
+        run_step(case, target)
+    assert {seen.launch.name for seen in target.launches} == KERNELS
+    for seen in target.launches:
+        assert races(seen) == [], f"{seen.launch.name}, {seen.launch.grid} programs"
+        assert seen.of("store").granules.size, seen.launch.name
+
+
+@triton.jit
+def _racing_kernel(x, y, WRITE: tl.constexpr):
+    pid = tl.program_id(0)
+    o = tl.arange(0, 16)
+    b = tl.load(x + o + 16 * pid)
+    if WRITE:
+        tl.store(y + o + 8 * pid, b)  # 8 numbers that the next program stores too
+    else:
+        tl.store(x + o + 16 * ((pid + 1) % 2), b)  # what the other program loads
+
+
+@pytest.mark.parametrize(
+    ("write", "found"),
+    [(True, "two programs store to one address"), (False, "a program loads what another writes")],
+)
+def test_a_race_is_found(write, found, monkeypatch):
+    with monkeypatch.context() as patch:
+        target = Recorded(patch)
+        target.run(_racing_kernel, (2,), {"x": torch.randn(32), "y": torch.randn(32), "WRITE": write})
+    assert races(target.launches[0]) == [found]
