@@ -125,44 +125,61 @@ def _attended_rows_fake(image, text, *_):
     return image.new_empty(image.shape[0], text.shape[0], image.shape[1])
 
 
-def _setup_context(ctx, inputs, output):
-    image, text, logit_scale, layers, *packed, _ = inputs
-    _, _, saved = output
-    ctx.set_materialize_grads(False)  # no zeros as large as what is saved
-    ctx.packed = packed
-    ctx.precision = torch.get_float32_matmul_precision()
-    ctx.layer_count = len(layers)
-    ctx.save_for_backward(image, text, logit_scale, *layers, *saved)
+class _Differentiable(torch.autograd.Function):
+    """The operator's autograd. torch.library.register_autograd does the same with passes over lists of tensors, which
+    at one image and one class are a quarter of a step.
+    """
 
+    @staticmethod
+    def forward(ctx, packed, image, text, logit_scale, *layers):
+        sums, deviation, saved = _below_autograd(image, text, logit_scale, layers, *packed)
+        ctx.set_materialize_grads(False)  # no zeros as large as what is saved
+        ctx.packed = packed[:-1]
+        ctx.precision = torch.get_float32_matmul_precision()
+        ctx.layer_count = len(layers)
+        ctx.save_for_backward(image, text, logit_scale, *layers, *saved)
+        return sums, deviation, *saved
 
-def _autograd(ctx, grad_sums, grad_deviation, _):
-    image, text, logit_scale, *rest = ctx.saved_tensors
-    layers, saved = rest[: ctx.layer_count], rest[ctx.layer_count :]
-    need_image, need_text, _, need_layers = ctx.needs_input_grad[:4]
-    wanted = Wanted(need_image, need_text, any(need_layers))
-    if grad_sums is None:
-        grad_sums = image.new_zeros(image.shape[0], text.shape[0], dtype=accumulation_dtype(image.dtype))
-    grads = iter(
-        torch.ops.rada.masked_similarity_backward(
-            grad_sums,
-            grad_deviation,
-            image,
-            text,
-            logit_scale,
-            layers,
-            saved,
-            *ctx.packed,
-            *wanted,
-            precision=ctx.precision,
+    @staticmethod
+    def backward(ctx, grad_sums, grad_deviation, *_):
+        image, text, logit_scale, *rest = ctx.saved_tensors
+        layers, saved = rest[: ctx.layer_count], rest[ctx.layer_count :]
+        _, need_image, need_text, _, *need_layers = ctx.needs_input_grad
+        wanted = Wanted(need_image, need_text, any(need_layers))
+        if grad_sums is None:
+            grad_sums = image.new_zeros(image.shape[0], text.shape[0], dtype=accumulation_dtype(image.dtype))
+        grads = iter(
+            torch.ops.rada.masked_similarity_backward(
+                grad_sums,
+                grad_deviation,
+                image,
+                text,
+                logit_scale,
+                layers,
+                saved,
+                *ctx.packed,
+                *wanted,
+                precision=ctx.precision,
+            )
         )
-    )
-    grad_image = next(grads) if wanted.image else None
-    grad_text = next(grads) if wanted.text else None
-    grad_layers = [grad if on else None for grad, on in zip(grads, need_layers, strict=True)] if wanted.layers else None
-    return grad_image, grad_text, None, grad_layers, *[None] * (len(ctx.packed) + 1)
+        grad_image = next(grads) if wanted.image else None
+        grad_text = next(grads) if wanted.text else None
+        grad_layers = [next(grads) if wanted.layers else None for _ in need_layers]
+        grad_layers = [grad if need else None for grad, need in zip(grad_layers, need_layers, strict=True)]
+        return None, grad_image, grad_text, None, *grad_layers
 
 
-torch.library.register_autograd("rada::masked_similarity", _autograd, setup_context=_setup_context, lib=LIBRARY)
+def _below_autograd(*arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.rada.masked_similarity(*arguments)
+
+
+@torch.library.impl(LIBRARY, "masked_similarity", "Autograd")
+def _forward_autograd(image, text, logit_scale, layers, *packed):
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (image, text, *layers))):
+        return _below_autograd(image, text, logit_scale, layers, *packed)
+    sums, deviation, *saved = _Differentiable.apply(packed, image, text, logit_scale, *layers)
+    return sums, deviation, saved
 
 
 def _double_backward(ctx, *_):
