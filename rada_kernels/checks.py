@@ -34,7 +34,7 @@ def check_inputs(image: Tensor, text: Tensor, params: Params, options: Options) 
     heads = options.num_heads
     if width % heads:
         raise ValueError(f"num_heads: got {heads}; it takes a divisor of the embedding width {width}")
-    layers = {_layer_name(field): layer for field, layer in zip(Params._fields, params.layers, strict=False)}
+    layers = dict(zip(_LAYER_NAMES, params.layers, strict=True))
     for name, tensor in layers.items():
         shape = (width, width) if "weight" in name else (width,)
         if not isinstance(tensor, Tensor):
@@ -76,6 +76,9 @@ def _layer_name(field: str) -> str:
     """key_weight -> k_proj.weight (params.key_weight)"""
     layer, _, kind = field.rpartition("_")
     return f"{LAYERS[layer]}.{kind} (params.{field})"
+
+
+_LAYER_NAMES = tuple(map(_layer_name, Params._fields[:12]))
 
 
 def _check_together(image: Tensor, text: Tensor, layers: dict[str, Tensor]) -> None:
