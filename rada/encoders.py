@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -239,8 +239,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-class Preprocessed(Dataset):
-    """Preprocessed images [3, H, W] of a sequence."""
+class Encoded(NamedTuple):
+    """A batch of encoded images.
+
+    rows: positions of the n readable images in the sequence, in the order asked for. features: [n, D], of unit length,
+    on the model's device. bad: the reason of each unreadable one, by its position.
+    """
+
+    rows: list[int]
+    features: Tensor
+    bad: dict[int, str]
+
+
+class Decoded(Dataset):
+    """Preprocessed images [3, H, W] of a sequence, each with its position; or in place of one why it is unreadable."""
 
     def __init__(self, images: Images, preprocess: Callable) -> None:
         self.images, self.preprocess = images, preprocess
@@ -248,8 +260,74 @@ class Preprocessed(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.preprocess(self.images[index])
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            return index, self.preprocess(self.images[index])
+        except ImportError:  # of a package that is missing, not of this image
+            raise
+        except Exception as error:  # a decoder may raise anything
+            return index, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+    @staticmethod
+    def collate(items: Sequence[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
+        """Positions of the readable ones, these as [n, 3, H, W] (None: there are none), and the reasons of the bad."""
+        readable = {index: image for index, image in items if not isinstance(image, str)}
+        bad = {index: reason for index, reason in items if isinstance(reason, str)}
+        rows = [index for index, _ in items if index in readable]
+        return rows, torch.stack([readable[index] for index in rows]) if rows else None, bad
+
+
+def encode_batches(
+    extractor: FeatureExtractor,
+    images: Images,
+    batches: Sequence[Sequence[int]],
+    *,
+    description: str = "encode images",
+    quiet: bool = False,
+) -> Iterator[Encoded]:
+    """Encode batches of positions in `images`, in their order. Unreadable images are recorded.
+
+    images: PIL images, decoded when indexed; in worker processes where there are many. A few batches are decoded ahead.
+    quiet: without a bar, for a caller that shows its own.
+
+    Raises ValueError for a model without an image transform.
+    """
+    if extractor.preprocess is None:
+        raise ValueError("model: it came without an image transform; it takes one that open_clip knows")
+    count = sum(map(len, batches))
+    loader = DataLoader(
+        Decoded(images, extractor.preprocess),
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences
+        num_workers=_workers(extractor, count),
+        collate_fn=Decoded.collate,
+    )
+    device = extractor.logit_scale.device
+    with tqdm(total=count, desc=description, unit="image", leave=False, disable=quiet) as bar:
+        for rows, batch, bad in loader:
+            if rows:
+                with torch.no_grad():
+                    features = extractor.encode_images(batch.to(device))
+            else:
+                features = torch.empty(0, extractor.embed_dim, dtype=extractor.feature_dtype, device=device)
+            bar.update(len(rows) + len(bad))
+            yield Encoded(rows, features, bad)
+
+
+def encoded_batches(
+    extractor: FeatureExtractor,
+    images: Images,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    batch_size: int | None = None,
+    quiet: bool = False,
+) -> Iterator[Encoded]:
+    """Encode images[start:stop] in order, in batches of positions. Unreadable images are recorded.
+
+    stop: default: the number of images. batch_size: default: the extractor's. The rest as for `encode_batches`.
+    """
+    positions = range(len(images))[start:stop]
+    return encode_batches(extractor, images, _in_batches(extractor, positions, batch_size), quiet=quiet)
 
 
 def feature_batches(
@@ -263,30 +341,29 @@ def feature_batches(
 ) -> Iterator[Tensor]:
     """Yield unit-length features [≤ batch_size, D] on the model's device of images[indices], in their order.
 
-    images: PIL images, decoded when indexed; in worker processes where there are many.
-    batch_size: default: the extractor's.
-    quiet: without a bar, for a caller that shows its own.
+    batch_size: default: the extractor's. The rest as for `encode_batches`.
+
+    Raises ValueError for the first unreadable image.
     """
-    if extractor.preprocess is None:
-        raise ValueError("model: it came without an image transform; it takes one that open_clip knows")
     positions = range(len(images)) if indices is None else indices.tolist()
-    workers = extractor.workers
-    if workers is None:
-        many = len(positions) >= IMAGES_FOR_WORKERS and (os.cpu_count() or 1) > 1
-        workers = min(8, (os.cpu_count() or 1) - 1) if many else 0
-    loader = DataLoader(
-        Preprocessed(images, extractor.preprocess),
-        extractor.batch_size if batch_size is None else batch_size,
-        sampler=positions,
-        num_workers=workers,
-    )
-    device = extractor.logit_scale.device
-    with tqdm(total=len(positions), desc=description, unit="image", leave=False, disable=quiet) as bar:
-        for batch in loader:
-            with torch.no_grad():
-                features = extractor.encode_images(batch.to(device))
-            bar.update(len(batch))
-            yield features
+    batches = _in_batches(extractor, positions, batch_size)
+    for encoded in encode_batches(extractor, images, batches, description=description, quiet=quiet):
+        for position, reason in encoded.bad.items():
+            raise ValueError(f"images: item {position}: {reason}")
+        yield encoded.features
+
+
+def _in_batches(extractor: FeatureExtractor, positions: Sequence[int], batch_size: int | None) -> list[Sequence[int]]:
+    size = extractor.batch_size if batch_size is None else batch_size
+    return [positions[first : first + size] for first in range(0, len(positions), size)]
+
+
+def _workers(extractor: FeatureExtractor, count: int) -> int:
+    """The number of worker processes for so many images; 0: this process decodes."""
+    if extractor.workers is not None:
+        return extractor.workers
+    cores = os.cpu_count() or 1
+    return min(8, cores - 1) if count >= IMAGES_FOR_WORKERS else 0
 
 
 def split_features(extractor: FeatureExtractor | None, split: Split, indices: Tensor, description: str) -> Tensor:
