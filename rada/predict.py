@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -19,9 +19,9 @@ from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.data.classes import prompt_names, read_names
 from rada.data.features import feature_shards
 from rada.data.folder import EXTENSIONS
-from rada.data.images import ImageFiles, read_image
+from rada.data.images import ImageFiles
 from rada.data.source import Images
-from rada.encoders import FeatureExtractor, feature_batches
+from rada.encoders import Encoded, FeatureExtractor, encoded_batches
 from rada.evaluate import load_test
 from rada.extras import require
 from rada.files import replacing
@@ -33,12 +33,11 @@ Opener = Callable[[], FeatureExtractor]
 
 
 class Items(NamedTuple):
-    """Items to predict, and unreadable files."""
+    """Items to predict."""
 
     names: Sequence[Any]  # N
-    batches: Iterator[Tensor]  # features [≤ batch_size, D] that together cover the N items
+    batches: Iterator[Encoded]  # features [≤ batch_size, D] that together cover the N items, but for unreadable ones
     labels: list[str] | None  # N names of classes, where the data have them
-    skipped: list[str]
 
 
 def predict_to_file(
@@ -62,6 +61,7 @@ def predict_to_file(
     images: an image, or a folder searched for images. Exactly one of data and images.
     class_names: a file of names, one a line, that the text tower encodes: the classes to choose among in place of the
         checkpoint's.
+    skip_bad: leave unreadable images out. Default False: raise, naming the first.
     output: .parquet or .jsonl with item (a name, or the row's number), label (where the data have one), classes and
         probabilities (lists of top_k, or of K where there are fewer classes; best first; SigLIP's are sigmoids). It
         appears when whole.
@@ -76,27 +76,33 @@ def predict_to_file(
     trained = load_checkpoint(checkpoint, device=device, backend=backend)
     open_model = cache(trained.open_model)
     if data is not None:
-        items = _from_data(trained, data, batch_size, skip_bad, open_model)
+        items = _from_data(trained, data, batch_size, open_model)
     else:
-        items = _from_images(trained, Path(cast(Path, images)), batch_size, skip_bad, open_model)
+        items = _from_images(Path(cast(Path, images)), batch_size, open_model)
     if class_names is not None:
         names = read_names(class_names)
         trained = replace(trained, class_names=names, classes=open_model().classes(prompt_names(names)))
     choice = trained.rada.backend_for(trained.classes.text)
     print(f"predict on {trained.device}, backend {choice}")
-    start, done = time.perf_counter(), 0
+    start, done, skipped = time.perf_counter(), 0, []
     with (
         replacing(output) as partial,
         _writer(partial, output.suffix, items.labels is not None) as write,
         tqdm(total=len(items.names), desc="predict", unit="image") as bar,
     ):
-        for features in items.batches:
-            rows: Rows = {"item": [str(name) for name in items.names[done : done + len(features)]]}
+        for encoded in items.batches:
+            skipped += [str(items.names[position]) for position in encoded.bad]
+            if encoded.bad and not skip_bad:
+                raise ValueError(f"images: {next(iter(encoded.bad.values()))}; --skip-bad leaves such files out")
+            rows: Rows = {"item": [str(items.names[row]) for row in encoded.rows]}
             if items.labels is not None:
-                rows["label"] = items.labels[done : done + len(features)]
-            write(rows | _best_classes(trained, features, top_k))
-            done += len(features)
-            bar.update(len(features))
+                rows["label"] = [items.labels[row] for row in encoded.rows]
+            if encoded.rows:
+                write(rows | _best_classes(trained, encoded.features, top_k))
+            done += len(encoded.rows)
+            bar.update(len(encoded.rows) + len(encoded.bad))
+        if not done:
+            raise ValueError(f"images: none of {len(items.names)} could be read, the first is {skipped[0]}")
     seconds = time.perf_counter() - start
     return {
         "items": done,
@@ -104,7 +110,7 @@ def predict_to_file(
         "items_per_second": done / seconds,
         "device": str(trained.device),
         "backend": str(choice),
-        "skipped": items.skipped,
+        "skipped": skipped,
     }
 
 
@@ -126,44 +132,39 @@ def _best_classes(trained: Checkpoint, features: Tensor, count: int) -> Rows:
     return {"classes": classes, "probabilities": best.values.tolist()}
 
 
-def _from_data(trained: Checkpoint, data: str, batch_size: int, skip_bad: bool, open_model: Opener) -> Items:
+def _from_data(trained: Checkpoint, data: str, batch_size: int, open_model: Opener) -> Items:
     kind, _, path = data.partition(":")
     folder = Path(path).expanduser()
     bare = folder.suffix == ".npy" or ((folder / "img_emb").is_dir() and not (folder / "metadata").is_dir())
     if kind == "features" and bare:
         shards = feature_shards(folder)
-        batches: Iterator[Tensor] = (batch for shard in shards for batch in shard.split(batch_size))
-        return Items(range(sum(map(len, shards))), batches, None, [])
-    source = load_test(trained, data, skip_bad=skip_bad)
+        batches = (batch for shard in shards for batch in shard.split(batch_size))
+        return Items(range(sum(map(len, shards))), _stored(batches), None)
+    source = load_test(trained, data)
     test = source.test
     if test.features is not None:
-        batches = iter(test.features.split(batch_size))
+        found = _stored(test.features.split(batch_size))
     else:
-        batches = feature_batches(open_model(), cast(Images, test.images), batch_size=batch_size, quiet=True)
+        found = encoded_batches(open_model(), cast(Images, test.images), batch_size=batch_size, quiet=True)
     labels = [source.class_names[label] for label in test.labels]
-    return Items(test.names or range(len(test)), batches, labels, list(source.skipped))
+    return Items(test.names or range(len(test)), found, labels)
 
 
-def _from_images(trained: Checkpoint, path: Path, batch_size: int, skip_bad: bool, open_model: Opener) -> Items:
+def _stored(batches: Iterable[Tensor]) -> Iterator[Encoded]:
+    """Batches of stored features, as encoded ones come."""
+    done = 0
+    for features in batches:
+        yield Encoded(list(range(done, done + len(features))), features, {})
+        done += len(features)
+
+
+def _from_images(path: Path, batch_size: int, open_model: Opener) -> Items:
     if not path.exists():
         raise FileNotFoundError(f"images: {path}: no such file or folder")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
     if not files:
         raise ValueError(f"images: {path} holds no image; it takes files ending in {', '.join(EXTENSIONS)}")
-    readable = {file: not skip_bad or _readable(file) for file in files}
-    files = [file for file in files if readable[file]]
-    if not files:
-        raise ValueError(f"images: {path} holds no readable image")
-    batches = feature_batches(open_model(), ImageFiles(files), batch_size=batch_size, quiet=True)
-    return Items(files, batches, None, [str(file) for file, good in readable.items() if not good])
-
-
-def _readable(file: Path) -> bool:
-    try:
-        read_image(file)
-    except ValueError:
-        return False
-    return True
+    return Items(files, encoded_batches(open_model(), ImageFiles(files), batch_size=batch_size, quiet=True), None)
 
 
 @contextmanager
