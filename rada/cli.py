@@ -1,4 +1,4 @@
-"""The command line: python -m rada train | evaluate | adapt | predict | report | info."""
+"""The command line: python -m rada encode | train | evaluate | adapt | predict | report | info."""
 
 from __future__ import annotations
 
@@ -11,19 +11,35 @@ from typing import Annotated
 
 import typer
 
-from rada.data import SOURCES, Recommended
+from rada.cli_encode import encode
+from rada.cli_options import (
+    Backend,
+    BatchSize,
+    Checkpoint,
+    ClassNames,
+    Data,
+    Device,
+    EncodeBatch,
+    Model,
+    Precision,
+    Pretrained,
+    SkipBad,
+    Template,
+    Traceback,
+    Workers,
+)
+from rada.data import Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
 from rada.data.suite import read_suite
 from rada.data.views import VIEWS
 from rada.encoders import IMAGES_PER_BATCH
 from rada.losses import LOSSES
 from rada.methods import METHODS
-from rada.precision import PRECISIONS
 from rada.problem import full_tuning_for
 from rada.protocols import PROTOCOLS
 from rada.templates import DEFAULT_TEMPLATES
 from rada.tuning import SCHEDULES, Adaptation, FullTuning, Tuning
-from rada_kernels import BACKENDS, PENALTIES, QUERIES, Options
+from rada_kernels import PENALTIES, QUERIES, Options
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
 INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
@@ -52,11 +68,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _show_traceback(wanted: bool) -> None:
-    if wanted:
-        os.environ["RADA_TRACEBACK"] = "1"
-
-
 def _default(setting: str) -> str:
     return f"{EMOJI.tuning[setting]:g} for emoji, else {getattr(Tuning, setting):g}"
 
@@ -69,30 +80,7 @@ def _shots_text() -> str:
     return f"{EMOJI.shots} for emoji, else {Recommended.shots}"
 
 
-Data = Annotated[str, typer.Option(help=f"{', '.join(SOURCES)}.")]
-Model = Annotated[
-    str | None,
-    typer.Option(help="A name of open_clip's, local-dir:PATH, transformers:NAME, or demo (the default for emoji)."),
-]
-Pretrained = Annotated[str | None, typer.Option(help="A tag of open_clip's or the path of a checkpoint.")]
-Template = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A prompt template, may be repeated; imagenet-80, imagenet-7 and CoOp's data sets name theirs. "
-        f"[default: {DEFAULT_TEMPLATES[0]}]"
-    ),
-]
-Checkpoint = Annotated[
-    Path, typer.Option(help="The folder of a head (runs/emoji/seed-1), or of a run: its first seed.")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu, or auto.")]
-Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per step.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, and count them.")]
-Traceback = Annotated[
-    bool,
-    typer.Option("--traceback", callback=_show_traceback, is_eager=True, help="Show where an error comes from."),
-]
+app.command()(encode)
 
 
 @app.command()
@@ -101,10 +89,7 @@ def train(
     model: Model = None,
     pretrained: Pretrained = None,
     template: Template = None,
-    class_names: Annotated[
-        Path | None,
-        typer.Option(help="A file with a line per class: its name in the data, optionally a TAB and another name."),
-    ] = None,
+    class_names: ClassNames = None,
     max_classes: Annotated[
         int | None,
         typer.Option(
@@ -162,11 +147,9 @@ def train(
     batch_size: BatchSize = Tuning.batch_size,
     device: Device = "auto",
     backend: Backend = "auto",
-    precision: Annotated[str, typer.Option(help=f"Of encoders and head: {', '.join(PRECISIONS)}.")] = "fp32",
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode images. [default: as many as are worth it]")
-    ] = None,
-    encode_batch: Annotated[int, typer.Option(min=1, help="Images per call of the encoders.")] = IMAGES_PER_BATCH,
+    precision: Precision = "fp32",
+    workers: Workers = None,
+    encode_batch: EncodeBatch = IMAGES_PER_BATCH,
     seed: Annotated[int, typer.Option(help="Of the data's own randomness: splits, emoji views.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="The run's folder. [default: runs/DATA, runs/DATA-2, ...]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -210,6 +211,16 @@ class FeatureExtractor(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def identity(self) -> dict[str, str]:
+        """What decides image features: model, fingerprint, preprocessing and precision, in words."""
+        return {
+            "model": self.backbone,
+            "fingerprint": self.fingerprint(),
+            # A function's repr has its address, which no two processes share.
+            "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", repr(self.preprocess)),
+            "precision": str(self.amp or self._input_dtype).removeprefix("torch."),
+        }
+
     @property
     def _input_dtype(self) -> torch.dtype:
         """The dtype that the image tower takes: its first layer's. (Norms may keep float32 beside half precision.)"""
@@ -327,7 +338,7 @@ def encoded_batches(
     stop: default: the number of images. batch_size: default: the extractor's. The rest as for `encode_batches`.
     """
     positions = range(len(images))[start:stop]
-    return encode_batches(extractor, images, _in_batches(extractor, positions, batch_size), quiet=quiet)
+    return encode_batches(extractor, images, in_batches(extractor, positions, batch_size), quiet=quiet)
 
 
 def feature_batches(
@@ -346,14 +357,14 @@ def feature_batches(
     Raises ValueError for the first unreadable image.
     """
     positions = range(len(images)) if indices is None else indices.tolist()
-    batches = _in_batches(extractor, positions, batch_size)
+    batches = in_batches(extractor, positions, batch_size)
     for encoded in encode_batches(extractor, images, batches, description=description, quiet=quiet):
         for position, reason in encoded.bad.items():
             raise ValueError(f"images: item {position}: {reason}")
         yield encoded.features
 
 
-def _in_batches(extractor: FeatureExtractor, positions: Sequence[int], batch_size: int | None) -> list[Sequence[int]]:
+def in_batches(extractor: FeatureExtractor, positions: Sequence[int], batch_size: int | None) -> list[Sequence[int]]:
     size = extractor.batch_size if batch_size is None else batch_size
     return [positions[first : first + size] for first in range(0, len(positions), size)]
 
@@ -391,7 +402,7 @@ def readable_features(
     positions = indices.tolist()
     features, bad = [], dict[int, str]()
     for encoded in encode_batches(
-        extractor, split.images, _in_batches(extractor, positions, None), description=description
+        extractor, split.images, in_batches(extractor, positions, None), description=description
     ):
         features.append(encoded.features.cpu())
         bad |= encoded.bad
