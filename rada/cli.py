@@ -15,6 +15,7 @@ from rada.cli_encode import encode
 from rada.cli_options import (
     Backend,
     BatchSize,
+    Cache,
     Checkpoint,
     ClassNames,
     Data,
@@ -150,6 +151,7 @@ def train(
     precision: Precision = "fp32",
     workers: Workers = None,
     encode_batch: EncodeBatch = IMAGES_PER_BATCH,
+    cache: Cache = None,
     seed: Annotated[int, typer.Option(help="Of the data's own randomness: splits, emoji views.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="The run's folder. [default: runs/DATA, runs/DATA-2, ...]")
@@ -205,6 +207,7 @@ def train(
         precision=precision,
         workers=workers,
         encode_batch=encode_batch,
+        cache=None if cache is None else str(cache),
         measure=measure,
         seed=seed,
         skip_bad=skip_bad,
@@ -257,6 +260,7 @@ def evaluate(
     backend: Backend = "auto",
     precision: Annotated[str | None, typer.Option(help="Must be the checkpoint's. [default: that one]")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
+    cache: Cache = None,
     skip_bad: SkipBad = False,
     traceback: Traceback = False,
 ) -> None:
@@ -277,6 +281,7 @@ def evaluate(
         backend=backend,
         precision=precision,
         skip_bad=skip_bad,
+        cache=cache,
     )
     print_evaluation(results)
     if output is not None:
@@ -356,6 +361,7 @@ def predict(
     device: Device = "auto",
     backend: Backend = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    cache: Cache = None,
     skip_bad: SkipBad = False,
     traceback: Traceback = False,
 ) -> None:
@@ -374,6 +380,7 @@ def predict(
         backend=backend,
         overwrite=overwrite,
         skip_bad=skip_bad,
+        cache=cache,
     )
     print(
         f"{done['items']} items to {output} in {done['seconds']:.1f} s, {done['items_per_second']:.0f} images/s "

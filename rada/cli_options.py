@@ -43,6 +43,14 @@ Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode images. [default: as many as are worth it]")
 ]
 EncodeBatch = Annotated[int, typer.Option(min=1, help="Images per call of the encoders.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="RADA_CACHE",
+        help="A folder that keeps frozen encoders' image features, for train, evaluate and predict to share. "
+        "[default: none]",
+    ),
+]
 ClassNames = Annotated[
     Path | None,
     typer.Option(help="A file with a line per class: its name in the data, optionally a TAB and another name."),

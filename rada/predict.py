@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.data.classes import prompt_names, read_names
 from rada.data.features import feature_shards
@@ -53,6 +54,7 @@ def predict_to_file(
     backend: str = "auto",
     overwrite: bool = False,
     skip_bad: bool = False,
+    cache: str | Path | None = None,
 ) -> dict:
     """Write the top_k classes of every item to `output`, one row each, and return what was done.
 
@@ -61,6 +63,7 @@ def predict_to_file(
     images: an image, or a folder searched for images. Exactly one of data and images.
     class_names: a file of names, one a line, that the text tower encodes: the classes to choose among in place of the
         checkpoint's.
+    cache: the folder of a cache of image features, see `rada.cache`. Default: none.
     skip_bad: leave unreadable images out. Default False: raise, naming the first.
     output: .parquet or .jsonl with item (a name, or the row's number), label (where the data have one), classes and
         probabilities (lists of top_k, or of K where there are fewer classes; best first; SigLIP's are sigmoids). It
@@ -74,7 +77,14 @@ def predict_to_file(
     if (data is None) == (images is None):
         raise ValueError("data, images: got both or none; it takes exactly one of them")
     trained = load_checkpoint(checkpoint, device=device, backend=backend)
-    open_model = cache(trained.open_model)
+
+    @lru_cache
+    def open_model() -> FeatureExtractor:
+        encoders = trained.open_model()
+        if cache is not None and not trained.changes_encoders:
+            encoders.cache = FeatureCache(cache)
+        return encoders
+
     if data is not None:
         items = _from_data(trained, data, batch_size, open_model)
     else:

@@ -32,6 +32,9 @@ NEVER = {
     "rada": ["bench", "tests"],
     "rada.data": inside("rada", "encoders fused clip tuning experiment evaluate predict report cli demo"),
     "rada.encoders": inside("rada", "fused clip tuning experiment evaluate predict report cli"),
+    "rada.cache": inside(
+        "rada", "data encoders fused clip tuning problem methods experiment evaluate adapt predict report cli"
+    ),
     "rada.encode": inside("rada", "fused clip tuning problem methods experiment evaluate adapt predict report cli"),
     "rada.fused": inside("rada", "data encoders clip tuning experiment evaluate predict report cli demo"),
     "rada.clip": inside("rada", "tuning experiment evaluate predict report cli"),

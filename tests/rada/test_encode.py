@@ -16,18 +16,17 @@ import numpy as np
 import pytest
 import torch
 
+from rada.cli import main
+from rada.data import load_source
+from rada.data.features import feature_shards
+from rada.data.listing import list_images
+from rada.encode import encode_to_shards, read_bad
+from rada.models import ModelSpec
+from tests.rada.test_listing import png, write_tar
+
 pytest.importorskip("open_clip")
 pq = pytest.importorskip("pyarrow.parquet")
 Image = pytest.importorskip("PIL.Image")
-
-from rada.cli import main  # noqa: E402
-from rada.data import load_source  # noqa: E402
-from rada.data.features import feature_shards  # noqa: E402
-from rada.data.listing import list_images  # noqa: E402
-from rada.encode import encode_to_shards, read_bad  # noqa: E402
-from rada.models import ModelSpec  # noqa: E402
-from tests.rada.test_listing import png, write_tar  # noqa: E402
-
 CLASSES = ("cat", "dog", "owl")
 EACH = 7
 BAD = "dog/3.png"
