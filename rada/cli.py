@@ -11,11 +11,25 @@ from typing import Annotated
 
 import typer
 
-from rada.data import SOURCES, Recommended
+from rada.cli_options import (
+    Backend,
+    BatchSize,
+    Checkpoint,
+    Data,
+    Device,
+    Model,
+    Precision,
+    Pretrained,
+    SkipBad,
+    Template,
+    Traceback,
+)
+from rada.data import Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
 from rada.data.suite import read_suite
 from rada.data.views import VIEWS
 from rada.encoders import IMAGES_PER_BATCH
+from rada.inference.options import FORMATS, WHATS, PredictOptions
 from rada.losses import LOSSES
 from rada.methods import METHODS
 from rada.precision import PRECISIONS
@@ -23,7 +37,7 @@ from rada.problem import full_tuning_for
 from rada.protocols import PROTOCOLS
 from rada.templates import DEFAULT_TEMPLATES
 from rada.tuning import SCHEDULES, Adaptation, FullTuning, Tuning
-from rada_kernels import BACKENDS, PENALTIES, QUERIES, Options
+from rada_kernels import PENALTIES, QUERIES, Options
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
 INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
@@ -52,11 +66,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _show_traceback(wanted: bool) -> None:
-    if wanted:
-        os.environ["RADA_TRACEBACK"] = "1"
-
-
 def _default(setting: str) -> str:
     return f"{EMOJI.tuning[setting]:g} for emoji, else {getattr(Tuning, setting):g}"
 
@@ -67,32 +76,6 @@ def _full_epochs() -> str:
 
 def _shots_text() -> str:
     return f"{EMOJI.shots} for emoji, else {Recommended.shots}"
-
-
-Data = Annotated[str, typer.Option(help=f"{', '.join(SOURCES)}.")]
-Model = Annotated[
-    str | None,
-    typer.Option(help="A name of open_clip's, local-dir:PATH, transformers:NAME, or demo (the default for emoji)."),
-]
-Pretrained = Annotated[str | None, typer.Option(help="A tag of open_clip's or the path of a checkpoint.")]
-Template = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A prompt template, may be repeated; imagenet-80, imagenet-7 and CoOp's data sets name theirs. "
-        f"[default: {DEFAULT_TEMPLATES[0]}]"
-    ),
-]
-Checkpoint = Annotated[
-    Path, typer.Option(help="The folder of a head (runs/emoji/seed-1), or of a run: its first seed.")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu, or auto.")]
-Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per step.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, and count them.")]
-Traceback = Annotated[
-    bool,
-    typer.Option("--traceback", callback=_show_traceback, is_eager=True, help="Show where an error comes from."),
-]
 
 
 @app.command()
@@ -359,34 +342,46 @@ def adapt(
 @app.command()
 def predict(
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option(help="PATH.parquet or PATH.jsonl.")],
-    data: Annotated[
-        str | None,
-        typer.Option(help="As for train: the test items that evaluate takes; or features:PATH of bare shards."),
+    output: Annotated[
+        Path, typer.Option(help="A folder, of shards: a stopped run goes on. Or one file, PATH.parquet or PATH.jsonl.")
+    ],
+    features: Annotated[
+        Path | None, typer.Option(help="Every row of a .npy, .safetensors or .parquet file or of a folder of them.")
     ] = None,
     images: Annotated[Path | None, typer.Option(help="An image, or a folder that is searched for images.")] = None,
+    data: Annotated[str | None, typer.Option(help="As for train: the test items that evaluate takes.")] = None,
     class_names: Annotated[
         Path | None, typer.Option(help="A file of names, one a line: the classes to choose among.")
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1)] = 5,
-    batch_size: BatchSize = 256,
+    what: Annotated[str, typer.Option(help=f"To write: {', '.join(WHATS)} (adapted ones).")] = PredictOptions.what,
+    top_k: Annotated[int, typer.Option(min=1)] = PredictOptions.top_k,
+    format: Annotated[str, typer.Option(help=f"Of shards: {', '.join(FORMATS)}.")] = PredictOptions.format,
+    rows_per_shard: Annotated[
+        int, typer.Option(min=1, help="Rows that are finished, or lost, at a time.")
+    ] = PredictOptions.rows_per_shard,
+    batch_size: BatchSize = PredictOptions.batch_size,
     device: Device = "auto",
     backend: Backend = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    precision: Precision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file, or the run in the folder.")] = False,
     skip_bad: SkipBad = False,
     traceback: Traceback = False,
 ) -> None:
-    """Write the top-k classes of features or images to Parquet or JSON lines."""
-    from rada.predict import predict_to_file
+    """Write the top-k classes, probabilities or logits of features or images: to a folder of shards, or one file.
 
-    done = predict_to_file(
+    torchrun's processes share a folder's shards. What cannot be predicted, as rows with NaN, is marked and counted.
+    """
+    from rada.inference import predict as run_predict
+
+    done = run_predict(
         checkpoint,
         output,
-        data=data,
+        PredictOptions(what, top_k, format, batch_size, rows_per_shard),
+        features=features,
         images=images,
-        top_k=top_k,
+        data=data,
         class_names=class_names,
-        batch_size=batch_size,
+        precision=precision,
         device=device,
         backend=backend,
         overwrite=overwrite,
@@ -394,7 +389,8 @@ def predict(
     )
     print(
         f"{done['items']} items to {output} in {done['seconds']:.1f} s, {done['items_per_second']:.0f} images/s "
-        f"(device {done['device']}, backend {done['backend']}), {len(done['skipped'])} skipped"
+        f"(device {done['device']}, backend {done['backend']}; the head worked {done['head_busy']:.0%} of the time), "
+        f"{done['bad']} bad" + (f"; {done['left']} shards are not finished" if done["left"] else "")
     )
 
 
