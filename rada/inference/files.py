@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rada.encoders import FeatureExtractor
 from rada.extras import require
-from rada.inference.inputs import DIGEST_BYTES, Block
+from rada.inference.inputs import DIGEST_BYTES, Block, Columns
 
 PIECE_BYTES = 4 << 20  # large beside a disk's latency, small beside memory
 SAMPLES, SAMPLE_BYTES = 16, 4096
@@ -101,7 +101,7 @@ class FeatureFile:
             "width": reader.width,
         }
 
-    def columns(self, start: int, stop: int) -> dict[str, list[str]]:
+    def columns(self, start: int, stop: int) -> Columns:
         file = self.path if self.path.suffix == ".parquet" else self.metadata
         if file is None:
             return {}

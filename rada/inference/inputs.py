@@ -25,6 +25,7 @@ from rada.data.images import ImageFiles
 from rada.data.source import Images, Source
 from rada.encoders import FeatureExtractor, encoded_batches
 
+Columns = dict[str, Sequence[Any]]  # of equal length, by name
 DIGEST_BYTES = 16  # of a BLAKE2b digest
 
 
@@ -46,7 +47,7 @@ class Rows(Protocol):
         """What tells rows [start, stop) from others, without reading them all, as a manifest's entries."""
         ...
 
-    def columns(self, start: int, stop: int) -> dict[str, list[str]]:
+    def columns(self, start: int, stop: int) -> Columns:
         """The rows' names, `item`, and `label`, where they have any."""
         ...
 
@@ -83,9 +84,9 @@ class Shard:
             **self.rows.identity(self.start, self.stop),
         }
 
-    def columns(self) -> dict[str, list[str]]:
+    def columns(self) -> Columns:
         """`item`, a name or the row's number in the input, and `label`, where the data have any."""
-        numbers = {"item": [str(number) for number in range(self.first, self.first + self.count)]}
+        numbers = {"item": range(self.first, self.first + self.count)}
         return numbers | self.rows.columns(self.start, self.stop)
 
 
@@ -122,7 +123,7 @@ class ImageRows:
     def identity(self, start: int, stop: int) -> dict[str, Any]:
         return {"list": blake2b(json.dumps([self.names[start:stop], self.signs[start:stop]]).encode())}
 
-    def columns(self, start: int, stop: int) -> dict[str, list[str]]:
+    def columns(self, start: int, stop: int) -> Columns:
         return _columns(self.names, self.labels, start, stop)
 
     def blocks(self, start: int, stop: int, batch_size: int, encoders: FeatureExtractor | None) -> Iterator[Block]:
@@ -151,7 +152,7 @@ class TensorRows:
     def identity(self, start: int, stop: int) -> dict[str, Any]:
         return {"content": blake2b(raw(self.features[start:stop]))}
 
-    def columns(self, start: int, stop: int) -> dict[str, list[str]]:
+    def columns(self, start: int, stop: int) -> Columns:
         return _columns(self.names, self.labels, start, stop)
 
     def blocks(self, start: int, stop: int, batch_size: int, encoders: FeatureExtractor | None) -> Iterator[Block]:
@@ -189,6 +190,6 @@ def raw(rows: Tensor) -> memoryview:
     return rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _columns(names: Sequence[str] | None, labels: Sequence[str] | None, start: int, stop: int) -> dict[str, list[str]]:
+def _columns(names: Sequence[str] | None, labels: Sequence[str] | None, start: int, stop: int) -> Columns:
     columns = {"item": names, "label": labels}
-    return {name: list(values[start:stop]) for name, values in columns.items() if values is not None}
+    return {name: values[start:stop] for name, values in columns.items() if values is not None}

@@ -111,23 +111,28 @@ class Predictor:
         (SigLIP's are sigmoids); the others `probabilities` [n, K], `logits` [n, K] or `features` [n, D], float32.
         """
         trained = self.trained
-        features = features.to(trained.device)
-        finite = features.isfinite().all(1)
-        features = features.to(trained.classes.text.dtype).masked_fill(~finite[:, None], 0)
+        features = features.to(trained.device).to(trained.classes.text.dtype)
+        finite = (features * 0).sum(1) == 0  # of NaN and infinity the product is NaN
+        whole = bool(finite.all())
+        if not whole:
+            features = features.masked_fill(~finite[:, None], 0)
         with torch.no_grad(), trained.autocast():
-            if options.what == "features":
-                adapts = isinstance(trained.head, AdaptedHead)
-                results = {"features": trained.head.image_adapter(features) if adapts else features}
-            else:
-                results = {"logits": trained.head(features, *trained.classes)}
-        if options.what in ("topk", "probabilities"):
-            results = {"probabilities": LOSSES[trained.loss]().probabilities(results["logits"].float())}
-        if options.what == "topk":
-            best = results["probabilities"].topk(min(options.top_k, results["probabilities"].shape[1]))
-            results = {"classes": best.indices.to(torch.int32), "probabilities": best.values}
-        for name, values in results.items():
-            results[name] = values.masked_fill(~finite[:, None], NO_CLASS if name == "classes" else float("nan"))
-        arrays = {
-            name: (values if name == "classes" else values.float()).cpu().numpy() for name, values in results.items()
-        }
-        return arrays, finite.cpu().numpy()
+            results = self._results(features, options)
+        if not whole:
+            for name, values in results.items():
+                values[~finite] = NO_CLASS if name == "classes" else float("nan")
+        return {name: values.cpu().numpy() for name, values in results.items()}, finite.cpu().numpy()
+
+    def _results(self, features: Tensor, options: PredictOptions) -> dict[str, Tensor]:
+        trained = self.trained
+        if options.what == "features":
+            adapts = isinstance(trained.head, AdaptedHead)
+            return {"features": (trained.head.image_adapter(features) if adapts else features).float()}
+        logits = trained.head(features, *trained.classes).float()
+        if options.what == "logits":
+            return {"logits": logits}
+        probabilities = LOSSES[trained.loss]().probabilities(logits)
+        if options.what == "probabilities":
+            return {"probabilities": probabilities}
+        best = probabilities.topk(min(options.top_k, probabilities.shape[1]))
+        return {"classes": best.indices.to(torch.int32), "probabilities": best.values}

@@ -237,6 +237,9 @@ def _remove(output: Path) -> None:
         for file in (record_path(output, shard["name"]), *output_files(path, options.format, options.what)):
             file.unlink(missing_ok=True)
     _remove_partials(output)
+    for folder in (output / "shards", output / "records"):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _remove_partials(output: Path) -> None:

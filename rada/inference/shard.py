@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rada.files import write_json
-from rada.inference.inputs import DIGEST_BYTES, Block, Shard, raw
+from rada.inference.inputs import DIGEST_BYTES, Block, Columns, Shard, raw
 from rada.inference.manifest import FORMAT_VERSION, RECORD_FORMAT, finished, record_path, settings_digest, shard_path
 from rada.inference.options import PredictOptions
 from rada.inference.overlap import ahead, behind
@@ -114,7 +114,7 @@ def write_batches(
             seconds = time.perf_counter() - start
             bad = {i: unread.get(i, NOT_FINITE) for i in (~finite).nonzero()[0].tolist()}
             count = len(features)
-            part = {name: values[row : row + count] for name, values in columns.items()}
+            part = {name: [str(value) for value in values[row : row + count]] for name, values in columns.items()}
             write_later(Batch(part, results, bad))
             progress(Done(count, {row + i: reason for i, reason in bad.items()}, seconds))
             row += count
@@ -135,7 +135,7 @@ def _batches(blocks: Iterable[Block], size: int) -> Iterator[Block]:
             yield Block(features[start:stop], {i - start: why for i, why in unread.items() if start <= i < stop})
 
 
-def _check_labels(predictor: Predictor, shard: Shard, columns: dict[str, list[str]]) -> None:
+def _check_labels(predictor: Predictor, shard: Shard, columns: Columns) -> None:
     known = set(predictor.trained.class_names)
     wrong = next((label for label in columns.get("label", ()) if label not in known), None)
     if wrong is not None:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,17 +52,22 @@ def writing(path: Path, format: str, class_names: Sequence[str], rows: int) -> I
     rows: how many there will be. What is written takes its place when the block ends without an exception, flushed to
     the disk. Raises OSError naming the file that could not be written.
     """
-    with ExitStack() as stack:
-        with _naming(path):
+    stack, file = ExitStack(), path.with_name(f"{path.name}.{format}")
+
+    def write_named(batch: Batch) -> None:
+        with _naming(file):
+            write(batch)
+
+    try:
+        with _naming(file):
             write = stack.enter_context(WRITERS[format](path, class_names, rows))
-
-        def write_named(batch: Batch) -> None:
-            with _naming(path):
-                write(batch)
-
         yield write_named
-        with _naming(path):
-            stack.pop_all().close()
+    except BaseException:
+        with suppress(OSError):  # of the same full disk, without its name
+            stack.__exit__(*sys.exc_info())
+        raise
+    with _naming(file):
+        stack.close()
 
 
 @contextmanager
