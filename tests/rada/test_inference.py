@@ -174,18 +174,19 @@ def _open(path):
 def test_neither_features_nor_results_lie_in_memory(checkpoint, tmp_path, monkeypatch):
     """32 MB of features and 28 MB of probabilities: the peak rises by far less."""
     count = 1 << 20
-    file = np.lib.format.open_memmap(tmp_path / "large.npy", "w+", np.float16, (count, WIDTH))
-    file[:] = 1
-    del file
     predictor = Predictor(checkpoint, device="cpu")
     monkeypatch.setattr(predictor.trained.head, "forward", lambda features, *classes: features[:, :CLASSES])
     options = PredictOptions("probabilities", format="npy", batch_size=1 << 15, rows_per_shard=count)
-    shards = plan_shards(predictor, options, features=tmp_path / "large.npy")
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    predict_to_folder(predictor, shards, tmp_path / "out", options)
+    for name, rows_now in (("small", count // 16), ("large", count)):  # threads and libraries come with the first
+        file = np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", np.float16, (rows_now, WIDTH))
+        file[:] = 1
+        del file
+        shards = plan_shards(predictor, options, features=tmp_path / f"{name}.npy")
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        predict_to_folder(predictor, shards, tmp_path / name, options)
     assert resident("VmHWM") - before < 24 << 20
-    assert np.load(tmp_path / "out/shards/large.probabilities.npy", mmap_mode="r").shape == (count, CLASSES)
+    assert np.load(tmp_path / "large/shards/large.probabilities.npy", mmap_mode="r").shape == (count, CLASSES)
 
 
 def resident(field):
