@@ -18,7 +18,6 @@ from rada.cli_options import (
     Data,
     Device,
     Model,
-    Precision,
     Pretrained,
     SkipBad,
     Template,
@@ -362,7 +361,9 @@ def predict(
     batch_size: BatchSize = PredictOptions.batch_size,
     device: Device = "auto",
     backend: Backend = "auto",
-    precision: Precision = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"Of encoders and head: {', '.join(PRECISIONS)}. [default: the checkpoint's]")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file, or the run in the folder.")] = False,
     skip_bad: SkipBad = False,
     traceback: Traceback = False,

@@ -1,4 +1,4 @@
-"""Options that several commands of the command line take."""
+"""Options that several commands of the command line share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from rada.data import SOURCES
-from rada.precision import PRECISIONS
 from rada.templates import DEFAULT_TEMPLATES
 from rada_kernels import BACKENDS
 
@@ -42,7 +41,4 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable imag
 Traceback = Annotated[
     bool,
     typer.Option("--traceback", callback=_show_traceback, is_eager=True, help="Show where an error comes from."),
-]
-Precision = Annotated[
-    str | None, typer.Option(help=f"Of encoders and head: {', '.join(PRECISIONS)}. [default: the checkpoint's]")
 ]
