@@ -366,11 +366,44 @@ def _workers(extractor: FeatureExtractor, count: int) -> int:
     return min(8, cores - 1) if count >= IMAGES_FOR_WORKERS else 0
 
 
-def split_features(extractor: FeatureExtractor | None, split: Split, indices: Tensor, description: str) -> Tensor:
-    """Features [M, D] of a split's items at indices [M]: stored ones, or encoded by `extractor`. On the CPU."""
+class Readable(NamedTuple):
+    """Features of the items of a split that could be read.
+
+    kept: [n] their indices in the split. features: [n, D], on the CPU. skipped: the names of the others.
+    """
+
+    kept: Tensor
+    features: Tensor
+    skipped: list[str]
+
+
+def readable_features(
+    extractor: FeatureExtractor | None, split: Split, indices: Tensor, description: str, *, skip_bad: bool = False
+) -> Readable:
+    """The features of a split's items at indices [M]: stored ones, or encoded by `extractor`.
+
+    skip_bad: leave unreadable images out. Default False: raise ValueError for the first.
+    """
     if split.features is not None:
-        return split.features[indices]
+        return Readable(indices, split.features[indices], [])
     if extractor is None or split.images is None:
         raise ValueError("extractor: got None for a split without features; it takes the encoder of its images")
-    batches = feature_batches(extractor, split.images, indices, description=description)
-    return torch.cat([features.cpu() for features in batches])
+    positions = indices.tolist()
+    features, bad = [], dict[int, str]()
+    for encoded in encode_batches(
+        extractor, split.images, _in_batches(extractor, positions, None), description=description
+    ):
+        features.append(encoded.features.cpu())
+        bad |= encoded.bad
+        if bad and not skip_bad:
+            raise ValueError(f"images: {next(iter(bad.values()))}; skip_bad (--skip-bad) leaves such files out")
+    kept = torch.tensor([position not in bad for position in positions], dtype=torch.bool)
+    if not kept.any():
+        raise ValueError(f"images: none of {len(positions)} could be read: {next(iter(bad.values()), 'got none')}")
+    names = [str(position) if split.names is None else split.names[position] for position in bad]
+    return Readable(indices[kept], torch.cat(features), names)
+
+
+def split_features(extractor: FeatureExtractor | None, split: Split, indices: Tensor, description: str) -> Tensor:
+    """The features [M, D] alone, on the CPU. Raises as `readable_features`, for an unreadable image too."""
+    return readable_features(extractor, split, indices, description).features
