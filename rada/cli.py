@@ -365,12 +365,11 @@ def predict(
         str | None, typer.Option(help=f"Of encoders and head: {', '.join(PRECISIONS)}. [default: the checkpoint's]")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file, or the run in the folder.")] = False,
-    skip_bad: SkipBad = False,
     traceback: Traceback = False,
 ) -> None:
     """Write the top-k classes, probabilities or logits of features or images: to a folder of shards, or one file.
 
-    torchrun's processes share a folder's shards. What cannot be predicted, as rows with NaN, is marked and counted.
+    torchrun's processes share a folder's shards. Rows with NaN and unreadable images are marked and counted.
     """
     from rada.inference import predict as run_predict
 
@@ -386,7 +385,6 @@ def predict(
         device=device,
         backend=backend,
         overwrite=overwrite,
-        skip_bad=skip_bad,
     )
     print(
         f"{done['items']} items to {output} in {done['seconds']:.1f} s, {done['items_per_second']:.0f} images/s "

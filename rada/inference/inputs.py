@@ -121,7 +121,7 @@ class ImageRows:
         return len(self.names)
 
     def identity(self, start: int, stop: int) -> dict[str, Any]:
-        return {"list": blake2b(json.dumps([self.names[start:stop], self.signs[start:stop]]).encode())}
+        return {"list": blake2b(json.dumps([list(self.names[start:stop]), list(self.signs[start:stop])]).encode())}
 
     def columns(self, start: int, stop: int) -> Columns:
         return _columns(self.names, self.labels, start, stop)
@@ -167,7 +167,7 @@ def image_rows(path: Path) -> ImageRows:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
     if not files:
         raise ValueError(f"images: {path} holds no image; it takes files ending in {', '.join(EXTENSIONS)}")
-    return ImageRows(ImageFiles(files), [str(file) for file in files], [file.stat().st_size for file in files])
+    return ImageRows(ImageFiles(files), [str(file) for file in files], _sizes(files))
 
 
 def source_rows(source: Source) -> Rows:
@@ -177,8 +177,14 @@ def source_rows(source: Source) -> Rows:
     if test.features is not None:
         return TensorRows(test.features, test.names, labels)
     assert test.images is not None
+    signs = _sizes(test.images.paths) if isinstance(test.images, ImageFiles) else test.digests
     names = test.names or [str(number) for number in range(len(test))]
-    return ImageRows(test.images, list(names), list(test.digests or [None] * len(test)), labels)
+    return ImageRows(test.images, names, signs or [None] * len(test), labels)
+
+
+def _sizes(files: Sequence[Path]) -> list[int]:
+    """Bytes of each file, -1 of one that is missing: what reads the image says so."""
+    return [file.stat().st_size if file.exists() else -1 for file in files]
 
 
 def blake2b(data: bytes | memoryview) -> str:

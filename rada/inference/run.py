@@ -39,11 +39,8 @@ def plan_shards(
     features: str | Path | None = None,
     images: str | Path | None = None,
     data: str | None = None,
-    skip_bad: bool = False,
 ) -> list[Shard]:
     """The shards of an input; exactly one of features, images and data, see `rada.inference.inputs`.
-
-    skip_bad: of data: leave unreadable images out.
 
     Only the files' headers and samples are read. Raises FileNotFoundError, or ValueError naming the file and what it
     takes.
@@ -58,7 +55,7 @@ def plan_shards(
     elif images is not None:
         parts = [("images", image_rows(Path(images).expanduser()))]
     else:
-        parts = [("items", source_rows(load_test(predictor.trained, data, skip_bad=skip_bad)))]
+        parts = [("items", source_rows(load_test(predictor.trained, data)))]
     width = parts[0][1].width
     predictor.check(options, width, getattr(parts[0][1], "path", "data"))
     if options.format == "npy" and width is None:
@@ -150,7 +147,6 @@ def predict(
     device: str = "auto",
     backend: str = "auto",
     overwrite: bool = False,
-    skip_bad: bool = False,
 ) -> dict[str, Any]:
     """Predict an input by a checkpoint into a folder, or into one file ending in .parquet or .jsonl.
 
@@ -163,7 +159,7 @@ def predict(
     elif output.suffix and not output.is_dir():
         raise ValueError(f"output: got {str(output)!r}; it takes a name in {' or '.join(FILES)}, or a folder's, no dot")
     predictor = Predictor(checkpoint, class_names=class_names, precision=precision, device=device, backend=backend)
-    shards = plan_shards(predictor, options, features=features, images=images, data=data, skip_bad=skip_bad)
+    shards = plan_shards(predictor, options, features=features, images=images, data=data)
     print(f"predict on {predictor.device}, backend {predictor.backend}")
     to = predict_to_file if output.suffix in FILES else predict_to_folder
     return to(predictor, shards, output, options, overwrite=overwrite)
