@@ -1,9 +1,9 @@
 """Predictions on a Ray cluster: each worker holds the head and predicts shard after shard; Ray deals them out.
 
-    pip install "rada[parquet]" ray
+    pip install "rada[parquet]" "ray[data]"
     python examples/ray_predict.py --checkpoint runs/mine --features embeddings --output predictions --workers 4
 
-Folders must be where every machine sees them. What was stopped goes on, and a shard is the same whoever predicts it: the
+Folders must be where every machine sees them. What was stopped goes on, and a shard is the same whoever predicts it: a
 folder may be begun here and finished by `python -m rada predict` with the same options, or the other way round.
 """
 
@@ -13,15 +13,8 @@ from typing import Any
 
 import ray
 
-from rada.inference import (
-    PredictOptions,
-    Predictor,
-    Shard,
-    plan_shards,
-    predict_shard,
-    predict_to_folder,
-    write_manifest,
-)
+from rada.inference import PredictOptions, Predictor, Shard, plan_shards, predict_shard, predict_to_folder
+from rada.inference.manifest import write_manifest
 
 
 class Worker:
@@ -49,7 +42,7 @@ def main() -> None:
     shards = plan_shards(predictor, options, features=given.features.absolute())
     output = given.output.absolute()
     write_manifest(output, predictor, options, shards)
-    names = ray.data.from_items([{"shard": shard.name} for shard in shards]).repartition(len(shards))
+    names = ray.data.from_items([{"shard": shard.name} for shard in shards], override_num_blocks=len(shards))
     settings = (given.checkpoint.absolute(), {shard.name: shard for shard in shards}, output, options)
     done = names.map(Worker, fn_constructor_args=settings, compute=ray.data.ActorPoolStrategy(size=given.workers))
     rows = done.take_all()
