@@ -29,6 +29,7 @@ from rada.cli_options import (
     Traceback,
     Workers,
 )
+from rada.cli_predict import predict
 from rada.data import Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
 from rada.data.suite import read_suite
@@ -82,6 +83,7 @@ def _shots_text() -> str:
 
 
 app.command()(encode)
+app.command()(predict)
 
 
 @app.command()
@@ -342,50 +344,6 @@ def adapt(
     print_adaptation(results)
     if output is not None:
         write_json(output, results)
-
-
-@app.command()
-def predict(
-    checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option(help="PATH.parquet or PATH.jsonl.")],
-    data: Annotated[
-        str | None,
-        typer.Option(help="As for train: the test items that evaluate takes; or features:PATH of bare shards."),
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="An image, or a folder that is searched for images.")] = None,
-    class_names: Annotated[
-        Path | None, typer.Option(help="A file of names, one a line: the classes to choose among.")
-    ] = None,
-    top_k: Annotated[int, typer.Option(min=1)] = 5,
-    batch_size: BatchSize = 256,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
-    cache: Cache = None,
-    skip_bad: SkipBad = False,
-    traceback: Traceback = False,
-) -> None:
-    """Write the top-k classes of features or images to Parquet or JSON lines."""
-    from rada.predict import predict_to_file
-
-    done = predict_to_file(
-        checkpoint,
-        output,
-        data=data,
-        images=images,
-        top_k=top_k,
-        class_names=class_names,
-        batch_size=batch_size,
-        device=device,
-        backend=backend,
-        overwrite=overwrite,
-        skip_bad=skip_bad,
-        cache=cache,
-    )
-    print(
-        f"{done['items']} items to {output} in {done['seconds']:.1f} s, {done['items_per_second']:.0f} images/s "
-        f"(device {done['device']}, backend {done['backend']}), {len(done['skipped'])} skipped"
-    )
 
 
 @app.command()

@@ -74,8 +74,7 @@ def feature_shards(path: str | Path) -> list[Tensor]:
     [n, D], and ragged widths.
     """
     path = Path(path).expanduser()
-    if (path / ENCODING).is_file():
-        _check_whole(path)
+    check_whole(path)
     files = [path] if path.suffix == ".npy" else _numbered(path / "img_emb", "img_emb", ".npy")
     shards: list[Tensor] = []
     for file in files:
@@ -317,8 +316,10 @@ def _read_folder(path: Path) -> dict:
     return entries | {"labels": labels}
 
 
-def _check_whole(path: Path) -> None:
+def check_whole(path: Path) -> None:
     """Raise ValueError where shards are missing of a folder that `rada encode` makes."""
+    if not (path / ENCODING).is_file():
+        return
     shards = read_json(path / ENCODING, "what made an encoding", "rada-encoding", 1, ["shards"])["shards"]
     there = sum((path / "img_emb" / f"img_emb_{shard}.npy").is_file() for shard in range(shards))
     if there < shards:

@@ -21,6 +21,7 @@ from rada.data import load_source
 from rada.data.features import feature_shards
 from rada.data.listing import list_images
 from rada.encode import encode_to_shards, read_bad
+from rada.inference.files import feature_files
 from rada.models import ModelSpec
 from tests.rada.test_listing import png, write_tar
 
@@ -208,9 +209,12 @@ def test_processes_of_one_run_share_the_shards(encode, whole, tmp_path, monkeypa
     assert {file.name for file in (output / "img_emb").iterdir()} == {"img_emb_1.npy", "img_emb_3.npy"}
     with pytest.raises(ValueError, match=r"holds 2 of 5 shards; rada encode --resume makes the others"):
         load_source(f"features:{output}")
+    with pytest.raises(ValueError, match=r"holds 2 of 5 shards"):
+        feature_files(output)
     monkeypatch.setenv("RANK", "0")
     assert encode(output)["encoded"] == 11  # not resumed: none of its own shards is there
     assert contents(output) == contents(whole)
+    assert [len(rows) for _, rows in feature_files(output)] == [5, 5, 4, 5, 1]
 
 
 def test_an_encoding_is_not_continued_unasked(encode, whole):
