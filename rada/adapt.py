@@ -59,16 +59,17 @@ def adapt_checkpoint(
 ) -> dict:
     """Test-time training from a stored head, on the test items that `rada.evaluate.load_test` gives.
 
-    data: default: what the head was trained on. adaptation: default: `Adaptation()`.
+    data: default: what the head was trained on. adaptation: default: `Adaptation()`. skip_bad: leave unreadable images
+        out. Default False: raise, naming the first.
     views, augmix, seed: as for `view_features`. limit: adapt to so many images alone, drawn by seed. Default: to all.
 
-    Returns data, attribution, device, backend, images, views, kept, seconds, images_per_s (with encoding),
-    adapted_per_s (without), and under zero_shot, rada and adapted the accuracies top1 and top5 and the calibration
-    error ece in percent: without the head, by the head as it is, and after adaptation.
+    Returns data, attribution, device, backend, images, skipped (names), views, kept, seconds, images_per_s (with
+    encoding), adapted_per_s (without), and under zero_shot, rada and adapted the accuracies top1 and top5 and the
+    calibration error ece in percent: without the head, by the head as it is, and after adaptation.
     Raises as `load_test`, and ValueError for data without images or without a class of the checkpoint.
     """
     trained = load_checkpoint(checkpoint, device=device, backend=backend)
-    data_set = load_test(trained, data, skip_bad=skip_bad)
+    data_set = load_test(trained, data)
     position = {name: i for i, name in enumerate(data_set.class_names)}
     missing = [name for name in trained.class_names if name not in position]
     if missing:
@@ -77,7 +78,7 @@ def adapt_checkpoint(
     if isinstance(trained.head, AdaptedHead):
         raise ValueError("checkpoint: its head has adapters; test-time training takes a head without")
     encoders = trained.open_model()
-    found = _adapt(encoders, data_set.name, items, trained.head, trained.classes, adaptation, **views)
+    found = _adapt(encoders, data_set.name, items, trained.head, trained.classes, adaptation, skip_bad, **views)
     return {"data": data_set.name, "attribution": data_set.attribution, **found}
 
 
@@ -96,13 +97,13 @@ def adapt_zero_shot(
 
     model: the encoders. num_heads: of the head. The rest, and what is returned, as for `adapt_checkpoint`.
     """
-    source = load_source(data, skip_bad=skip_bad)
+    source = load_source(data)
     encoders = model.open(choose_device(device))
     where = encoders.logit_scale.device
     torch.manual_seed(0)  # of the layers that start at random
     head = RAdaHead(encoders.embed_dim, num_heads, backend=backend, device=where, dtype=encoders.feature_dtype)
     classes = encoders.classes(source.class_names)
-    found = _adapt(encoders, source.name, source.test, head.eval(), classes, adaptation, **views)
+    found = _adapt(encoders, source.name, source.test, head.eval(), classes, adaptation, skip_bad, **views)
     return {"data": source.name, "attribution": source.attribution, **found}
 
 
@@ -113,6 +114,7 @@ def _adapt(
     head: RAdaHead,
     classes: Classes,
     adaptation: Adaptation | None,
+    skip_bad: bool,
     *,
     views: int = VIEWS,
     augmix: bool = False,
@@ -128,6 +130,12 @@ def _adapt(
     if limit is not None and limit < len(items):
         drawn = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[:limit]
         items = subset(items, drawn.sort().values)
+    names = items.names or [str(i) for i in range(len(items))]
+    skipped = _unreadable(cast(Images, items.images)) if skip_bad else []
+    if skipped:
+        items = subset(items, [i for i in range(len(items)) if i not in skipped])
+        if not len(items):
+            raise ValueError(f"data: {name}: none of {len(names)} images could be read, the first is {names[0]}")
     images, adapter = cast(Images, items.images), TestTimeAdapter(head, classes, adaptation)
     logits: dict[str, list[Tensor]] = {"zero_shot": [], "rada": [], "adapted": []}
     started, adapting = time.perf_counter(), 0.0
@@ -145,6 +153,7 @@ def _adapt(
         "device": str(classes.text.device),
         "backend": str(head.backend_for(classes.text)),
         "images": len(items),
+        "skipped": [names[i] for i in skipped],
         "views": views,
         "kept": adapter.adaptation.kept(views),
         "seconds": seconds,
@@ -152,3 +161,14 @@ def _adapt(
         "adapted_per_s": len(items) / adapting,
         **{name: score(torch.cat(rows), items.labels) for name, rows in logits.items()},
     }
+
+
+def _unreadable(images: Images) -> list[int]:
+    """The positions of the images that do not decode: little work beside the encoding of their views."""
+    bad = []
+    for i in range(len(images)):
+        try:
+            images[i]
+        except ValueError:
+            bad.append(i)
+    return bad

@@ -1,4 +1,4 @@
-"""The command line: python -m rada train | evaluate | adapt | predict | report | info."""
+"""The command line: python -m rada encode | train | evaluate | adapt | predict | report | info."""
 
 from __future__ import annotations
 
@@ -11,19 +11,37 @@ from typing import Annotated
 
 import typer
 
-from rada.data import SOURCES, Recommended
+from rada.cli_encode import encode
+from rada.cli_options import (
+    Backend,
+    BatchSize,
+    Cache,
+    Checkpoint,
+    ClassNames,
+    Data,
+    Device,
+    EncodeBatch,
+    Model,
+    Precision,
+    Pretrained,
+    SkipBad,
+    Template,
+    Traceback,
+    Workers,
+)
+from rada.cli_predict import predict
+from rada.data import Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
 from rada.data.suite import read_suite
 from rada.data.views import VIEWS
 from rada.encoders import IMAGES_PER_BATCH
 from rada.losses import LOSSES
 from rada.methods import METHODS
-from rada.precision import PRECISIONS
 from rada.problem import full_tuning_for
 from rada.protocols import PROTOCOLS
 from rada.templates import DEFAULT_TEMPLATES
 from rada.tuning import SCHEDULES, Adaptation, FullTuning, Tuning
-from rada_kernels import BACKENDS, PENALTIES, QUERIES, Options
+from rada_kernels import PENALTIES, QUERIES, Options
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
 INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
@@ -52,11 +70,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _show_traceback(wanted: bool) -> None:
-    if wanted:
-        os.environ["RADA_TRACEBACK"] = "1"
-
-
 def _default(setting: str) -> str:
     return f"{EMOJI.tuning[setting]:g} for emoji, else {getattr(Tuning, setting):g}"
 
@@ -69,30 +82,8 @@ def _shots_text() -> str:
     return f"{EMOJI.shots} for emoji, else {Recommended.shots}"
 
 
-Data = Annotated[str, typer.Option(help=f"{', '.join(SOURCES)}.")]
-Model = Annotated[
-    str | None,
-    typer.Option(help="A name of open_clip's, local-dir:PATH, transformers:NAME, or demo (the default for emoji)."),
-]
-Pretrained = Annotated[str | None, typer.Option(help="A tag of open_clip's or the path of a checkpoint.")]
-Template = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A prompt template, may be repeated; imagenet-80, imagenet-7 and CoOp's data sets name theirs. "
-        f"[default: {DEFAULT_TEMPLATES[0]}]"
-    ),
-]
-Checkpoint = Annotated[
-    Path, typer.Option(help="The folder of a head (runs/emoji/seed-1), or of a run: its first seed.")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu, or auto.")]
-Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per step.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, and count them.")]
-Traceback = Annotated[
-    bool,
-    typer.Option("--traceback", callback=_show_traceback, is_eager=True, help="Show where an error comes from."),
-]
+app.command()(encode)
+app.command()(predict)
 
 
 @app.command()
@@ -101,10 +92,7 @@ def train(
     model: Model = None,
     pretrained: Pretrained = None,
     template: Template = None,
-    class_names: Annotated[
-        Path | None,
-        typer.Option(help="A file with a line per class: its name in the data, optionally a TAB and another name."),
-    ] = None,
+    class_names: ClassNames = None,
     max_classes: Annotated[
         int | None,
         typer.Option(
@@ -162,11 +150,10 @@ def train(
     batch_size: BatchSize = Tuning.batch_size,
     device: Device = "auto",
     backend: Backend = "auto",
-    precision: Annotated[str, typer.Option(help=f"Of encoders and head: {', '.join(PRECISIONS)}.")] = "fp32",
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode images. [default: as many as are worth it]")
-    ] = None,
-    encode_batch: Annotated[int, typer.Option(min=1, help="Images per call of the encoders.")] = IMAGES_PER_BATCH,
+    precision: Precision = "fp32",
+    workers: Workers = None,
+    encode_batch: EncodeBatch = IMAGES_PER_BATCH,
+    cache: Cache = None,
     seed: Annotated[int, typer.Option(help="Of the data's own randomness: splits, emoji views.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="The run's folder. [default: runs/DATA, runs/DATA-2, ...]")
@@ -222,6 +209,7 @@ def train(
         precision=precision,
         workers=workers,
         encode_batch=encode_batch,
+        cache=None if cache is None else str(cache),
         measure=measure,
         seed=seed,
         skip_bad=skip_bad,
@@ -274,6 +262,7 @@ def evaluate(
     backend: Backend = "auto",
     precision: Annotated[str | None, typer.Option(help="Must be the checkpoint's. [default: that one]")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
+    cache: Cache = None,
     skip_bad: SkipBad = False,
     traceback: Traceback = False,
 ) -> None:
@@ -294,6 +283,7 @@ def evaluate(
         backend=backend,
         precision=precision,
         skip_bad=skip_bad,
+        cache=cache,
     )
     print_evaluation(results)
     if output is not None:
@@ -354,48 +344,6 @@ def adapt(
     print_adaptation(results)
     if output is not None:
         write_json(output, results)
-
-
-@app.command()
-def predict(
-    checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option(help="PATH.parquet or PATH.jsonl.")],
-    data: Annotated[
-        str | None,
-        typer.Option(help="As for train: the test items that evaluate takes; or features:PATH of bare shards."),
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="An image, or a folder that is searched for images.")] = None,
-    class_names: Annotated[
-        Path | None, typer.Option(help="A file of names, one a line: the classes to choose among.")
-    ] = None,
-    top_k: Annotated[int, typer.Option(min=1)] = 5,
-    batch_size: BatchSize = 256,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
-    skip_bad: SkipBad = False,
-    traceback: Traceback = False,
-) -> None:
-    """Write the top-k classes of features or images to Parquet or JSON lines."""
-    from rada.predict import predict_to_file
-
-    done = predict_to_file(
-        checkpoint,
-        output,
-        data=data,
-        images=images,
-        top_k=top_k,
-        class_names=class_names,
-        batch_size=batch_size,
-        device=device,
-        backend=backend,
-        overwrite=overwrite,
-        skip_bad=skip_bad,
-    )
-    print(
-        f"{done['items']} items to {output} in {done['seconds']:.1f} s, {done['items_per_second']:.0f} images/s "
-        f"(device {done['device']}, backend {done['backend']}), {len(done['skipped'])} skipped"
-    )
 
 
 @app.command()

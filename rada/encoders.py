@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from rada.cache import FeatureCache, Shelf
 from rada.classification import Classes
+from rada.data.decoded import Batch, Decoded
 from rada.data.source import Images, Split
 from rada.templates import DEFAULT_TEMPLATES, check_templates, fill
 
@@ -58,6 +61,7 @@ class FeatureExtractor(nn.Module):
     amp: the dtype that the image tower is cast to by autocast; None (default): to none of its own.
     batch_size: images per call of the image tower. Default 128.
     workers: processes that decode images. Default None: as many as are worth their start.
+    cache: where image features are kept between runs, see `rada.cache`. Default None: nowhere.
 
     A tower is frozen if none of its parameters requires a gradient: it runs without gradients and stays in eval mode
     even after `train()`.
@@ -82,6 +86,7 @@ class FeatureExtractor(nn.Module):
         self.amp: torch.dtype | None = None
         self.batch_size = IMAGES_PER_BATCH
         self.workers: int | None = None
+        self.cache: FeatureCache | None = None
         self.train()
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -210,6 +215,25 @@ class FeatureExtractor(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def identity(self) -> dict[str, str]:
+        """What decides image features: model, fingerprint, preprocessing and precision, in words."""
+        return {
+            "model": self.backbone,
+            "fingerprint": self.fingerprint(),
+            # A function's repr has its address, which no two processes share.
+            "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", repr(self.preprocess)),
+            "precision": str(self.amp or self._input_dtype).removeprefix("torch."),
+        }
+
+    def open_shelf(self) -> Shelf | None:
+        """The part of the cache with these encoders' features. None: without a cache, or where none would be right.
+
+        A tower that trains changes; of encoders made of objects nothing names the preprocessing.
+        """
+        if self.cache is None or self.visual_trains or self.spec is None:
+            return None
+        return self.cache.shelf({**self.identity(), "device": self.logit_scale.device.type})
+
     @property
     def _input_dtype(self) -> torch.dtype:
         """The dtype that the image tower takes: its first layer's. (Norms may keep float32 beside half precision.)"""
@@ -239,17 +263,95 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-class Preprocessed(Dataset):
-    """Preprocessed images [3, H, W] of a sequence."""
+class Encoded(NamedTuple):
+    """A batch of encoded images.
 
-    def __init__(self, images: Images, preprocess: Callable) -> None:
-        self.images, self.preprocess = images, preprocess
+    rows: positions of the n readable images in the sequence, in the order asked for. features: [n, D], of unit length,
+    on the model's device. bad: the reason of each unreadable one, by its position.
+    """
 
-    def __len__(self) -> int:
-        return len(self.images)
+    rows: list[int]
+    features: Tensor
+    bad: dict[int, str]
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.preprocess(self.images[index])
+
+def encode_batches(
+    extractor: FeatureExtractor,
+    images: Images,
+    batches: Sequence[Sequence[int]],
+    *,
+    description: str = "encode images",
+    quiet: bool = False,
+) -> Iterator[Encoded]:
+    """Encode batches of positions in `images`, in their order. Unreadable images are recorded.
+
+    images: PIL images, decoded when indexed; in worker processes where there are many. A few batches are decoded ahead.
+        Where the extractor has a cache and the images their contents, what is in the cache is neither decoded nor
+        encoded, and the rest is added.
+    quiet: without a bar, for a caller that shows its own.
+
+    Raises ValueError for a model without an image transform.
+    """
+    if extractor.preprocess is None:
+        raise ValueError("model: it came without an image transform; it takes one that open_clip knows")
+    count = sum(map(len, batches))
+    shelf = extractor.open_shelf() if hasattr(images, "content") else None
+    loader = DataLoader(
+        Decoded(images, extractor.preprocess, None if shelf is None else shelf.known),
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences
+        num_workers=_workers(extractor, count),
+        collate_fn=Batch.of,
+    )
+    try:
+        with tqdm(total=count, desc=description, unit="image", leave=False, disable=quiet) as bar:
+            for batch in loader:
+                features = _features(extractor, batch, shelf)
+                bar.update(len(batch.rows) + len(batch.bad))
+                yield Encoded([item.position for item in batch.rows], features, batch.bad)
+    finally:
+        if shelf is not None:
+            shelf.flush()
+
+
+def _features(extractor: FeatureExtractor, batch: Batch, shelf: Shelf | None) -> Tensor:
+    """The features [n, D] of a batch's readable images: of fresh ones encoded, of the others from the shelf."""
+    device = extractor.logit_scale.device
+    if not batch.rows:
+        return torch.empty(0, extractor.embed_dim, dtype=extractor.feature_dtype, device=device)
+    fresh = torch.empty(0)
+    if batch.images is not None:
+        with torch.no_grad():
+            fresh = extractor.encode_images(batch.images.to(device))
+    if shelf is None:
+        return fresh
+    keys = [item.key for item in batch.rows]
+    shelf.add([keys[place] for place in batch.fresh], fresh)
+    if len(fresh) == len(keys):
+        return fresh
+    stored = sorted(set(range(len(keys))) - set(batch.fresh))
+    rows = shelf.rows([keys[place] for place in stored]).to(device, extractor.feature_dtype)
+    whole = rows.new_empty(len(keys), rows.shape[1])
+    whole[stored] = rows
+    if batch.fresh:
+        whole[batch.fresh] = fresh
+    return whole
+
+
+def encoded_batches(
+    extractor: FeatureExtractor,
+    images: Images,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    batch_size: int | None = None,
+    quiet: bool = False,
+) -> Iterator[Encoded]:
+    """Encode images[start:stop] in order, in batches of positions. Unreadable images are recorded.
+
+    stop: default: the number of images. batch_size: default: the extractor's. The rest as for `encode_batches`.
+    """
+    positions = range(len(images))[start:stop]
+    return encode_batches(extractor, images, in_batches(extractor, positions, batch_size), quiet=quiet)
 
 
 def feature_batches(
@@ -263,37 +365,69 @@ def feature_batches(
 ) -> Iterator[Tensor]:
     """Yield unit-length features [≤ batch_size, D] on the model's device of images[indices], in their order.
 
-    images: PIL images, decoded when indexed; in worker processes where there are many.
-    batch_size: default: the extractor's.
-    quiet: without a bar, for a caller that shows its own.
+    batch_size: default: the extractor's. The rest as for `encode_batches`.
+
+    Raises ValueError for the first unreadable image.
     """
-    if extractor.preprocess is None:
-        raise ValueError("model: it came without an image transform; it takes one that open_clip knows")
     positions = range(len(images)) if indices is None else indices.tolist()
-    workers = extractor.workers
-    if workers is None:
-        many = len(positions) >= IMAGES_FOR_WORKERS and (os.cpu_count() or 1) > 1
-        workers = min(8, (os.cpu_count() or 1) - 1) if many else 0
-    loader = DataLoader(
-        Preprocessed(images, extractor.preprocess),
-        extractor.batch_size if batch_size is None else batch_size,
-        sampler=positions,
-        num_workers=workers,
-    )
-    device = extractor.logit_scale.device
-    with tqdm(total=len(positions), desc=description, unit="image", leave=False, disable=quiet) as bar:
-        for batch in loader:
-            with torch.no_grad():
-                features = extractor.encode_images(batch.to(device))
-            bar.update(len(batch))
-            yield features
+    batches = in_batches(extractor, positions, batch_size)
+    for encoded in encode_batches(extractor, images, batches, description=description, quiet=quiet):
+        for position, reason in encoded.bad.items():
+            raise ValueError(f"images: item {position}: {reason}")
+        yield encoded.features
+
+
+def in_batches(extractor: FeatureExtractor, positions: Sequence[int], batch_size: int | None) -> list[Sequence[int]]:
+    size = extractor.batch_size if batch_size is None else batch_size
+    return [positions[first : first + size] for first in range(0, len(positions), size)]
+
+
+def _workers(extractor: FeatureExtractor, count: int) -> int:
+    """The number of worker processes for so many images; 0: this process decodes."""
+    if extractor.workers is not None:
+        return extractor.workers
+    cores = os.cpu_count() or 1
+    return min(8, cores - 1) if count >= IMAGES_FOR_WORKERS else 0
+
+
+class Readable(NamedTuple):
+    """Features of the items of a split that could be read.
+
+    kept: [n] their indices in the split. features: [n, D], on the CPU. skipped: the names of the others.
+    """
+
+    kept: Tensor
+    features: Tensor
+    skipped: list[str]
+
+
+def readable_features(
+    extractor: FeatureExtractor | None, split: Split, indices: Tensor, description: str, *, skip_bad: bool = False
+) -> Readable:
+    """The features of a split's items at indices [M]: stored ones, or encoded by `extractor`.
+
+    skip_bad: leave unreadable images out. Default False: raise ValueError for the first.
+    """
+    if split.features is not None:
+        return Readable(indices, split.features[indices], [])
+    if extractor is None or split.images is None:
+        raise ValueError("extractor: got None for a split without features; it takes the encoder of its images")
+    positions = indices.tolist()
+    features, bad = [], dict[int, str]()
+    for encoded in encode_batches(
+        extractor, split.images, in_batches(extractor, positions, None), description=description
+    ):
+        features.append(encoded.features.cpu())
+        bad |= encoded.bad
+        if bad and not skip_bad:
+            raise ValueError(f"images: {next(iter(bad.values()))}; skip_bad (--skip-bad) leaves such files out")
+    kept = torch.tensor([position not in bad for position in positions], dtype=torch.bool)
+    if not kept.any():
+        raise ValueError(f"images: none of {len(positions)} could be read: {next(iter(bad.values()), 'got none')}")
+    names = [str(position) if split.names is None else split.names[position] for position in bad]
+    return Readable(indices[kept], torch.cat(features), names)
 
 
 def split_features(extractor: FeatureExtractor | None, split: Split, indices: Tensor, description: str) -> Tensor:
-    """Features [M, D] of a split's items at indices [M]: stored ones, or encoded by `extractor`. On the CPU."""
-    if split.features is not None:
-        return split.features[indices]
-    if extractor is None or split.images is None:
-        raise ValueError("extractor: got None for a split without features; it takes the encoder of its images")
-    batches = feature_batches(extractor, split.images, indices, description=description)
-    return torch.cat([features.cpu() for features in batches])
+    """The features [M, D] alone, on the CPU. Raises as `readable_features`, for an unreadable image too."""
+    return readable_features(extractor, split, indices, description).features

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.classification import Classes, logit_batches
-from rada.data import Source, Split, harmonic_mean, load_source, select_classes
+from rada.data import Source, Split, harmonic_mean, load_source, select_classes, subset
 from rada.data.classes import name_classes, prompt_names, read_class_names
 from rada.data.record import RECORD, content_of
-from rada.encoders import FeatureExtractor, split_features
+from rada.encoders import FeatureExtractor, readable_features, split_features
 from rada.metrics import expected_calibration_error, top_k_accuracy
 
 
-def load_test(trained: Checkpoint, data: str | None = None, *, skip_bad: bool = False) -> Source:
+def load_test(trained: Checkpoint, data: str | None = None) -> Source:
     """A data set with the test items of a stored head, and its class names; the train split is unchanged.
 
     data: the head's training data (default): the test items of the training run, unchanged, among the classes of the
@@ -37,9 +38,9 @@ def load_test(trained: Checkpoint, data: str | None = None, *, skip_bad: bool = 
             f"checkpoint: it has no {RECORD}, so nothing tells whether the head was trained on these test items",
             stacklevel=2,
         )
-        return load_source(data, skip_bad=skip_bad)
+        return load_source(data)
     own = data in (None, record.data)
-    source = load_source(data or record.data, seed=record.data_seed, skip_bad=skip_bad or (own and record.skip_bad))
+    source = load_source(data or record.data, seed=record.data_seed)
     if own:
         return replace(source, class_names=record.class_names, test=record.restore_test(source))
     if content_of(source.test) != record.content:
@@ -70,35 +71,44 @@ def evaluate_checkpoint(
     backend: str = "auto",
     precision: str | None = None,
     skip_bad: bool = False,
+    cache: str | Path | None = None,
 ) -> dict:
     """Accuracies in percent of a checkpoint and of zero-shot on the test items of `load_test`.
 
     data: default: the checkpoint's training data.
     class_names: a file that gives the data's classes other names and another order, see `rada.data.classes`.
     precision: must be the checkpoint's. Default: that one.
+    skip_bad: leave unreadable images out. Default False: raise, naming the first.
+    cache: the folder of a cache of image features, see `rada.cache`. Default: none.
 
     Where the data have all of the checkpoint's classes, these are tested: base (the trained ones), new (the others) and
     all, or all alone where every class was trained. Other data are tested among their own classes, which the
     checkpoint's text tower encodes.
 
-    Returns data, attribution, device, backend, test_items (numbers by group), and under zero_shot and rada: each
-    group's accuracy among its own classes, h of base and new, and ece, the calibration error of all. Raises as
-    `load_test`, and ValueError where features lack a class of the checkpoint, or for a group without test items.
+    Returns data, attribution, device, backend, test_items (numbers by group), skipped (names), and under zero_shot and
+    rada: each group's accuracy among its own classes, h of base and new, and ece, the calibration error of all. Raises
+    as `load_test`, and ValueError where features lack a class of the checkpoint, or for a group without test items.
     """
     trained = load_checkpoint(checkpoint, device=device, backend=backend)
     if precision not in (None, trained.precision):
         raise ValueError(f"precision: got {precision!r}; the checkpoint takes {trained.precision!r}")
-    source = load_test(trained, data, skip_bad=skip_bad)
+    source = load_test(trained, data)
     if class_names is not None:
         source = name_classes(source, read_class_names(class_names, source.class_names))
     test, names = _select(trained, source)
     encoders = trained.open_model() if test.features is None or names != trained.class_names else None
-    features = split_features(encoders, test, torch.arange(len(test)), "encode test images")
+    store = None if cache is None else FeatureCache(cache)
+    if encoders is not None and not trained.changes_encoders:
+        encoders.cache = store
+    everything = torch.arange(len(test))
+    kept, features, skipped = readable_features(encoders, test, everything, "encode test images", skip_bad=skip_bad)
+    test = subset(test, kept)
     trained.check_width(features)
     classes = _classes(trained, names, encoders)
     plain, plain_classes = features, classes
     if trained.changes_encoders and test.images is not None:
         frozen = trained.open_frozen()
+        frozen.cache = store
         plain = split_features(frozen, test, torch.arange(len(test)), "encode test images")
         plain_classes = frozen.classes(prompt_names(names))
     groups = _groups(trained, names)
@@ -125,6 +135,7 @@ def evaluate_checkpoint(
         "device": str(trained.device),
         "backend": str(trained.rada.backend_for(trained.classes.text)),
         "test_items": counts,
+        "skipped": skipped,
         "zero_shot": tested(None, plain, plain_classes),
         "rada": tested(trained.head, features, classes),
     }

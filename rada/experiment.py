@@ -354,7 +354,7 @@ def _describe(problem: Problem) -> dict[str, dict]:
             "test_classes": {name: len(group.class_names) for name, group in problem.groups.items()},
             "test_images": {name: len(group.labels) for name, group in problem.groups.items()},
             "class_features": "texts" if problem.classes is not None else "means of the training images",
-            "skipped": list(source.skipped),
+            "skipped": list(problem.skipped),
         },
         "model": {
             "backbone": problem.backbone,

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from rada.baselines import class_means
+from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint
 from rada.classification import Classes, Labelled, logit_batches
-from rada.data import Source, Split, few_shot, load_source, recommended, subset
+from rada.data import Source, Split, load_source, recommended, subset
 from rada.data.classes import limit_classes, name_classes, prompt_names, read_class_names
 from rada.data.record import SplitRecord, content_of, contents, items_of
-from rada.data.splits import LEAST_CLASSES
+from rada.data.splits import LEAST_CLASSES, shots_and_val
 from rada.data.suite import read_suite
-from rada.encoders import IMAGES_PER_BATCH, FeatureExtractor, choose_device, split_features
+from rada.encoders import IMAGES_PER_BATCH, FeatureExtractor, choose_device, readable_features
 from rada.fused import RAdaHead
 from rada.losses import LOSSES, Loss
 from rada.models import DEMO_MODEL, ModelSpec
@@ -31,7 +32,6 @@ from rada.templates import DEFAULT_TEMPLATES, expand_templates
 from rada.tuning import FullTuning, Tuning
 from rada_kernels import Options
 
-VAL_SHOTS = 4
 # CLIP's trained scale, for precomputed features without one.
 CLIP_LOGIT_SCALE = 100.0
 
@@ -56,6 +56,7 @@ class Settings:
         "cross-entropy".
     image_tokens: of rada+prompt in the image tower, which then is trained on images; 0 (default): a text prompt alone.
     adapt_images: test images that each group gives to test-time; 0: all. Default: the data's, else all.
+    cache: the folder of a cache of image features that runs share, see `rada.cache`. Default: none.
     device, backend: as for the head; "auto" chooses. precision: see `rada.precision`.
     workers: processes that decode images. Default: as many as are worth it. encode_batch: images per encoder call.
     measure: time a step of the reference beside the backend in use. Default False.
@@ -87,6 +88,7 @@ class Settings:
     precision: str = "fp32"
     workers: int | None = None
     encode_batch: int = IMAGES_PER_BATCH
+    cache: str | None = None
     measure: bool = False
     seed: int = 0
     skip_bad: bool = False
@@ -182,6 +184,7 @@ class Problem:
     loss_name: str
     head_options: Options
     encode_seconds: float
+    skipped: tuple[str, ...] = ()  # unreadable images left out on request
     views: dict[str, Tensor] = field(default_factory=dict)  # features [M, V, D] of test images' views, once made
 
     @property
@@ -261,17 +264,21 @@ def prepare(
         encoders = None if spec is None else spec.open(device, settings.precision)
     if encoders is not None:
         encoders.batch_size, encoders.workers = settings.encode_batch, settings.workers
+        encoders.cache = None if settings.cache is None else FeatureCache(settings.cache)
     train = protocol.train
     picks = {
-        (seed, shots): _sample(train.labels, shots, seed)
+        (seed, shots): shots_and_val(train.labels, shots, seed)
         for seed in settings.seeds
         for shots in (settings.shots, *settings.curve)
     }
     start = time.perf_counter()
+    skipped: list[str] = []
     classes = _classes(settings, protocol, encoders, device)
     sigmoid = classes is not None and classes.logit_bias is not None
     loss_name = settings.loss or ("sigmoid" if sigmoid else "cross-entropy")
     penalty = settings.penalty or ("mse" if sigmoid else settings.head.penalty)
+    samples = _encode_samples(encoders, train, picks, settings.skip_bad, skipped)
+    groups = dict(_encode_groups(protocol, encoders, classes, settings.skip_bad, skipped))
     return Problem(
         settings=settings,
         device=device,
@@ -281,13 +288,14 @@ def prepare(
         backbone=source.name if encoders is None else encoders.backbone,
         fingerprint=None if encoders is None else encoders.fingerprint(),
         classes=classes,
-        samples=_encode_samples(encoders, train, picks),
-        groups=dict(_encode_groups(protocol, encoders, classes)),
-        records=_records(settings, source, origins, train, picks),
+        samples=samples,
+        groups=groups,
+        records=_records(settings, source, origins, train, picks, set(skipped)),
         loss=LOSSES[loss_name](settings.tuning.alpha) if loss is None else loss,
         loss_name=loss_name,
         head_options=replace(settings.head, penalty=penalty),
         encode_seconds=time.perf_counter() - start,
+        skipped=tuple(skipped),
     )
 
 
@@ -308,7 +316,7 @@ def model_spec(settings: Settings, source: Source) -> ModelSpec | None:
 def _load(settings: Settings, source: Source | None) -> tuple[Source, tuple[str, ...]]:
     """The source with the classes of the run, and their names in the data."""
     if source is None:
-        source = load_source(settings.data, seed=settings.seed, skip_bad=settings.skip_bad)
+        source = load_source(settings.data, seed=settings.seed)
     names = {name: name for name in source.class_names}
     if len(names) < len(source.class_names):
         twice = next(name for i, name in enumerate(source.class_names) if name in source.class_names[:i])
@@ -323,7 +331,7 @@ def _load(settings: Settings, source: Source | None) -> tuple[Source, tuple[str,
 def _targets(settings: Settings) -> list[Source]:
     if settings.targets is None:
         return []
-    return [line.load(seed=settings.seed, skip_bad=settings.skip_bad) for line in read_suite(Path(settings.targets))]
+    return [line.load(seed=settings.seed) for line in read_suite(Path(settings.targets))]
 
 
 def _classes(
@@ -343,27 +351,28 @@ def _classes(
     return None
 
 
-def _sample(labels: Tensor, shots: int, seed: int) -> dict[str, Tensor]:
-    """Indices of training items, and of up to VAL_SHOTS validation items per class."""
-    train = few_shot(labels, shots, seed)
-    rest = torch.ones(len(labels), dtype=torch.bool)
-    rest[train] = False
-    rest = rest.nonzero().squeeze(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a class with fewer left
-        return {"train": train, "val": rest[few_shot(labels[rest], VAL_SHOTS, seed)]}
-
-
 Picks = dict[tuple[int, int], dict[str, Tensor]]
 
 
-def _encode_samples(encoders: FeatureExtractor | None, train: Split, picks: Picks) -> dict[tuple[int, int], Sample]:
-    """The features of each seed's items, each encoded once."""
+def _encode_samples(
+    encoders: FeatureExtractor | None, train: Split, picks: Picks, skip_bad: bool, skipped: list[str]
+) -> dict[tuple[int, int], Sample]:
+    """The features of each seed's items, each encoded once. Unreadable ones leave `picks`, and leave a class short."""
     needed = torch.cat([index for pick in picks.values() for index in pick.values()]).unique()
-    features = split_features(encoders, train, needed, "encode training images")
+    kept, features, bad = readable_features(encoders, train, needed, "encode training images", skip_bad=skip_bad)
+    skipped += bad
+    for (seed, shots), pick in picks.items():
+        for name, index in pick.items():
+            pick[name] = index[torch.isin(index, kept)]
+        lost = set(train.labels.tolist()) - set(train.labels[pick["train"]].tolist())
+        if lost:
+            raise ValueError(
+                f"data: class {min(lost)}: none of the {shots} images that seed {seed} draws could be read, such as "
+                f"{bad[0]}; it takes one: remove the unreadable files"
+            )
 
     def labelled(index: Tensor) -> Labelled:
-        return Labelled(features[torch.searchsorted(needed, index)], train.labels[index])
+        return Labelled(features[torch.searchsorted(kept, index)], train.labels[index])
 
     return {
         key: Sample(
@@ -374,7 +383,11 @@ def _encode_samples(encoders: FeatureExtractor | None, train: Split, picks: Pick
 
 
 def _encode_groups(
-    protocol: Protocol, encoders: FeatureExtractor | None, classes: Classes | None
+    protocol: Protocol,
+    encoders: FeatureExtractor | None,
+    classes: Classes | None,
+    skip_bad: bool,
+    skipped: list[str],
 ) -> Iterator[tuple[str, TestGroup]]:
     for name, group in protocol.groups.items():
         split = group.test
@@ -388,15 +401,20 @@ def _encode_groups(
             raise ValueError(
                 f"targets: {name} has classes that {protocol.source.name} lacks; they take a model's text tower"
             )
-        features = split_features(encoders, split, torch.arange(len(split)), f"encode {name} test images")
-        yield name, TestGroup(group.class_names, among, split, features)
+        kept, features, bad = readable_features(
+            encoders, split, torch.arange(len(split)), f"encode {name} test images", skip_bad=skip_bad
+        )
+        skipped += bad
+        yield name, TestGroup(group.class_names, among, subset(split, kept), features)
 
 
 def _records(
-    settings: Settings, source: Source, origins: Sequence[str], train: Split, picks: Picks
+    settings: Settings, source: Source, origins: Sequence[str], train: Split, picks: Picks, skipped: set[str]
 ) -> dict[int, SplitRecord]:
-    """The split record of each seed. Warns of test items that are training items too."""
-    test = items_of(source.test, origins)
+    """The split record of each seed, without unreadable images. Warns of test items that are training items too."""
+    names = source.test.names
+    read = [i for i in range(len(source.test)) if names is None or names[i] not in skipped]
+    test = items_of(subset(source.test, read), origins)
     records = {}
     for seed in settings.seeds:
         pick = picks[seed, settings.shots]

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from rada.inference import PredictOptions, predict
+from tests.rada.predictions import checkpoint_of, contents, rows, saved
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 CHECKPOINT = ["head.json", "head.safetensors", "classes.npz"]
@@ -53,6 +56,18 @@ def test_accelerate_loop_learns(precision):
     before, *after = accuracies(run("accelerate_loop.py", "--epochs", 5, "--mixed-precision", precision))
     assert len(after) == 5
     assert after[-1] > before + 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (find_spec("ray") and find_spec("pandas")), reason="it takes ray[data]")
+def test_ray_predicts_what_one_process_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # of the cluster of one that it starts
+    checkpoint_of().save(tmp_path / "head")
+    values = saved(tmp_path, rows())
+    arguments = ("--checkpoint", tmp_path / "head", "--features", values, "--rows-per-shard", 40)
+    assert f"{len(rows())} rows in 4 shards, 0 bad" in run("ray_predict.py", *arguments, "--output", tmp_path / "ray")
+    predict(tmp_path / "head", tmp_path / "one", PredictOptions(rows_per_shard=40), features=values)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
 
 
 @pytest.mark.slow

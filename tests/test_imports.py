@@ -30,13 +30,17 @@ NEVER = {
         for position, step in enumerate(STEPS)
     },
     "rada": ["bench", "tests"],
-    "rada.data": inside("rada", "encoders fused clip tuning experiment evaluate predict report cli demo"),
-    "rada.encoders": inside("rada", "fused clip tuning experiment evaluate predict report cli"),
-    "rada.fused": inside("rada", "data encoders clip tuning experiment evaluate predict report cli demo"),
-    "rada.clip": inside("rada", "tuning experiment evaluate predict report cli"),
-    "rada.tuning": inside("rada", "experiment evaluate predict report cli"),
-    "rada.problem": inside("rada", "methods experiment evaluate adapt predict report cli"),
-    "rada.methods": inside("rada", "experiment predict report cli"),
+    "rada.data": inside("rada", "encoders fused clip tuning experiment evaluate inference report cli demo"),
+    "rada.encoders": inside("rada", "fused clip tuning experiment evaluate inference report cli"),
+    "rada.cache": inside(
+        "rada", "data encoders fused clip tuning problem methods experiment evaluate adapt inference report cli"
+    ),
+    "rada.encode": inside("rada", "fused clip tuning problem methods experiment evaluate adapt inference report cli"),
+    "rada.fused": inside("rada", "data encoders clip tuning experiment evaluate inference report cli demo"),
+    "rada.clip": inside("rada", "tuning experiment evaluate inference report cli"),
+    "rada.tuning": inside("rada", "experiment evaluate inference report cli"),
+    "rada.problem": inside("rada", "methods experiment evaluate adapt inference report cli"),
+    "rada.methods": inside("rada", "experiment inference report cli"),
     "rada.experiment": inside("rada", "predict cli"),
     "rada.report": ["torch", "rada_kernels", *inside("rada", "data encoders fused clip tuning experiment cli")],
 }

@@ -42,14 +42,13 @@ __all__ = [
 SOURCES = ("emoji", "folder:PATH", "coop:FILE", "features:PATH")
 
 
-def load_source(spec: str, *, seed: int = 0, skip_bad: bool = False) -> Source:
+def load_source(spec: str, *, seed: int = 0) -> Source:
     """The data set that `spec` names.
 
     spec: "emoji" (embedded, see `rada.data.emoji`), "folder:PATH" (class folders of images, see
         `rada.data.folder`), "coop:FILE" (CoOp's split_zhou_*.json, see `rada.data.coop`) or "features:PATH"
         (precomputed features, see `rada.data.features`).
     seed: of the train/test split where the data come without one, and of the emoji set's views. Default 0.
-    skip_bad: leave unreadable images out, named in `Source.skipped`, instead of raising. Default False.
 
     Raises ValueError for an unknown spec or bad data, FileNotFoundError or NotADirectoryError for a bad path,
     ImportError naming the package that a source needs.
@@ -62,11 +61,11 @@ def load_source(spec: str, *, seed: int = 0, skip_bad: bool = False) -> Source:
     if kind == "folder" and path:
         from rada.data.folder import load_folder
 
-        return load_folder(path, seed=seed, skip_bad=skip_bad)
+        return load_folder(path, seed=seed)
     if kind == "coop" and path:
         from rada.data.coop import load_coop
 
-        return load_coop(path, skip_bad=skip_bad)
+        return load_coop(path)
     if kind == "features" and path:
         from rada.data.features import load_features
 

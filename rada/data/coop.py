@@ -19,36 +19,32 @@ from pathlib import Path
 
 import torch
 
-from rada.data.folder import check_images
-from rada.data.images import ImageFiles
+from rada.data.images import FileDigests, ImageFiles
 from rada.data.source import Source, Split
 
 Items = list[tuple[str, int, str]]  # path, label, class name
 
 
-def load_coop(path: str | Path, *, images: str | Path | None = None, skip_bad: bool = False) -> Source:
+def load_coop(path: str | Path, *, images: str | Path | None = None) -> Source:
     """The data set that CoOp's file `path` splits.
 
     images: the image folder. Default: found beside the file.
-    skip_bad: leave unreadable images out, named in `Source.skipped`. Default False: raise, naming the first.
 
-    Raises FileNotFoundError for a file, image folder or image that is missing; ValueError naming the file and the item
+    Raises FileNotFoundError for a file or image folder that is missing; ValueError naming the file and the item
     that is no [path, label, name], the label out of range, or the class with two names or none.
     """
     path = Path(path).expanduser()
     train, test = _read(path)
     class_names = _class_names(path, train, test)
     root = _image_folder(path, train[0][0]) if images is None else Path(images).expanduser()
-    digests, bad = check_images([root / file for file, _, _ in train + test], skip_bad)
 
     def split(items: Items) -> Split:
-        kept = [(file, label) for file, label, _ in items if root / file in digests]
-        files = [root / file for file, _ in kept]
+        files = [root / file for file, _, _ in items]
         return Split(
-            labels=torch.tensor([label for _, label in kept], dtype=torch.int64),
+            labels=torch.tensor([label for _, label, _ in items], dtype=torch.int64),
             images=ImageFiles(files),
-            names=tuple(file for file, _ in kept),
-            digests=tuple(digests[file] for file in files),
+            names=tuple(file for file, _, _ in items),
+            digests=FileDigests(files),
         )
 
     return Source(
@@ -56,7 +52,6 @@ def load_coop(path: str | Path, *, images: str | Path | None = None, skip_bad: b
         class_names=class_names,
         train=split(train),
         test=split(test),
-        skipped=tuple(file.relative_to(root).as_posix() for file in bad),
     )
 
 

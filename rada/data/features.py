@@ -44,7 +44,9 @@ from torch import Tensor
 from rada.data.source import Source, Split
 from rada.data.splits import train_test
 from rada.extras import require
+from rada.files import read_json
 
+ENCODING = "encode.json"  # of a folder that `rada encode` made, see `rada.encode`
 SUFFIXES = (".npz", ".safetensors", ".pt")
 
 
@@ -68,9 +70,11 @@ def feature_shards(path: str | Path) -> list[Tensor]:
     """The rows of clip-retrieval's folder `path` (or of one `.npy` file) as mapped tensors [n, D], in order.
 
     They keep the stored dtype, read from disk what is indexed, and are not to be written to.
-    Raises ValueError for a missing number between the shards, a shard that is not [n, D], and ragged widths.
+    Raises ValueError for a missing number between the shards, an encoding that is not whole, a shard that is not
+    [n, D], and ragged widths.
     """
     path = Path(path).expanduser()
+    check_whole(path)
     files = [path] if path.suffix == ".npy" else _numbered(path / "img_emb", "img_emb", ".npy")
     shards: list[Tensor] = []
     for file in files:
@@ -310,6 +314,16 @@ def _read_folder(path: Path) -> dict:
             raise ValueError(f"{path}: column label: got {unknown[:8]}; it takes the class_names of {classes.name}")
         labels = np.array([position[label] for label in labels.tolist()])
     return entries | {"labels": labels}
+
+
+def check_whole(path: Path) -> None:
+    """Raise ValueError where shards are missing of a folder that `rada encode` makes."""
+    if not (path / ENCODING).is_file():
+        return
+    shards = read_json(path / ENCODING, "what made an encoding", "rada-encoding", 1, ["shards"])["shards"]
+    there = sum((path / "img_emb" / f"img_emb_{shard}.npy").is_file() for shard in range(shards))
+    if there < shards:
+        raise ValueError(f"{path}: holds {there} of {shards} shards; rada encode --resume makes the others")
 
 
 def _numbered(folder: Path, stem: str, suffix: str) -> list[Path]:

@@ -10,36 +10,33 @@ Either layout:
   `--class-names FILE` gives classes other names and another order, see `rada.data.classes`.
 - An image is a file directly in a class folder whose name ends in one of EXTENSIONS, in either case. Other
   files, and files and folders whose name starts with a dot, are ignored.
-- Every image is decoded once while loading, so that a bad file shows before training does. After that images
-  are decoded again whenever they are indexed, to RGB: transparency on white, deep greys scaled to 8 bits, the EXIF
-  rotation not applied, see `rada.data.images`.
+- No image is opened while loading. Images are decoded whenever they are indexed, to RGB: transparency on white, deep
+  greys scaled to 8 bits, the EXIF rotation not applied, see `rada.data.images`. A bad file shows when it is encoded.
 - Item names are paths below PATH.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import os
 from itertools import chain
 from pathlib import Path
 
 import torch
 
-from rada.data.images import ImageFiles, read_image
-from rada.data.source import Source, Split, digest
+from rada.data.images import FileDigests, ImageFiles
+from rada.data.source import Source, Split
 from rada.data.splits import subset, train_test
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> Source:
+def load_folder(path: str | Path, *, seed: int = 0) -> Source:
     """The images below `path`, in one of this module's two layouts.
 
     seed: of the split, in the layout without one. Default 0.
-    skip_bad: leave unreadable images out, named in `Source.skipped`. Default False: raise, naming the first.
 
-    Raises FileNotFoundError, NotADirectoryError, or ValueError naming the class folder without images, the
-    class that is in one split only, or the unreadable file. ImportError where Pillow is missing.
+    Raises FileNotFoundError, NotADirectoryError, or ValueError naming the class folder without images, or the class
+    that is in one split only.
     """
     root = Path(path).expanduser()
     if not root.exists():
@@ -60,8 +57,7 @@ def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> S
     else:
         files = {"all": _class_files(root)}
     class_names = tuple(sorted(next(iter(files.values()))))
-    digests, bad = check_images([file for group in files.values() for file in chain(*group.values())], skip_bad)
-    splits = {name: _split(root, [group[label] for label in class_names], digests) for name, group in files.items()}
+    splits = {name: _split(root, [group[label] for label in class_names]) for name, group in files.items()}
     if "all" in splits:
         every = splits.pop("all")
         try:
@@ -69,14 +65,13 @@ def load_folder(path: str | Path, *, seed: int = 0, skip_bad: bool = False) -> S
         except ValueError as error:
             single = class_names[int(every.labels.bincount().argmin())]
             raise ValueError(
-                f"{root / single}: a class folder with one readable image; without folders train and test it takes two"
+                f"{root / single}: a class folder with one image; without folders train and test it takes two"
             ) from error
         splits = {name: subset(every, part) for name, part in zip(("train", "test"), indices, strict=True)}
     return Source(
         name=root.resolve().name,
         class_names=class_names,
         drawn="all" in files,
-        skipped=tuple(file.relative_to(root).as_posix() for file in bad),
         train=splits["train"],
         test=splits["test"],
     )
@@ -89,12 +84,10 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
         raise ValueError(f"{folder}: holds no class folders; it takes one folder of images per class")
     files = {}
     for child in classes:
-        files[child.name] = sorted(
-            file
-            for file in child.iterdir()
-            if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.is_file()
-        )
-        if not files[child.name]:
+        with os.scandir(child) as entries:  # which knows files from folders without a call for each
+            names = sorted(entry.name for entry in entries if is_image(entry.name) and entry.is_file())
+        files[child.name] = [child / name for name in names]
+        if not names:
             raise ValueError(
                 f"{child}: a class folder without images; it takes files ending in {', '.join(EXTENSIONS)}, "
                 f"directly in it, or {folder} takes folders train and test (or val) of class folders"
@@ -102,42 +95,17 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _split(root: Path, classes: list[list[Path]], digests: Mapping[Path, str]) -> Split:
-    """The readable images of each class, those with a digest, in the order of the labels."""
-    kept = [[file for file in files if file in digests] for files in classes]
-    for files, left in zip(classes, kept, strict=True):
-        if not left:
-            raise ValueError(f"{files[0].parent}: a class folder without a readable image")
-    images = list(chain(*kept))
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _split(root: Path, classes: list[list[Path]]) -> Split:
+    """The images of each class, in the order of the labels."""
+    images = list(chain(*classes))
     return Split(
-        labels=torch.tensor([label for label, files in enumerate(kept) for _ in files]),
+        labels=torch.tensor([label for label, files in enumerate(classes) for _ in files]),
         images=ImageFiles(images),
         names=tuple(file.relative_to(root).as_posix() for file in images),
-        digests=tuple(digests[file] for file in images),
+        digests=FileDigests(images),
     )
-
-
-def check_images(files: list[Path], skip_bad: bool) -> tuple[dict[Path, str], list[Path]]:
-    """The digest of each file that decodes, and the files that do not; the first of these raises unless skip_bad."""
-    from tqdm import tqdm
-
-    def check(file: Path) -> tuple[str | None, ValueError | None]:
-        try:
-            return digest(read_image(file)[1]), None
-        except ValueError as error:
-            return None, error
-
-    digests, bad = {}, []
-    pool = ThreadPoolExecutor()  # decoders release the interpreter lock
-    try:
-        checks = pool.map(check, files)
-        for file, (content, error) in zip(files, tqdm(checks, "check images", len(files), unit="image"), strict=True):
-            if error is None:
-                digests[file] = content
-            elif skip_bad:
-                bad.append(file)
-            else:
-                raise ValueError(f"{error}; skip_bad (--skip-bad) leaves such files out") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return digests, bad

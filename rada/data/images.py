@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
+from rada.data.source import digest
 from rada.extras import require
+
+Files = TypeVar("Files", bound="_Files")
 
 WHITE = 255
 SIXTEEN_BIT = 65535
@@ -33,19 +38,30 @@ def to_rgb(image):
     return white.convert("RGB")
 
 
-def read_image(path: Path) -> tuple:
-    """The RGB PIL image in a file, and the file's bytes. Raises ValueError naming the file."""
+def decode_image(content: bytes):
+    """The RGB PIL image in a file's bytes. Raises whatever the decoder does."""
+    PIL = require("PIL", "clip", "an image")
     Image = require("PIL.Image", "clip", "an image")
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            return to_rgb(image), data
+        image = Image.open(io.BytesIO(content))
+    except PIL.UnidentifiedImageError:  # which names the address of the bytes
+        raise ValueError("no format that Pillow knows") from None
+    with image:
+        return to_rgb(image)
+
+
+def read_image(path: Path):
+    """The RGB PIL image in a file. Raises ValueError naming the file."""
+    try:
+        return decode_image(path.read_bytes())
+    except ImportError:
+        raise
     except Exception as error:  # a decoder may raise anything; what matters is which file
         raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
 
 
-class ImageFiles:
-    """RGB PIL images of N files, each decoded when indexed. It holds paths only, so it pickles to workers cheaply."""
+class _Files:
+    """N files, each opened when its item is asked for. It holds paths only, so it pickles to workers cheaply."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
@@ -53,8 +69,45 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def __add__(self: Files, other: Files) -> Files:
+        return type(self)(self.paths + other.paths)
+
+    def take(self: Files, positions: Sequence[int]) -> Files:
+        """The files at these positions, in this order."""
+        return type(self)([self.paths[i] for i in positions])
+
+
+class ImageFiles(_Files):
+    """RGB PIL images of N files, each decoded when indexed."""
+
     def __getitem__(self, index: int):
-        return read_image(self.paths[index])[0]
+        return read_image(self.paths[index])
+
+    def content(self, index: int) -> bytes:
+        """The bytes of a file."""
+        return self.paths[index].read_bytes()
+
+
+class FileDigests(_Files, Sequence[str]):
+    """Digests of the bytes of N files, each read when indexed, or many at once. Nothing is decoded.
+
+    A file that is missing has the digest of no bytes: what reads the image says so.
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        return digest_of(self.paths[index]) if isinstance(index, int) else [*map(digest_of, self.paths[index])]
+
+    def __iter__(self) -> Iterator[str]:
+        with ThreadPoolExecutor() as pool:  # reading and hashing release the interpreter lock
+            yield from pool.map(digest_of, self.paths)
+
+
+def digest_of(path: Path) -> str:
+    """The digest of a file's bytes."""
+    try:
+        return digest(path.read_bytes())
+    except OSError:
+        return digest(b"")
 
 
 def _transparent(image) -> bool:

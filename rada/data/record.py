@@ -25,7 +25,8 @@ Items = dict[str, dict[str, str]]  # class -> item name -> digest
 class SplitRecord:
     """The settings of a split and its items.
 
-    data, data_seed, skip_bad: source, seed and skip_bad as `rada.data.load_source` took them.
+    data, data_seed: source and seed as `rada.data.load_source` took them. skip_bad: whether unreadable images were left
+        out, which are no items then.
     max_classes: the limit of the number of classes; 0: none. shots, seed: of the few-shot sample.
     content: the kind of content digested: "images" or "features".
     origins: K classes as the data call them, in the order of the labels. class_names: the names they got.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 
 class Images(Protocol):
-    """N RGB PIL images, decoded when indexed."""
+    """N RGB PIL images, decoded when indexed. Where `content(index)` gives an image's bytes, features can be cached."""
 
     def __len__(self) -> int: ...
 
@@ -25,7 +26,7 @@ class Split:
     images: Images | None = None
     features: Tensor | None = None  # [N, D] image features
     names: tuple[str, ...] | None = None  # N names, each once: a file path, a code point, a row
-    digests: tuple[str, ...] | None = None  # N digests of the items' content
+    digests: Sequence[str] | None = None  # N digests of the items' content; of files read when asked for
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,7 +44,6 @@ class Source:
     text_features: Tensor | None = None  # [K, D], only with precomputed features
     logit_scale: float | None = None  # the exponentiated scale that goes with text_features
     drawn: bool = False  # whether the split is a draw by seed, for data without one
-    skipped: tuple[str, ...] = ()  # unreadable files left out on request
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from rada.data.images import FileDigests, ImageFiles
 from rada.data.source import Split
 
 TEST_SHARE = 0.3
+VAL_SHOTS = 4
 LEAST_CLASSES = 4
 
 
@@ -40,6 +42,17 @@ def few_shot(labels: Tensor, shots: int, seed: int) -> Tensor:
         )
     picked = [_shuffled(items, seed, label)[:shots] for label, items in by_class.items()]
     return torch.from_numpy(np.concatenate(picked)) if picked else torch.empty(0, dtype=torch.int64)
+
+
+def shots_and_val(labels: Tensor, shots: int, seed: int) -> dict[str, Tensor]:
+    """Indices "train" of `few_shot`, and "val" of up to VAL_SHOTS further items of every class."""
+    train = few_shot(labels, shots, seed)
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[train] = False
+    rest = rest.nonzero().squeeze(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a class with fewer left
+        return {"train": train, "val": rest[few_shot(labels[rest], VAL_SHOTS, seed)]}
 
 
 def train_test(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -80,13 +93,22 @@ def subset(split: Split, indices: Tensor | Sequence[int]) -> Split:
     """The items of a split at indices [M], in that order, with their labels as they are."""
     indices = torch.as_tensor(indices, dtype=torch.int64)
     positions = indices.tolist()
+    images, digests = split.images, split.digests
+    if isinstance(images, ImageFiles):
+        images = images.take(positions)
+    elif images is not None:
+        images = Subset(cast(Dataset, images), positions)
+    if isinstance(digests, FileDigests):
+        digests = digests.take(positions)
+    elif digests is not None:
+        digests = tuple(digests[i] for i in positions)
     return replace(
         split,
         labels=split.labels[indices],
-        images=None if split.images is None else Subset(cast(Dataset, split.images), positions),
+        images=images,
         features=None if split.features is None else split.features[indices],
         names=None if split.names is None else tuple(split.names[i] for i in positions),
-        digests=None if split.digests is None else tuple(split.digests[i] for i in positions),
+        digests=digests,
     )
 
 
@@ -100,10 +122,14 @@ def join(first: Split, second: Split) -> Split:
     images, features, names, digests = map(both, ("images", "features", "names", "digests"))
     return Split(
         labels=torch.cat([first.labels, second.labels]),
-        images=None if images is None else ConcatDataset(images),
+        images=None
+        if images is None
+        else images[0] + images[1]
+        if isinstance(images[0], ImageFiles)
+        else ConcatDataset(images),
         features=None if features is None else torch.cat(features),
-        names=None if names is None else sum(names, ()),
-        digests=None if digests is None else sum(digests, ()),
+        names=None if names is None else names[0] + names[1],
+        digests=None if digests is None else digests[0] + digests[1],
     )
 
 

@@ -31,9 +31,9 @@ class DataSet:
     class_names: Path | None = None
     templates: tuple[str, ...] = ()  # none: the run's
 
-    def load(self, *, seed: int = 0, skip_bad: bool = False) -> Source:
+    def load(self, *, seed: int = 0) -> Source:
         """The data under the line's class names; see `rada.data.load_source`."""
-        source = load_source(self.source, seed=seed, skip_bad=skip_bad)
+        source = load_source(self.source, seed=seed)
         if self.class_names is None:
             return source
         return name_classes(source, read_class_names(self.class_names, source.class_names))

@@ -20,6 +20,7 @@ def print_evaluation(results: dict) -> None:
     console = Console()
     console.print(table)
     print("test items: " + ", ".join(f"{count} {group}" for group, count in results["test_items"].items()))
+    _print_skipped(console, results["skipped"])
     _print_attribution(console, results["attribution"])
 
 
@@ -37,6 +38,7 @@ def print_adaptation(results: dict) -> None:
         f"(device {results['device']}, backend {results['backend']})",
         highlight=False,
     )
+    _print_skipped(console, results["skipped"])
     _print_attribution(console, results["attribution"])
 
 
@@ -64,8 +66,7 @@ def print_run(results: dict) -> None:
         f"{results['backend']}",
         highlight=False,
     )
-    if data["skipped"]:
-        console.print(f"{len(data['skipped'])} unreadable images left out, the first {data['skipped'][0]}")
+    _print_skipped(console, data["skipped"])
     console.print(_methods(results))
     for line in notes(results):
         console.print(line, style="dim", highlight=False)
@@ -151,6 +152,11 @@ def _table(title: str, first: str, *others: str) -> Table:
     for heading in others:
         table.add_column(heading, justify="right")
     return table
+
+
+def _print_skipped(console: Console, skipped: list[str]) -> None:
+    if skipped:
+        console.print(f"{len(skipped)} unreadable images left out, the first {skipped[0]}")
 
 
 def _print_attribution(console: Console, attribution: str) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.rada.predictions import checkpoint_of, rows
+
 COLOURS, WIDTH = 6, 16
 
 
@@ -42,4 +44,22 @@ def model_dir(tmp_path_factory):
     torch.manual_seed(0)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The folder of a tiny head over precomputed features."""
+    folder = tmp_path_factory.mktemp("head")
+    checkpoint_of().save(folder)
+    return folder
+
+
+@pytest.fixture
+def features(tmp_path):
+    """Two shards of clip-retrieval's, without metadata."""
+    folder = tmp_path / "features"
+    (folder / "img_emb").mkdir(parents=True)
+    for number, part in enumerate(np.split(rows(), [100])):
+        np.save(folder / "img_emb" / f"img_emb_{number}.npy", part)
     return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from rada.tuning import Adaptation  # noqa: E402
 from rada.tuning.test_time import TestTimeAdapter as Adapter  # noqa: E402
 
 NAMES = ("black", "grey", "white")
-KEYS = {"data", "attribution", "device", "backend", "images", "views", "kept", "seconds", "images_per_s"}
+KEYS = {"data", "attribution", "device", "backend", "images", "skipped", "views", "kept", "seconds", "images_per_s"}
 KEYS |= {"adapted_per_s", "zero_shot", "rada", "adapted"}
 
 
@@ -71,6 +73,16 @@ def test_from_zero_shot(folder):
         assert set(found[name]) == {"top1", "top5", "ece"}
         assert found[name]["top5"] == 100  # of three classes
     assert found["images_per_s"] <= found["adapted_per_s"]
+
+
+def test_an_unreadable_image_is_named_or_left_out(folder, tmp_path):
+    shutil.copytree(folder.removeprefix("folder:"), tmp_path / "shades")
+    (tmp_path / "shades/test/grey/1.png").write_bytes(b"no image")
+    few = {"views": 2, "device": "cpu"}
+    with pytest.raises(ValueError, match=r"test/grey/1\.png: not a readable image"):
+        adapt_zero_shot(ModelSpec("demo"), f"folder:{tmp_path / 'shades'}", **few)
+    found = adapt_zero_shot(ModelSpec("demo"), f"folder:{tmp_path / 'shades'}", skip_bad=True, **few)
+    assert (found["images"], found["skipped"]) == (8, ["test/grey/1.png"])
 
 
 def test_from_a_stored_head(folder, encoders, tmp_path):

@@ -183,7 +183,7 @@ def test_evaluate_on_images_agrees_with_training(image_run, tmp_path):
     assert evaluated["rada"]["base"] == pytest.approx(trained["methods"]["rada"]["seeds"][0]["base"])
 
 
-def test_predict_on_images_skips_and_counts_what_is_no_image(image_run, images, tmp_path, capsys):
+def test_predict_on_images_marks_and_counts_what_is_no_image(image_run, images, tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
     for label in range(CLASSES):
@@ -191,14 +191,19 @@ def test_predict_on_images_skips_and_counts_what_is_no_image(image_run, images, 
     (folder / "broken.png").write_bytes(b"no image")
     output = tmp_path / "predictions.jsonl"
     arguments = ("predict", "--checkpoint", image_run, "--images", folder, "--output", output, "--device", "cpu")
-    assert call(*arguments) == 2
+    assert call(*arguments, "--top-k", 2) == 0
+    assert "1 bad" in capsys.readouterr().out
+    *rows, broken = (json.loads(line) for line in output.read_text().splitlines())
+    assert [row["item"] for row in rows] == [str(folder / f"{label}.png") for label in range(CLASSES)]
+    assert all(len(row["classes"]) == 2 and row["bad"] is None for row in rows)
+    assert (broken["item"], broken["classes"], broken["probabilities"]) == (str(folder / "broken.png"), None, None)
+    assert "not a readable image" in broken["bad"]
+    for label in range(CLASSES):
+        (folder / f"{label}.png").unlink()
+    output.unlink()
+    assert call(*arguments) == 2  # nothing at all
     assert "broken.png" in capsys.readouterr().err
     assert not output.exists()
-    assert call(*arguments, "--skip-bad", "--top-k", 2) == 0
-    assert "1 skipped" in capsys.readouterr().out
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["item"] for row in rows] == [str(folder / f"{label}.png") for label in range(CLASSES)]
-    assert all(len(row["classes"]) == 2 for row in rows)
 
 
 def test_adapt_starts_from_a_checkpoint_or_from_zero_shot(image_run, images, model_dir, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,9 @@ from safetensors.torch import save_file
 
 from rada.data import few_shot, load_source, select_classes
 from rada.data.features import feature_shards
+from rada.data.source import digest
+from rada.data.splits import join, subset
+from rada.encoders import FeatureExtractor, readable_features, split_features
 
 COLOURS = {"red_fox": (250, 0, 0), "sea": (0, 0, 250)}
 
@@ -109,17 +113,70 @@ def test_folder_serves_the_few_shot_and_base_to_new_protocols(tmp_path):
     assert len(few_shot(source.train.labels, 4, seed=0)) == 8
 
 
+def test_no_image_is_opened_while_loading(tmp_path, monkeypatch):
+    write_images(tmp_path)
+    opened = []
+    monkeypatch.setattr(Path, "read_bytes", opened.append)
+    monkeypatch.setattr(Image, "open", opened.append)
+    assert len(load_source(f"folder:{tmp_path}").train) == 6
+    assert not opened
+
+
+def test_digests_are_of_the_files_bytes(tmp_path):
+    write_images(tmp_path)
+    train = load_source(f"folder:{tmp_path}").train
+    expected = [digest((tmp_path / name).read_bytes()) for name in train.names]
+    assert list(train.digests) == expected
+    assert train.digests[1] == expected[1]
+    some = subset(train, [4, 0])
+    assert list(some.digests) == [expected[4], expected[0]]
+    assert list(join(some, train).digests) == [expected[4], expected[0], *expected]
+    (tmp_path / train.names[0]).unlink()
+    assert train.digests[0] not in expected
+
+
+class Grey(torch.nn.Module):
+    """An encoder of one width: the mean colours of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual = torch.nn.Conv2d(3, 3, 1)
+        torch.nn.init.dirac_(self.visual.weight)
+        torch.nn.init.zeros_(self.visual.bias)
+        self.visual.image_size = 4
+        self.logit_scale = torch.nn.Parameter(torch.tensor(0.0))
+
+    def encode_image(self, image):
+        return self.visual(image).mean((2, 3))
+
+
+def colours():
+    def pixels(image):
+        return torch.tensor(np.array(image.resize((4, 4))) / 255).permute(2, 0, 1).float()
+
+    return FeatureExtractor(Grey().requires_grad_(False), tokenizer=None, preprocess=pixels)
+
+
 def test_an_unreadable_image_is_named_or_left_out(tmp_path):
     write_images(tmp_path)
     (tmp_path / "sea" / "bad.png").write_bytes(b"no image")
     Image.effect_noise((64, 64), 50).save(tmp_path / "sea" / "short.png")
     whole = (tmp_path / "sea" / "short.png").read_bytes()
     (tmp_path / "sea" / "short.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"sea/bad.png: not a readable image .*--skip-bad"):
-        load_source(f"folder:{tmp_path}")
-    source = load_source(f"folder:{tmp_path}", skip_bad=True)
-    assert source.skipped == ("sea/bad.png", "sea/short.png")
-    assert len(source.train) + len(source.test) == 10
+    source = load_source(f"folder:{tmp_path}")
+    items, encoders = join(source.train, source.test), colours()
+    everything = torch.arange(12)
+    with pytest.raises(ValueError, match=r"images: .*sea/(bad|short).png: not a readable image .*--skip-bad"):
+        split_features(encoders, items, everything, "encode")
+    read = readable_features(encoders, items, everything, "encode", skip_bad=True)
+    assert sorted(read.skipped) == ["sea/bad.png", "sea/short.png"]
+    assert sorted(read.skipped + [items.names[i] for i in read.kept]) == sorted(items.names)
+    for i, row in zip(read.kept.tolist(), read.features, strict=True):
+        colour = torch.tensor(COLOURS[source.class_names[items.labels[i]]]).float()
+        torch.testing.assert_close(row, torch.nn.functional.normalize(colour, dim=0), atol=1e-5, rtol=0)
+    bad = [items.names.index(name) for name in read.skipped]
+    with pytest.raises(ValueError, match=r"images: none of 2 could be read: .*bad.png"):
+        readable_features(encoders, items, torch.tensor(bad), "encode", skip_bad=True)
 
 
 def test_an_image_that_breaks_later_is_named(tmp_path):
@@ -135,15 +192,12 @@ def test_a_class_left_without_images_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: a class folder without images"):
         load_source(f"folder:{tmp_path}")
-    (tmp_path / "empty" / "bad.jpg").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"empty: a class folder without a readable image"):
-        load_source(f"folder:{tmp_path}", skip_bad=True)
 
 
 def test_a_class_with_one_image_cannot_be_split(tmp_path):
     write_images(tmp_path)
     write_images(tmp_path, {"lone": (0, 0, 0)}, count=1)
-    with pytest.raises(ValueError, match=r"lone: a class folder with one readable image"):
+    with pytest.raises(ValueError, match=r"lone: a class folder with one image"):
         load_source(f"folder:{tmp_path}")
 
 

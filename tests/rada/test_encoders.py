@@ -10,7 +10,7 @@ from torch import nn
 
 from rada import RAdaCLIP
 from rada.data import Split
-from rada.encoders import FeatureExtractor, feature_batches, split_features
+from rada.encoders import FeatureExtractor, encoded_batches, feature_batches, split_features
 from rada.models import open_model
 
 NAMES = ("red fox", "tree", "kite")
@@ -90,6 +90,68 @@ def test_batches_follow_the_indices(own):
     torch.testing.assert_close(split_features(own, split, indices, "encode"), expected[indices])
     with pytest.raises(ValueError, match="extractor: got None for a split without features"):
         split_features(None, split, indices, "encode")
+
+
+class Failing:
+    """Nine images, decoded when indexed; two of them fail, as a decoder does and as a disk does."""
+
+    def __init__(self):
+        self.decoded = []
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        self.decoded.append(index)
+        if index == 4:
+            raise ValueError("cat.jpg: not a readable image")
+        if index == 5:
+            raise OSError("no longer there")
+        return torch.full((3, 4, 4), float(index))
+
+
+BAD = {4: "cat.jpg: not a readable image", 5: "OSError: no longer there"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_recorded(own, workers):
+    own.workers = workers
+    found = list(encoded_batches(own, Failing(), start=1, batch_size=2, quiet=True))
+    assert [batch.rows for batch in found] == [[1, 2], [3], [6], [7, 8]]
+    assert [batch.bad for batch in found] == [{}, {4: BAD[4]}, {5: BAD[5]}, {}]
+    for batch in found:
+        images = torch.stack([torch.full((3, 4, 4), float(row)) for row in batch.rows])
+        torch.testing.assert_close(batch.features, own.encode_images(images))
+
+
+def test_a_batch_of_bad_images_has_features_of_no_row(own):
+    (batch,) = encoded_batches(own, Failing(), start=4, stop=6, quiet=True)
+    assert (batch.rows, batch.bad) == ([], BAD)
+    assert batch.features.shape == (0, WIDTH)
+
+
+def test_images_are_decoded_when_their_batch_is_asked_for(own):
+    images = Failing()
+    batches = encoded_batches(own, images, batch_size=2, quiet=True)
+    assert images.decoded == []
+    next(batches)
+    assert images.decoded == [0, 1]
+
+
+def test_features_alone_take_no_bad_image(own):
+    batches = feature_batches(own, Failing(), torch.tensor([0, 5, 4]), batch_size=1, quiet=True)
+    next(batches)
+    with pytest.raises(ValueError, match="images: item 5: OSError: no longer there"):
+        next(batches)
+
+
+def test_a_missing_package_is_no_bad_image(own):
+    def preprocess(image):
+        raise ImportError("no pillow")
+
+    own.preprocess = preprocess
+    with pytest.raises(ImportError, match="no pillow"):
+        next(encoded_batches(own, Failing(), quiet=True))
 
 
 def test_images_without_a_transform_are_refused(own):

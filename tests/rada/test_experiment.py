@@ -17,10 +17,10 @@ from rada.data.classes import prompt_names
 from rada.encoders import FeatureExtractor
 from rada.evaluate import evaluate_checkpoint
 from rada.experiment import run
+from rada.inference import predict
 from rada.losses import CrossEntropy
 from rada.methods import METHODS, check_methods
 from rada.models import ModelSpec
-from rada.predict import predict_to_file
 from rada.problem import Settings, prepare
 from rada.tuning import FullTuning, Tuning
 from rada_kernels import Options
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_every_method_is_evaluated_as_in_its_run(whole, results,
         assert found["zero_shot"][group] == pytest.approx(results["zero_shot"][group]), group
     names = tmp_path / "names.txt"
     names.write_text("colour 0\na parrot\nMount Fuji\n")
-    done = predict_to_file(
+    done = predict(
         whole / row["checkpoint"],
         tmp_path / "p.jsonl",
         images=results_images(results),
@@ -322,7 +322,7 @@ def test_what_ones_own_loop_saved_is_evaluated_and_predicts(images, model_dir, t
         with torch.no_grad():
             right = clip(pixels).argmax(-1) == source.test.labels
         assert found["rada"]["all"] == pytest.approx(100 * right.double().mean().item())
-        done = predict_to_file(folder, tmp_path / f"{train_towers}.jsonl", images=images, device="cpu")
+        done = predict(folder, tmp_path / f"{train_towers}.jsonl", images=images, device="cpu")
         assert done["items"] == 24
 
 
@@ -388,7 +388,7 @@ def test_siglip_trains_and_predicts_with_sigmoids(images, tmp_path):
     assert (found["model"]["loss"], found["model"]["penalty"]) == ("sigmoid", "mse")
     checkpoint = load_checkpoint(tmp_path / "run", device="cpu")
     assert (checkpoint.loss, checkpoint.head.options.penalty) == ("sigmoid", "mse")
-    predict_to_file(tmp_path / "run", tmp_path / "p.jsonl", images=images, device="cpu")
+    predict(tmp_path / "run", tmp_path / "p.jsonl", images=images, device="cpu")
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert all(abs(sum(row["probabilities"]) - 1) > 0.01 for row in rows)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rada import RAdaHead, save_head
-from rada.predict import predict_to_file
+from rada.inference import PredictOptions, predict
 
 CLASSES, WIDTH, ITEMS, SCALE = 7, 16, 23, 20.0
 NAMES = tuple(f"class {i}" for i in range(CLASSES))
@@ -57,14 +57,15 @@ def expected(head, images, text, count):
 
 def test_bare_shards_to_json_lines(checkpoint, shards, head, images, text, tmp_path):
     output = tmp_path / "predictions.jsonl"
-    done = predict_to_file(checkpoint, output, data=f"features:{shards}", top_k=3, batch_size=4, device="cpu")
+    options = PredictOptions(top_k=3, batch_size=4)
+    done = predict(checkpoint, output, options, data=f"features:{shards}", device="cpu")
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     names, probabilities = expected(head, images, text, 3)
     assert done["items"] == ITEMS
     assert [row["item"] for row in rows] == [str(i) for i in range(ITEMS)]
     assert [row["classes"] for row in rows] == names
     torch.testing.assert_close(torch.tensor([row["probabilities"] for row in rows]), probabilities)
-    assert set(rows[0]) == {"item", "classes", "probabilities"}
+    assert set(rows[0]) == {"item", "classes", "probabilities", "bad"}
 
 
 def test_a_labelled_source_to_parquet(checkpoint, head, images, text, tmp_path):
@@ -80,7 +81,8 @@ def test_a_labelled_source_to_parquet(checkpoint, head, images, text, tmp_path):
         class_names=np.array(NAMES),
     )
     output = tmp_path / "predictions.parquet"
-    predict_to_file(checkpoint, output, data=f"features:{tmp_path / 'data.npz'}", top_k=99, batch_size=10, device="cpu")
+    options = PredictOptions(top_k=99, batch_size=10)
+    predict(checkpoint, output, options, data=f"features:{tmp_path / 'data.npz'}", device="cpu")
     table = pq.read_table(output).to_pydict()
     names, probabilities = expected(head, images, text, CLASSES)  # no more than there are
     assert table["classes"] == names
@@ -92,14 +94,14 @@ def test_an_output_is_not_overwritten_unasked(checkpoint, shards, tmp_path):
     output = tmp_path / "predictions.jsonl"
     output.write_text("mine")
     with pytest.raises(FileExistsError, match="--overwrite"):
-        predict_to_file(checkpoint, output, data=f"features:{shards}")
+        predict(checkpoint, output, data=f"features:{shards}")
     assert output.read_text() == "mine"
 
 
 def test_a_failure_leaves_no_file(checkpoint, tmp_path):
     np.save(tmp_path / "wide.npy", np.ones((3, WIDTH + 1), np.float32))
     with pytest.raises(ValueError, match="got features of width 17; the checkpoint takes 16"):
-        predict_to_file(checkpoint, tmp_path / "p.jsonl", data=f"features:{tmp_path / 'wide.npy'}")
+        predict(checkpoint, tmp_path / "p.jsonl", data=f"features:{tmp_path / 'wide.npy'}")
     assert not list(tmp_path.glob("*.jsonl"))
 
 
@@ -117,11 +119,11 @@ def test_wrong_arguments_are_named(checkpoint, shards, tmp_path, arguments, mess
     given = {"checkpoint": checkpoint, "output": "p.jsonl", "data": f"features:{shards}", **arguments}
     given["output"] = tmp_path / given["output"]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        predict_to_file(**given)
+        predict(**given)
 
 
 def test_images_need_the_model(checkpoint, tmp_path):
     image = pytest.importorskip("PIL.Image")
     image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="it takes features:PATH, not images"):
-        predict_to_file(checkpoint, tmp_path / "p.jsonl", images=tmp_path / "a.png")
+        predict(checkpoint, tmp_path / "p.jsonl", images=tmp_path / "a.png")

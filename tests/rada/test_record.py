@@ -16,6 +16,7 @@ from rada.data import Split, load_source
 from rada.data.record import SplitRecord, contents, digests_of, items_of
 from rada.data.splits import join
 from rada.evaluate import load_test
+from rada.problem import Settings, prepare
 
 pytest.importorskip("open_clip")
 Image = pytest.importorskip("PIL.Image")
@@ -129,6 +130,42 @@ def test_data_that_changed_after_the_training_are_refused(run, changed, sides):
     assert set(test.test.names) == sides[1], "items that came later are not tested"
 
 
+def test_unreadable_images_are_no_items_of_a_run(run, photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    source = load_source(f"folder:{folder}", seed=5)
+    bad = {"train": source.train.names[1], "test": source.test.names[0]}
+    for name in bad.values():
+        (folder / name).write_bytes(b"no image" + name.encode())
+    settings = dict(data=f"folder:{folder}", model="demo", protocol="base-new", shots=16, seed=5, device="cpu")
+    with pytest.raises(ValueError, match=r"images: .*not a readable image.*\(--skip-bad\) leaves such files out"):
+        prepare(Settings(**settings))
+    problem = prepare(Settings(skip_bad=True, **settings))
+    assert set(problem.skipped) == set(bad.values())
+    sample, record = problem.samples[1, 16], problem.records[1]
+    assert len(sample.train.labels) == len(sample.images) == 13
+    assert sum(len(group.features) for group in problem.groups.values()) == 11
+    for half, count in (("train", 13), ("test", 11)):
+        names = {name for items in getattr(record, half).values() for name in items}
+        assert len(names) == count
+        assert bad[half] not in names
+    for name in source.train.names[:7]:
+        (folder / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match="data: class 0: none of the 16 images that seed 1 draws could be read"):
+        prepare(Settings(skip_bad=True, **settings))
+    (folder / bad["test"]).write_bytes((photos / bad["test"]).read_bytes())
+    (folder / source.test.names[1]).write_bytes(b"no image")
+    shutil.copytree(run, tmp_path / "run")
+    arguments = ("evaluate", "--checkpoint", tmp_path / "run", "--data", f"folder:{folder}", "--device", "cpu")
+    done = rada(*arguments)
+    assert done.returncode == 2
+    assert "--skip-bad" in done.stderr
+    done = rada(*arguments, "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    assert "test items: 5 base, 6 new" in done.stdout
+    assert f"1 unreadable images left out, the first {source.test.names[1]}" in " ".join(done.stdout.split())
+
+
 def test_other_data_are_tested_without_what_was_trained_on(run, photos, sides, tmp_path):
     other = tmp_path / "other"
     write_photos(other, 4, 2)
@@ -177,7 +214,6 @@ def write_features(path, labels=None, seed: int = 0, **changes):
 @pytest.fixture
 def feature_head(tmp_path):
     from rada.experiment import run
-    from rada.problem import Settings
     from rada.tuning import Tuning
     from rada_kernels import Options
 
@@ -238,8 +274,6 @@ def test_what_cannot_be_told_is_said(feature_head, photos):
 
 
 def test_training_on_copies_of_test_items_is_said(tmp_path):
-    from rada.problem import Settings, prepare
-
     with np.load(write_features(tmp_path / "a.npz").partition(":")[2]) as file:
         entries = dict(file)
     arrays = {key: entries.pop(key) for key in ("image_features", "labels")}

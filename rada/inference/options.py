@@ -1,0 +1,39 @@
+"""What a run of predictions writes, and in what pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WHATS = ("topk", "probabilities", "logits", "features")
+FORMATS = ("parquet", "npy", "jsonl")
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """What a run writes.
+
+    what: "topk" (default), the top_k most probable classes; "probabilities" or "logits" of all K classes, in the order
+        of the manifest's class_names; "features", the image features that the head takes [D]: see `Predictor`.
+    top_k: default 5; all K where there are fewer.
+    format: of the shards: "parquet" (default), "npy" or "jsonl", see `rada.inference.writers`.
+    batch_size: rows per call of the head, counted from a shard's first row. Default 256. A result's last bit may depend
+        on its batch, so a run keeps to one size.
+    rows_per_shard: rows of a shard at most: what a process that dies loses. Default 65536.
+
+    Raises ValueError naming the field.
+    """
+
+    what: str = "topk"
+    top_k: int = 5
+    format: str = "parquet"
+    batch_size: int = 256
+    rows_per_shard: int = 65536
+
+    def __post_init__(self) -> None:
+        for name, known in (("what", WHATS), ("format", FORMATS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; it takes one of {', '.join(known)}")
+        for name in ("top_k", "batch_size", "rows_per_shard"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}; it takes a positive int")

@@ -1,0 +1,145 @@
+"""A checkpoint that predicts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rada.adapter import AdaptedHead
+from rada.cache import FeatureCache
+from rada.checkpoint import Checkpoint, load_checkpoint
+from rada.data.classes import prompt_names, read_names
+from rada.encoders import FeatureExtractor
+from rada.inference.inputs import DIGEST_BYTES, raw
+from rada.inference.options import PredictOptions
+from rada.losses import LOSSES
+from rada.precision import check_precision
+
+NO_CLASS = -1  # of a row that could not be predicted; its numbers are NaN
+NOT_FINITE = "not finite"  # NaN, infinite or empty
+
+
+class Predictor:
+    """What a checkpoint makes of image features: classes and probabilities, or its adapted features.
+
+    checkpoint: the folder of a head, or of a run: its first seed; or a Checkpoint.
+    class_names: a file of names, one a line, that the text tower encodes: the classes to choose among in place of the
+        checkpoint's.
+    precision: of encoders and head, see `rada.precision`. Default: the checkpoint's.
+    device, backend: as for `load_checkpoint`.
+    cache: the folder of a cache of frozen encoders' image features, see `rada.cache`. Default: none.
+
+    Raises FileNotFoundError, or ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path | Checkpoint,
+        *,
+        class_names: str | Path | None = None,
+        precision: str | None = None,
+        device: str = "auto",
+        backend: str = "auto",
+        cache: str | Path | None = None,
+    ) -> None:
+        self.cache = None if cache is None else FeatureCache(cache)
+        stored = checkpoint
+        if not isinstance(stored, Checkpoint):
+            stored = load_checkpoint(stored, device=device, backend=backend)
+        self.stored = stored
+        self.trained = stored
+        if precision not in (None, stored.precision):
+            # Weights of another dtype have another fingerprint: `encoders` checks the stored ones.
+            self.trained = replace(stored, precision=check_precision(str(precision)), fingerprint=None)
+        if class_names is not None:
+            names = read_names(class_names)
+            classes = self.encoders.classes(prompt_names(names))
+            self.trained = replace(self.trained, class_names=names, classes=classes)
+        self.backend = str(self.trained.rada.backend_for(self.trained.classes.text))
+
+    @cached_property
+    def encoders(self) -> FeatureExtractor:
+        """The encoders that the head takes, opened when first asked for. Raises ValueError where there are none."""
+        if self.trained.precision != self.stored.precision:
+            self.stored.open_frozen()
+        encoders = self.trained.open_model()
+        if not self.trained.changes_encoders:
+            encoders.cache = self.cache
+        return encoders
+
+    @property
+    def device(self) -> torch.device:
+        return self.trained.device
+
+    def check(self, options: PredictOptions, width: int | None, where: object) -> None:
+        """Raise ValueError for features of another width, and for adapted features where nothing adapts any.
+
+        width: of the features; None: they are encoded from images. where: they are from, for the message.
+        """
+        embed_dim = self.trained.rada.embed_dim
+        if width not in (None, embed_dim):
+            raise ValueError(f"{where}: got features of width {width}; the checkpoint takes {embed_dim}")
+        trained = self.trained
+        adapts = isinstance(trained.head, AdaptedHead)
+        changes = trained.towers is not None or (trained.prompt is not None and trained.prompt[0]["image_tokens"])
+        if options.what == "features" and not adapts and not (width is None and changes):
+            raise ValueError(
+                "what: got 'features', and the checkpoint has no adapter: its head changes the logits of an image and "
+                "a class, not an image's features; it takes topk, probabilities or logits"
+            )
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all that decides what the checkpoint predicts: head, classes, encoders."""
+        stored = self.stored
+        digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        tensors = {f"head.{name}": tensor for name, tensor in stored.head.state_dict().items()}
+        tensors["text"] = stored.classes.text
+        for part, of in (("prompt", stored.prompt and stored.prompt[1]), ("towers", stored.towers)):
+            tensors |= {f"{part}.{name}": tensor for name, tensor in (of or {}).items()}
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype};".encode())
+            digest.update(raw(tensor))
+        options = None if stored.prompt is None else sorted(stored.prompt[0].items())
+        rest = stored.class_names, stored.classes[1:], stored.rada.options, stored.loss, stored.fingerprint, options
+        digest.update(repr(rest).encode())
+        return digest.hexdigest()
+
+    def __call__(self, features: Tensor, options: PredictOptions) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The results of features [n, D] by name, and which rows [n] are finite; the others' are NaN and NO_CLASS.
+
+        topk gives `classes` [n, k] int32, positions in class_names, best first, and `probabilities` [n, k] float32
+        (SigLIP's are sigmoids); the others `probabilities` [n, K], `logits` [n, K] or `features` [n, D], float32.
+        """
+        trained = self.trained
+        features = features.to(trained.device).to(trained.classes.text.dtype)
+        finite = (features * 0).sum(1) == 0  # of NaN and infinity the product is NaN
+        whole = bool(finite.all())
+        if not whole:
+            features = features.masked_fill(~finite[:, None], 0)
+        with torch.no_grad(), trained.autocast():
+            results = self._results(features, options)
+        if not whole:
+            for name, values in results.items():
+                values[~finite] = NO_CLASS if name == "classes" else float("nan")
+        return {name: values.cpu().numpy() for name, values in results.items()}, finite.cpu().numpy()
+
+    def _results(self, features: Tensor, options: PredictOptions) -> dict[str, Tensor]:
+        trained = self.trained
+        if options.what == "features":
+            adapts = isinstance(trained.head, AdaptedHead)
+            return {"features": (trained.head.image_adapter(features) if adapts else features).float()}
+        logits = trained.head(features, *trained.classes).float()
+        if options.what == "logits":
+            return {"logits": logits}
+        probabilities = LOSSES[trained.loss]().probabilities(logits)
+        if options.what == "probabilities":
+            return {"probabilities": probabilities}
+        best = probabilities.topk(min(options.top_k, probabilities.shape[1]))
+        return {"classes": best.indices.to(torch.int32), "probabilities": best.values}
