@@ -11,10 +11,23 @@ from typing import Annotated
 
 import typer
 
-from rada.data import SOURCES, Recommended
+from rada.cli_options import (
+    Backend,
+    BatchSize,
+    Checkpoint,
+    Data,
+    Device,
+    Model,
+    Pretrained,
+    SkipBad,
+    Template,
+    Traceback,
+)
+from rada.data import Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
 from rada.data.suite import read_suite
 from rada.data.views import VIEWS
+from rada.distributed import rank, world_size
 from rada.encoders import IMAGES_PER_BATCH
 from rada.losses import LOSSES
 from rada.methods import METHODS
@@ -22,8 +35,8 @@ from rada.precision import PRECISIONS
 from rada.problem import full_tuning_for
 from rada.protocols import PROTOCOLS
 from rada.templates import DEFAULT_TEMPLATES
-from rada.tuning import SCHEDULES, Adaptation, FullTuning, Tuning
-from rada_kernels import BACKENDS, PENALTIES, QUERIES, Options
+from rada.tuning import PARALLEL, SCHEDULES, Adaptation, FullTuning, Tuning
+from rada_kernels import PENALTIES, QUERIES, Options
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
 INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
@@ -48,13 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("RADA_TRACEBACK"):
             tracebacks.print_exc()
         else:
-            print(f"rada: error: {' '.join(str(error).split())} (--traceback shows where)", file=sys.stderr)
+            who = f"rank {rank()}: " if world_size() > 1 else ""
+            print(f"rada: error: {who}{' '.join(str(error).split())} (--traceback shows where)", file=sys.stderr)
         sys.exit(2)
-
-
-def _show_traceback(wanted: bool) -> None:
-    if wanted:
-        os.environ["RADA_TRACEBACK"] = "1"
 
 
 def _default(setting: str) -> str:
@@ -67,32 +76,6 @@ def _full_epochs() -> str:
 
 def _shots_text() -> str:
     return f"{EMOJI.shots} for emoji, else {Recommended.shots}"
-
-
-Data = Annotated[str, typer.Option(help=f"{', '.join(SOURCES)}.")]
-Model = Annotated[
-    str | None,
-    typer.Option(help="A name of open_clip's, local-dir:PATH, transformers:NAME, or demo (the default for emoji)."),
-]
-Pretrained = Annotated[str | None, typer.Option(help="A tag of open_clip's or the path of a checkpoint.")]
-Template = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A prompt template, may be repeated; imagenet-80, imagenet-7 and CoOp's data sets name theirs. "
-        f"[default: {DEFAULT_TEMPLATES[0]}]"
-    ),
-]
-Checkpoint = Annotated[
-    Path, typer.Option(help="The folder of a head (runs/emoji/seed-1), or of a run: its first seed.")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu, or auto.")]
-Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per step.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, and count them.")]
-Traceback = Annotated[
-    bool,
-    typer.Option("--traceback", callback=_show_traceback, is_eager=True, help="Show where an error comes from."),
-]
 
 
 @app.command()
@@ -175,13 +158,19 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the stopped run in the output folder, of the same options.")
     ] = False,
+    parallel: Annotated[
+        str, typer.Option(help=f"Of full, under torchrun: {' or '.join(PARALLEL)}. Heads always train by ddp.")
+    ] = PARALLEL[0],
     measure: Annotated[bool, typer.Option("--measure", help="Time a step of the head beside the reference's.")] = False,
     skip_bad: SkipBad = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files too.")] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too, where it is installed.")] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Train on a few shots; test by a protocol, zero-shot beside each method; write a report folder."""
+    """Train on a few shots; test by a protocol, zero-shot beside each method; write a report folder.
+
+    On several devices: torchrun --nproc-per-node N -m rada train ...
+    """
     from rada.experiment import run, run_suite
     from rada.loggers import tensorboard_writer, wandb_writer
     from rada.problem import Settings, tuning_for
@@ -222,6 +211,7 @@ def train(
         precision=precision,
         workers=workers,
         encode_batch=encode_batch,
+        parallel=parallel,
         measure=measure,
         seed=seed,
         skip_bad=skip_bad,
@@ -240,14 +230,16 @@ def train(
     writers = [writer() for writer, wanted in ((tensorboard_writer, tensorboard), (wandb_writer, wandb)) if wanted]
     if suite is not None:
         done = run_suite(settings, suite, output, overwrite=overwrite, resume=resume, writers=writers)
-        for name, results in done["runs"].items():
-            print_run(results)
-            _draw(output / name)
-        print_average(done)
+        if rank() == 0:
+            for name, results in done["runs"].items():
+                print_run(results)
+                _draw(output / name)
+            print_average(done)
         return
     results = run(settings, output, overwrite=overwrite, resume=resume, writers=writers)
-    print_run(results)
-    _draw(output)
+    if rank() == 0:
+        print_run(results)
+        _draw(output)
 
 
 @app.command()

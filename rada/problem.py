@@ -21,6 +21,7 @@ from rada.data.classes import limit_classes, name_classes, prompt_names, read_cl
 from rada.data.record import SplitRecord, content_of, contents, items_of
 from rada.data.splits import LEAST_CLASSES
 from rada.data.suite import read_suite
+from rada.distributed import in_shares
 from rada.encoders import IMAGES_PER_BATCH, FeatureExtractor, choose_device, split_features
 from rada.fused import RAdaHead
 from rada.losses import LOSSES, Loss
@@ -28,7 +29,7 @@ from rada.models import DEMO_MODEL, ModelSpec
 from rada.precision import autocast, check_precision
 from rada.protocols import PROTOCOLS, Protocol, make_protocol
 from rada.templates import DEFAULT_TEMPLATES, expand_templates
-from rada.tuning import FullTuning, Tuning
+from rada.tuning import PARALLEL, FullTuning, Tuning
 from rada_kernels import Options
 
 VAL_SHOTS = 4
@@ -58,6 +59,7 @@ class Settings:
     adapt_images: test images that each group gives to test-time; 0: all. Default: the data's, else all.
     device, backend: as for the head; "auto" chooses. precision: see `rada.precision`.
     workers: processes that decode images. Default: as many as are worth it. encode_batch: images per encoder call.
+    parallel: of full fine-tuning under torchrun, see `rada.tuning.FineTuner`: "ddp" (default) or "fsdp".
     measure: time a step of the reference beside the backend in use. Default False.
     seed: of the data's own randomness (a split that the data come without, the emoji set's views).
     skip_bad: leave unreadable images out, counted in the report.
@@ -87,6 +89,7 @@ class Settings:
     precision: str = "fp32"
     workers: int | None = None
     encode_batch: int = IMAGES_PER_BATCH
+    parallel: str = "ddp"
     measure: bool = False
     seed: int = 0
     skip_bad: bool = False
@@ -122,6 +125,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: got {value}; it takes an int of at least {least}")
+        if self.parallel not in PARALLEL:
+            raise ValueError(f"parallel: got {self.parallel!r}; it takes one of {PARALLEL}")
         check_precision(self.precision)
 
 
@@ -208,10 +213,13 @@ class Problem:
 
     def answer(self, group: str, seed: int, head: torch.nn.Module | None) -> Answer:
         """A head's logits of a group's features; head None: zero-shot."""
-        classes = self.classes_of(group, seed)
+        features, classes = self.groups[group].features, self.classes_of(group, seed)
+        return Answer(in_shares(len(features), lambda index: self.logits(features[index], classes, head)))
+
+    def logits(self, features: Tensor, classes: Classes, head: torch.nn.Module | None) -> Tensor:
+        """Logits [N, K] float32, on the CPU, of features [N, D], in the run's precision."""
         with self.autocast():
-            logits = [batch.float().cpu() for batch in logit_batches(self.groups[group].features, classes, head)]
-        return Answer(torch.cat(logits))
+            return torch.cat([batch.float().cpu() for batch in logit_batches(features, classes, head)])
 
     def autocast(self) -> AbstractContextManager:
         return autocast(self.settings.precision, self.device)
@@ -360,7 +368,7 @@ Picks = dict[tuple[int, int], dict[str, Tensor]]
 def _encode_samples(encoders: FeatureExtractor | None, train: Split, picks: Picks) -> dict[tuple[int, int], Sample]:
     """The features of each seed's items, each encoded once."""
     needed = torch.cat([index for pick in picks.values() for index in pick.values()]).unique()
-    features = split_features(encoders, train, needed, "encode training images")
+    features = _features(encoders, train, needed, "encode training images")
 
     def labelled(index: Tensor) -> Labelled:
         return Labelled(features[torch.searchsorted(needed, index)], train.labels[index])
@@ -388,8 +396,15 @@ def _encode_groups(
             raise ValueError(
                 f"targets: {name} has classes that {protocol.source.name} lacks; they take a model's text tower"
             )
-        features = split_features(encoders, split, torch.arange(len(split)), f"encode {name} test images")
+        features = _features(encoders, split, torch.arange(len(split)), f"encode {name} test images")
         yield name, TestGroup(group.class_names, among, split, features)
+
+
+def _features(encoders: FeatureExtractor | None, split: Split, indices: Tensor, description: str) -> Tensor:
+    """`split_features`, of which each rank encodes its share."""
+    if split.features is not None:
+        return split_features(encoders, split, indices, description)
+    return in_shares(len(indices), lambda own: split_features(encoders, split, indices[own], description))
 
 
 def _records(

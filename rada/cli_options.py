@@ -1,0 +1,44 @@
+"""Options that several commands of the command line share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rada.data import SOURCES
+from rada.templates import DEFAULT_TEMPLATES
+from rada_kernels import BACKENDS
+
+
+def _show_traceback(wanted: bool) -> None:
+    if wanted:
+        os.environ["RADA_TRACEBACK"] = "1"
+
+
+Data = Annotated[str, typer.Option(help=f"{', '.join(SOURCES)}.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A name of open_clip's, local-dir:PATH, transformers:NAME, or demo (the default for emoji)."),
+]
+Pretrained = Annotated[str | None, typer.Option(help="A tag of open_clip's or the path of a checkpoint.")]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A prompt template, may be repeated; imagenet-80, imagenet-7 and CoOp's data sets name theirs. "
+        f"[default: {DEFAULT_TEMPLATES[0]}]"
+    ),
+]
+Checkpoint = Annotated[
+    Path, typer.Option(help="The folder of a head (runs/emoji/seed-1), or of a run: its first seed.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu, or auto.")]
+Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per step.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, and count them.")]
+Traceback = Annotated[
+    bool,
+    typer.Option("--traceback", callback=_show_traceback, is_eager=True, help="Show where an error comes from."),
+]
