@@ -1,4 +1,4 @@
-"""The command line: python -m rada train | evaluate | adapt | predict | report | info."""
+"""The command line: python -m rada train | evaluate | adapt | predict | export | report | info."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from rada.cli_options import (
     SkipBad,
     Template,
     Traceback,
+    chosen_methods,
+    given,
+    integers,
 )
 from rada.data import Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
@@ -181,26 +184,26 @@ def train(
         data = read_suite(suite)[0].source  # whose recommended settings are everyone's
     if resume and output is None:
         raise ValueError("output: got none with --resume; it takes the folder of the run")
-    counts = () if shots is None else _integers("shots", shots)
+    counts = () if shots is None else integers("shots", shots)
     settings = Settings(
         data=data,
         model=model,
         pretrained=pretrained,
         templates=tuple(template) if template else DEFAULT_TEMPLATES,
         class_names=None if class_names is None else str(class_names),
-        seeds=_integers("seeds", seeds),
+        seeds=integers("seeds", seeds),
         targets=None if targets is None else str(targets),
         tuning=tuning_for(
             data,
             batch_size=batch_size,
             schedule=schedule,
             weight_decay=weight_decay,
-            **_given(epochs=epochs, lr=lr, alpha=alpha),
+            **given(epochs=epochs, lr=lr, alpha=alpha),
         ),
         full=full_tuning_for(
             data,
             batch_size=batch_size,
-            **_given(epochs=epochs, lr=towers_lr, head_lr=lr, alpha=alpha, loss=loss),
+            **given(epochs=epochs, lr=towers_lr, head_lr=lr, alpha=alpha, loss=loss),
         ),
         head=Options(heads, temperature, tuple(queries.split(","))),
         penalty=penalty,
@@ -216,10 +219,10 @@ def train(
         seed=seed,
         skip_bad=skip_bad,
         curve=tuple(sorted(set(counts)))[:-1],
-        **_given(
+        **given(
             max_classes=max_classes,
             protocol=protocol,
-            methods=_methods(method, setting),
+            methods=chosen_methods(method, setting),
             shots=max(counts, default=None),
             adapt_images=adapt_images,
         ),
@@ -391,6 +394,27 @@ def predict(
 
 
 @app.command()
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option(help="PATH.pt2.")],
+    backend: Annotated[
+        str, typer.Option(help="reference (torch's own operators) or cpu (ours, from a library written beside PATH).")
+    ] = "reference",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="A compiled package, which C++ loads too; takes a C++ compiler.")
+    ] = False,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Write a head over its classes as a program that torch runs without this library, see docs/serving.md."""
+    from rada.export import export_head
+
+    done = export_head(checkpoint, output, backend=backend, compiled=compiled, device=device, overwrite=overwrite)
+    print(f"image features [B, {done['embed_dim']}] to logits of {len(done['class_names'])} classes: {output}")
+
+
+@app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     traceback: Traceback = False,
@@ -408,30 +432,3 @@ def _draw(folder: Path) -> None:
         print(f"report: {write_report(folder)}")
     except ModuleNotFoundError as error:  # the results are there; only the pictures are not
         print(f'rada: no figures without {error.name}: pip install "rada[plot]"', file=sys.stderr)
-
-
-def _given(**values) -> dict:
-    """The options given on the command line."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _methods(given: list[str] | None, setting: str | None) -> tuple[str, ...] | None:
-    """The methods of --method and --setting; None: neither was given."""
-    settings = {"frozen": ("rada",), "full": ("full",)}
-    if setting is not None:
-        if given:
-            raise ValueError(f"setting: got {setting!r} with --method; it takes one of the two")
-        if setting not in settings:
-            raise ValueError(f"setting: got {setting!r}; it takes one of {', '.join(settings)}")
-        return settings[setting]
-    if not given:
-        return None
-    names = tuple(name for part in given for name in part.split(","))
-    return tuple(METHODS) if names == ("all",) else names
-
-
-def _integers(name: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"{name}: got {text!r}; it takes integers separated by commas, such as 1,2,3") from error
