@@ -30,6 +30,7 @@ NEVER = {
         for position, step in enumerate(STEPS)
     },
     "rada": ["bench", "tests"],
+    "rada.distributed": ["rada", "rada_kernels"],
     "rada.data": inside("rada", "encoders fused clip tuning experiment evaluate predict report cli demo"),
     "rada.encoders": inside("rada", "fused clip tuning experiment evaluate predict report cli"),
     "rada.fused": inside("rada", "data encoders clip tuning experiment evaluate predict report cli demo"),
