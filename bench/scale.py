@@ -3,8 +3,8 @@
     python bench/scale.py
     python bench/scale.py --images 1e9 --classes 1000 --hours 24 --gpu-share 0.27
 
-The rate of a core is measured here, one thread on a small call of the same classes; that of a GPU is the floor's FLOP at
-a share (a score, see bench/README.md) of its library's rate: a prediction. docs/scale.md reads the tables.
+The rate of a core is measured here, one thread on a small call of the same classes; that of a GPU is the floor's FLOP
+at a share (a score, see bench/README.md) of its library's rate: a prediction. docs/scale.md reads the tables.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ def plan(images: int, classes: int, width: int, options: argparse.Namespace) -> 
         )
     head = ["by", "images/s", f"machines for {options.hours:g} h", "hours of one", "price", "MB/s read", "MB/s written"]
     return (
-        f"{images:.0e} features x {classes} classes, width {width}: {2 * width * images / 1e12:.3g} TB of float16 read, "
-        f"{ROW_BYTES * images / 1e9:.3g} GB written, {flop:.2g} FLOP\n\n{table(head, rows)}\n"
+        f"{images:.0e} features x {classes} classes, width {width}: {2 * width * images / 1e12:.3g} TB of float16 "
+        f"read, {ROW_BYTES * images / 1e9:.3g} GB written, {flop:.2g} FLOP\n\n{table(head, rows)}\n"
     )
 
 

@@ -18,7 +18,7 @@ from rada.data.classes import limit_classes
 from rada.encoders import split_features
 from rada.models import ModelSpec
 from rada.tuning import FineTuner, FullTuning, wise_ft
-from rada.tuning.full import interpolate, snapshot
+from rada.tuning.interpolation import interpolate, snapshot
 
 
 def main() -> None:

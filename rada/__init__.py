@@ -11,7 +11,7 @@
         None for features.
     loss: a callable of logits, labels and penalties, see `rada.losses.Loss`. callbacks: each takes the numbers of every
         epoch of every method and seed. output: the run's folder. Every other argument is a field of
-        `rada.problem.Settings`.
+        `rada.settings.Settings`.
 
 A loop of one's own trains a `RAdaCLIP`, or a `RAdaHead` by `rada.tuning.tune_head`; `rada.save` writes a checkpoint
 that `python -m rada evaluate` and `predict` take, and `rada.load` reads it: `rada.load(folder).open_model()` gives the

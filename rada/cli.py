@@ -1,4 +1,4 @@
-"""The command line: python -m rada encode | train | evaluate | adapt | predict | report | info."""
+"""The command line: python -m rada encode | train | evaluate | adapt | predict | export | report | info."""
 
 from __future__ import annotations
 
@@ -28,19 +28,23 @@ from rada.cli_options import (
     Template,
     Traceback,
     Workers,
+    chosen_methods,
+    given,
+    integers,
 )
 from rada.cli_predict import predict
 from rada.data import Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
 from rada.data.suite import read_suite
 from rada.data.views import VIEWS
+from rada.distributed import rank, world_size
 from rada.encoders import IMAGES_PER_BATCH
 from rada.losses import LOSSES
 from rada.methods import METHODS
-from rada.problem import full_tuning_for
 from rada.protocols import PROTOCOLS
+from rada.settings import Settings, full_tuning_for, tuning_for
 from rada.templates import DEFAULT_TEMPLATES
-from rada.tuning import SCHEDULES, Adaptation, FullTuning, Tuning
+from rada.tuning import PARALLEL, SCHEDULES, Adaptation, FullTuning, Tuning
 from rada_kernels import PENALTIES, QUERIES, Options
 
 USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
@@ -66,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("RADA_TRACEBACK"):
             tracebacks.print_exc()
         else:
-            print(f"rada: error: {' '.join(str(error).split())} (--traceback shows where)", file=sys.stderr)
+            who = f"rank {rank()}: " if world_size() > 1 else ""
+            print(f"rada: error: {who}{' '.join(str(error).split())} (--traceback shows where)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -162,16 +167,21 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the stopped run in the output folder, of the same options.")
     ] = False,
+    parallel: Annotated[
+        str, typer.Option(help=f"Of full, under torchrun: {' or '.join(PARALLEL)}. Heads always train by ddp.")
+    ] = PARALLEL[0],
     measure: Annotated[bool, typer.Option("--measure", help="Time a step of the head beside the reference's.")] = False,
     skip_bad: SkipBad = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files too.")] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log to Weights & Biases too, where it is installed.")] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Train on a few shots; test by a protocol, zero-shot beside each method; write a report folder."""
+    """Train on a few shots; test by a protocol, zero-shot beside each method; write a report folder.
+
+    On several devices: torchrun --nproc-per-node N -m rada train ...
+    """
     from rada.experiment import run, run_suite
     from rada.loggers import tensorboard_writer, wandb_writer
-    from rada.problem import Settings, tuning_for
     from rada.report.tables import print_average, print_run
     from rada.runs import free_output
 
@@ -179,26 +189,26 @@ def train(
         data = read_suite(suite)[0].source  # whose recommended settings are everyone's
     if resume and output is None:
         raise ValueError("output: got none with --resume; it takes the folder of the run")
-    counts = () if shots is None else _integers("shots", shots)
+    counts = () if shots is None else integers("shots", shots)
     settings = Settings(
         data=data,
         model=model,
         pretrained=pretrained,
         templates=tuple(template) if template else DEFAULT_TEMPLATES,
         class_names=None if class_names is None else str(class_names),
-        seeds=_integers("seeds", seeds),
+        seeds=integers("seeds", seeds),
         targets=None if targets is None else str(targets),
         tuning=tuning_for(
             data,
             batch_size=batch_size,
             schedule=schedule,
             weight_decay=weight_decay,
-            **_given(epochs=epochs, lr=lr, alpha=alpha),
+            **given(epochs=epochs, lr=lr, alpha=alpha),
         ),
         full=full_tuning_for(
             data,
             batch_size=batch_size,
-            **_given(epochs=epochs, lr=towers_lr, head_lr=lr, alpha=alpha, loss=loss),
+            **given(epochs=epochs, lr=towers_lr, head_lr=lr, alpha=alpha, loss=loss),
         ),
         head=Options(heads, temperature, tuple(queries.split(","))),
         penalty=penalty,
@@ -210,14 +220,15 @@ def train(
         workers=workers,
         encode_batch=encode_batch,
         cache=None if cache is None else str(cache),
+        parallel=parallel,
         measure=measure,
         seed=seed,
         skip_bad=skip_bad,
         curve=tuple(sorted(set(counts)))[:-1],
-        **_given(
+        **given(
             max_classes=max_classes,
             protocol=protocol,
-            methods=_methods(method, setting),
+            methods=chosen_methods(method, setting),
             shots=max(counts, default=None),
             adapt_images=adapt_images,
         ),
@@ -228,14 +239,16 @@ def train(
     writers = [writer() for writer, wanted in ((tensorboard_writer, tensorboard), (wandb_writer, wandb)) if wanted]
     if suite is not None:
         done = run_suite(settings, suite, output, overwrite=overwrite, resume=resume, writers=writers)
-        for name, results in done["runs"].items():
-            print_run(results)
-            _draw(output / name)
-        print_average(done)
+        if rank() == 0:
+            for name, results in done["runs"].items():
+                print_run(results)
+                _draw(output / name)
+            print_average(done)
         return
     results = run(settings, output, overwrite=overwrite, resume=resume, writers=writers)
-    print_run(results)
-    _draw(output)
+    if rank() == 0:
+        print_run(results)
+        _draw(output)
 
 
 @app.command()
@@ -347,6 +360,28 @@ def adapt(
 
 
 @app.command()
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option(help="PATH.pt2.")],
+    backend: Annotated[
+        str, typer.Option(help="reference (torch's own operators) or cpu (ours, from a library written beside PATH).")
+    ] = "reference",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="A compiled package, which C++ loads too; takes a C++ compiler.")
+    ] = False,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Write a head over its classes as a program that torch runs without this library, see docs/serving.md."""
+    from rada.export import export_head
+
+    done = export_head(checkpoint, output, backend=backend, compiled=compiled, device=device, overwrite=overwrite)
+    print(f"image features [B, {done['embed_dim']}] to logits of {len(done['class_names'])} classes: {output}")
+
+
+@app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     traceback: Traceback = False,
@@ -364,30 +399,3 @@ def _draw(folder: Path) -> None:
         print(f"report: {write_report(folder)}")
     except ModuleNotFoundError as error:  # the results are there; only the pictures are not
         print(f'rada: no figures without {error.name}: pip install "rada[plot]"', file=sys.stderr)
-
-
-def _given(**values) -> dict:
-    """The options given on the command line."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _methods(given: list[str] | None, setting: str | None) -> tuple[str, ...] | None:
-    """The methods of --method and --setting; None: neither was given."""
-    settings = {"frozen": ("rada",), "full": ("full",)}
-    if setting is not None:
-        if given:
-            raise ValueError(f"setting: got {setting!r} with --method; it takes one of the two")
-        if setting not in settings:
-            raise ValueError(f"setting: got {setting!r}; it takes one of {', '.join(settings)}")
-        return settings[setting]
-    if not given:
-        return None
-    names = tuple(name for part in given for name in part.split(","))
-    return tuple(METHODS) if names == ("all",) else names
-
-
-def _integers(name: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"{name}: got {text!r}; it takes integers separated by commas, such as 1,2,3") from error

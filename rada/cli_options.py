@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that several commands of the command line share, and the reading of what is given."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from rada.data import SOURCES
+from rada.methods import METHODS
 from rada.precision import PRECISIONS
 from rada.templates import DEFAULT_TEMPLATES
 from rada_kernels import BACKENDS
@@ -60,3 +61,30 @@ Traceback = Annotated[
     bool,
     typer.Option("--traceback", callback=_show_traceback, is_eager=True, help="Show where an error comes from."),
 ]
+
+
+def given(**values) -> dict:
+    """The options given on the command line."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def chosen_methods(given: list[str] | None, setting: str | None) -> tuple[str, ...] | None:
+    """The methods of --method and --setting; None: neither was given."""
+    settings = {"frozen": ("rada",), "full": ("full",)}
+    if setting is not None:
+        if given:
+            raise ValueError(f"setting: got {setting!r} with --method; it takes one of the two")
+        if setting not in settings:
+            raise ValueError(f"setting: got {setting!r}; it takes one of {', '.join(settings)}")
+        return settings[setting]
+    if not given:
+        return None
+    names = tuple(name for part in given for name in part.split(","))
+    return tuple(METHODS) if names == ("all",) else names
+
+
+def integers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name}: got {text!r}; it takes integers separated by commas, such as 1,2,3") from error

@@ -20,6 +20,7 @@ from rada.cache import FeatureCache, Shelf
 from rada.classification import Classes
 from rada.data.decoded import Batch, Decoded
 from rada.data.source import Images, Split
+from rada.distributed import own_device
 from rada.templates import DEFAULT_TEMPLATES, check_templates, fill
 
 # Prompts per call of the text tower: large enough to keep a device busy, small enough for any memory.
@@ -247,20 +248,21 @@ def vocabulary_size(model: Any) -> int | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device of that name; "auto" takes an accelerator that is there, else the CPU.
+    """The torch device of that name; "auto" takes an accelerator that is there, else the CPU. Of torchrun's processes
+    each has its own.
 
     Raises ValueError for a name that torch does not know and for a device that is not there.
     """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
+        return own_device(accelerator or torch.device("cpu"))
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: got {name!r}, which is not usable here ({reason}); 'auto' and 'cpu' are") from error
-    return device
+    return own_device(device)
 
 
 class Encoded(NamedTuple):

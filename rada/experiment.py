@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 from rada.checkpoint import checkpoint_folder
 from rada.data.source import Source
 from rada.data.suite import average, read_suite
+from rada.distributed import from_first, processes, rank, ranks
 from rada.encoders import FeatureExtractor
 from rada.examples import write_examples
 from rada.files import write_json
@@ -26,7 +27,7 @@ from rada.info import environment
 from rada.losses import Loss
 from rada.methods import METHODS, Fitted, Trial, check_methods, left_out
 from rada.metrics import expected_calibration_error, top_k_accuracy
-from rada.problem import Answer, Problem, Settings, prepare
+from rada.problem import Answer, Problem, prepare
 from rada.profiling import StepShape, measure_step
 from rada.protocols import shot_curve
 from rada.results import Predictions, count_hits, delta, gain, summarise
@@ -41,6 +42,7 @@ from rada.runs import (
     free_output,
     write_epochs,
 )
+from rada.settings import Settings
 
 EPOCH_COLUMNS = ("epoch", "lr", "loss", "penalty", "train_accuracy", "val_accuracy", "seconds")
 # (folder of the event files) -> a context of what takes numbers by add_scalar(name, value, step)
@@ -72,10 +74,12 @@ def run(
     Raises FileExistsError for a folder that holds a run (without overwrite) or other files; ValueError, TypeError,
     FileNotFoundError or ImportError for wrong settings, data or model, before anything is written.
     After KeyboardInterrupt what was finished is in the folder, with the status "interrupted".
+
+    Under torchrun the ranks encode images, train and test together; rank 0 alone writes, and calls callbacks. Baselines
+    and test-time training are repeated on each.
     """
     check_methods(settings.methods)
-    check_output(output, overwrite, resume, asdict(settings))
-    with nullcontext(output) if resume else folder_for(output) as folder:
+    with processes(), _folder(settings, output, overwrite, resume) as folder:
         start = time.perf_counter()
         started = _Run(prepare(settings, source=source, encoders=encoders, loss=loss), folder, writers, callbacks)
         results = started.results
@@ -86,7 +90,8 @@ def run(
             started.explain()
             results["seconds"]["total"] = time.perf_counter() - start
             results["status"] = "complete"
-            shutil.rmtree(folder / RESUME, ignore_errors=True)
+            if started.first:
+                shutil.rmtree(folder / RESUME, ignore_errors=True)
         except KeyboardInterrupt:
             results["status"] = "interrupted"
             raise
@@ -95,6 +100,17 @@ def run(
                 results["status"] = "failed"
             started.write()
         return results
+
+
+@contextmanager
+def _folder(settings: Settings, output: Path, overwrite: bool, resume: bool) -> Iterator[Path]:
+    """The folder of a run, by rank 0."""
+    with ExitStack() as stack:
+        folder = output
+        if ranks()[0] == 0:
+            check_output(output, overwrite, resume, asdict(settings))
+            folder = output if resume else stack.enter_context(folder_for(output))
+        yield from_first(folder)
 
 
 def train(
@@ -145,7 +161,8 @@ def run_suite(settings: Settings, suite: Path, output: Path, **options: Any) -> 
         if all(of.values()):
             rows[label] = of
     averages = {label: average(of) for label, of in rows.items()}
-    write_json(output / "suite.json", {"data_sets": list(runs), "average": averages})
+    if rank() == 0:
+        write_json(output / "suite.json", {"data_sets": list(runs), "average": averages})
     return {"runs": runs, "average": averages}
 
 
@@ -164,7 +181,8 @@ class _Run:
     def __init__(
         self, problem: Problem, folder: Path, writers: Sequence[WriterOf], callbacks: Sequence[Callable[[dict], None]]
     ):
-        self.problem, self.folder, self.writers, self.callbacks = problem, folder, writers, callbacks
+        self.problem, self.folder, self.first = problem, folder, ranks()[0] == 0
+        self.writers, self.callbacks = (writers, callbacks) if self.first else ((), ())
         self.heads: dict[str, list[nn.Module]] = {}
         self.epochs: list[dict] = []
         settings, protocol = problem.settings, problem.protocol
@@ -208,7 +226,8 @@ class _Run:
         self.write()
 
     def write(self) -> None:
-        write_json(self.folder / RESULTS, self.results)
+        if self.first:
+            write_json(self.folder / RESULTS, self.results)
 
     def fit(self, method: str, seed: int) -> None:
         """Fit and test a method on a seed's shots, and store its checkpoint and all figures so far."""
@@ -225,7 +244,7 @@ class _Run:
         accuracies, ece = self._scores(answers)
         row: dict[str, Any] = {"seed": seed, **accuracies, "ece": ece, "fit_seconds": fit_seconds}
         row["seconds"] = time.perf_counter() - began
-        if fitted.checkpoint is not None:
+        if fitted.checkpoint is not None and self.first:
             place = checkpoint_folder(self.folder, seed, method)
             fitted.checkpoint().save(place)
             row["checkpoint"] = place.relative_to(self.folder).as_posix()
@@ -285,7 +304,8 @@ class _Run:
     def _store_epoch(self, method: str, seed: int, writers: Sequence[Any], numbers: dict) -> None:
         row = {"method": method, "seed": seed, **{name: numbers.get(name) for name in EPOCH_COLUMNS}}
         self.epochs.append(row)
-        write_epochs(self.folder, self.epochs)
+        if self.first:
+            write_epochs(self.folder, self.epochs)
         for writer in writers:
             for name in ("loss", "penalty", "train_accuracy", "val_accuracy"):
                 if row[name] is not None:
@@ -299,7 +319,7 @@ class _Run:
         if settings.curve:
             self._add_shot_curve()
         main = next(iter(self.heads), None)
-        if main is not None:
+        if main is not None and self.first:
             names = {name: group.class_names for name, group in problem.groups.items()}
             self.results["gain"] = {"method": METHODS[main].label, **gain(names, self.predictions[main])}
             group, seed = next(iter(problem.groups)), settings.seeds[0]
@@ -308,7 +328,7 @@ class _Run:
             )
         trained = problem.trained_classes(settings.seeds[0])
         shape = StepShape(settings.tuning.batch_size, *trained.text.shape)
-        backends = dict.fromkeys(("reference", str(self.choice)) if settings.measure else ())
+        backends = dict.fromkeys(("reference", str(self.choice)) if settings.measure and self.first else ())
         if backends:
             self.results["step"] = {
                 **asdict(shape),

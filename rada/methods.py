@@ -21,17 +21,18 @@ from rada.adapt import view_features
 from rada.adapter import AdaptedHead
 from rada.baselines import BASELINES, class_rows
 from rada.checkpoint import Checkpoint
-from rada.classification import Labelled, logit_batches
+from rada.classification import Labelled
 from rada.clip import RAdaCLIP
 from rada.data import subset
 from rada.data.classes import prompt_names
+from rada.distributed import in_shares
 from rada.encoders import FeatureExtractor, split_features
 from rada.losses import PromptSRC
 from rada.problem import Answer, Problem, Sample
 from rada.prompt import PromptedEncoder, PromptedExtractor, PromptedHead, PromptLearner, gaussian_average
 from rada.templates import expand_templates
 from rada.tuning import Adaptation, FineTuner, TestTimeAdapter, tune_head, wise_ft
-from rada.tuning.full import snapshot
+from rada.tuning.interpolation import snapshot
 
 # PromptSRC averages weights around epoch 15 of 20.
 AVERAGED_AT, AVERAGED_OVER = 15 / 20, 1 / 20
@@ -158,6 +159,7 @@ def fit_full(trial: Trial) -> Fitted:
         seed=trial.seed,
         folder=trial.folder,
         workers=problem.settings.workers or 0,
+        parallel=problem.settings.parallel,
         on_epoch=trial.report,
     )
     tuner.resume()
@@ -251,13 +253,14 @@ def _over_features(trial: Trial, head: nn.Module) -> Fitted:
 def _answer(problem: Problem, encoders: FeatureExtractor, head: nn.Module | None, images: bool, group: str) -> Answer:
     """The answer of a head over other encoders than the run's. images: whether they make other image features."""
     of = problem.groups[group]
-    features = of.features
-    if images:
-        everything = torch.arange(len(of.labels))
-        features = split_features(encoders, of.split, everything, f"encode {group} test images")
     classes = encoders.classes(prompt_names(of.class_names))
-    with problem.autocast():
-        return Answer(torch.cat([batch.float().cpu() for batch in logit_batches(features, classes, head)]))
+
+    def features(index: Tensor) -> Tensor:
+        return (
+            split_features(encoders, of.split, index, f"encode {group} test images") if images else of.features[index]
+        )
+
+    return Answer(in_shares(len(of.labels), lambda index: problem.logits(features(index), classes, head)))
 
 
 def _as_images(encoders: FeatureExtractor, sample: Sample) -> Sample:

@@ -30,6 +30,7 @@ NEVER = {
         for position, step in enumerate(STEPS)
     },
     "rada": ["bench", "tests"],
+    "rada.distributed": ["rada", "rada_kernels"],
     "rada.data": inside("rada", "encoders fused clip tuning experiment evaluate inference report cli demo"),
     "rada.encoders": inside("rada", "fused clip tuning experiment evaluate inference report cli"),
     "rada.cache": inside(
@@ -39,6 +40,7 @@ NEVER = {
     "rada.fused": inside("rada", "data encoders clip tuning experiment evaluate inference report cli demo"),
     "rada.clip": inside("rada", "tuning experiment evaluate inference report cli"),
     "rada.tuning": inside("rada", "experiment evaluate inference report cli"),
+    "rada.settings": inside("rada", "problem methods experiment evaluate adapt inference report cli"),
     "rada.problem": inside("rada", "methods experiment evaluate adapt inference report cli"),
     "rada.methods": inside("rada", "experiment inference report cli"),
     "rada.experiment": inside("rada", "predict cli"),

@@ -48,7 +48,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Recommended:
-    """Recommended settings for a data set, by the names of `rada.problem.Settings`.
+    """Recommended settings for a data set, by the names of `rada.settings.Settings`.
 
     tuning, full: entries of `Tuning` and of `FullTuning`.
     """

@@ -1,14 +1,13 @@
 """Full fine-tuning: both towers and the head, on images, resumable at any step.
 
-The head gives gradients to the features, and so to the towers. Afterwards `wise_ft` mixes the weights with those of the
-start (WiSE-FT, arXiv 2109.01903).
+The head gives gradients to the features, and so to the towers.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,15 +21,17 @@ from torch.utils.data import DataLoader, Dataset
 from rada.clip import RAdaCLIP
 from rada.data.images import to_rgb
 from rada.data.source import Images
+from rada.distributed import gather, gather_mean, own_rows, ranks, replicated
 from rada.extras import require
 from rada.files import replacing
 from rada.losses import LOSSES
+from rada.tuning.parallel import load_state, load_weights, sharded, whole_state, whole_weights
 
+PARALLEL = ("ddp", "fsdp")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATE = "resume.pt"
 FORMAT = "rada-full"
 MAX_LOGIT_SCALE = 100.0  # CLIP's limit of the exponentiated scale
-ALPHAS = tuple(i / 10 for i in range(11))
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,13 @@ class FineTuner:
     folder: keeps the state to resume from, `resume.pt`; None: nothing is kept.
     save_every: steps between two saved states; 0: at the end of each epoch alone.
     workers: processes that decode images. Default 0: none.
+    parallel: with several ranks (`rada.distributed.processes`), "ddp" (default): each has the whole model; or "fsdp":
+        shards of it. A batch is split over the ranks, and the weights are those of one process up to rounding.
     on_epoch: called with each epoch's numbers: epoch, lr, loss, penalty, train_accuracy (while training, in percent).
 
     On one machine and number of threads a killed and resumed run gives the weights of an uninterrupted one, on the CPU
-    bit for bit.
+    bit for bit. It may go on with another number of ranks; each reads the folder, rank 0 alone writes to it. With
+    shards `model` has the start's weights, on the CPU, until the end.
     """
 
     def __init__(
@@ -173,6 +177,7 @@ class FineTuner:
         folder: Path | None = None,
         save_every: int = 0,
         workers: int = 0,
+        parallel: str = "ddp",
         on_epoch: Callable[[dict], None] | None = None,
     ) -> None:
         if len(images) != len(labels) or not len(labels):
@@ -192,9 +197,21 @@ class FineTuner:
         self.rows: list[dict] = []
         if tuning.checkpoint_activations:
             model.model.set_grad_checkpointing(True)
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, tuning))
+        self.trained, self.module = self._parallel(parallel)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.trained, tuning))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: tuning.rate(step, self.steps))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=tuning.precision == "fp16")
+
+    def _parallel(self, parallel: str) -> tuple[RAdaCLIP, nn.Module]:
+        """The model whose weights this rank trains, and what is called for its logits."""
+        if parallel not in PARALLEL:
+            raise ValueError(f"parallel: got {parallel!r}; it takes one of {PARALLEL}")
+        if parallel == "ddp" or ranks()[1] == 1:
+            return self.model, replicated(self.model)
+        if self.tuning.precision == "fp16":
+            raise ValueError("precision: got 'fp16' with parallel 'fsdp'; it takes 'fp32' or 'bf16', or parallel 'ddp'")
+        shards = sharded(self.model.cpu(), self.device)
+        return shards, shards
 
     def run(self) -> list[dict]:
         """Train to the end, from where the state is; returns the numbers of every epoch.
@@ -204,29 +221,44 @@ class FineTuner:
         """
         from tqdm import tqdm
 
-        self.model.train()
+        self.trained.train()
         with tqdm(total=self.steps, initial=self.step, desc="fine-tune", unit="step", leave=False) as bar:
             while self.step < self.steps:
-                for images, index in self._loader():
+                for images, index in self._batches():
                     self._take_step(images.to(self.device), self.labels[index].to(self.device))
                     bar.update(1)
                     if self.step % self.steps_per_epoch == 0:
                         self._finish_epoch()
                     if self.folder and self._due():
                         self.save()
+        if self.trained is not self.model:
+            load_weights(self.model, whole_weights(self.trained))
+            self.model.to(self.device)
         self.model.eval()
         return self.rows
 
     def _due(self) -> bool:
         return self.step % self.steps_per_epoch == 0 or bool(self.save_every and self.step % self.save_every == 0)
 
-    def _loader(self) -> DataLoader:
-        """The rest of the epoch that the run is in."""
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest of the epoch that the run is in: this rank's images of each batch, and the batch's indices."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
         order = torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(len(self.labels)))
-        batches = [[(epoch, i) for i in batch.tolist()] for batch in order.split(self.tuning.batch_size)[done:]]
+        batches = order.split(self.tuning.batch_size)[done:]
+        own = [torch.cat([own_rows(part) for part in self._parts(batch)]) for batch in batches]
         # A generator of its own: the default one would lose a draw with every loader, and a resumed run makes one more.
-        return DataLoader(self.data, batch_sampler=batches, num_workers=self.workers, generator=torch.Generator())
+        loader = DataLoader(
+            self.data,
+            batch_sampler=[[(epoch, i) for i in indices.tolist()] for indices in own],
+            num_workers=self.workers,
+            generator=torch.Generator(),
+        )
+        for (images, _), batch in zip(loader, batches, strict=True):
+            yield images, batch
+
+    def _parts(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """What goes through the model at once."""
+        return batch.split(math.ceil(len(batch) / self.tuning.accumulate))
 
     def _take_step(self, images: Tensor, labels: Tensor) -> None:
         self._backward(images, labels)
@@ -239,39 +271,38 @@ class FineTuner:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.scheduler.step()
-        scale = self.model.model.logit_scale
+        scale = self.trained.model.logit_scale
         if scale.requires_grad:
             with torch.no_grad():
                 scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         self.step += 1
 
     def _backward(self, images: Tensor, labels: Tensor) -> None:
-        """The gradients of a batch, its parts one after the other."""
-        share = math.ceil(len(labels) / self.tuning.accumulate)
+        """The gradients of a batch, from this rank's images and all labels, its parts one after the other."""
+        parts, size = self._parts(labels), ranks()[1]
         dtype = PRECISIONS[self.tuning.precision]
-        for part, own in zip(images.split(share), labels.split(share), strict=True):
+        for part, own in zip(parts, images.split([len(own_rows(part)) for part in parts]), strict=True):
             with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
-                loss, penalty, hits = self._loss(part, own)
+                loss, penalty, hits = self._loss(own, part)
             if not torch.isfinite(loss):
                 raise ValueError(
                     f"lr: got {self.tuning.lr}; the loss is not finite at step {self.step + 1} of {self.steps}; it "
                     "takes a smaller one, or images and weights without NaN and infinities"
                 )
-            self.scaler.scale(loss * (len(own) / len(labels))).backward()
-            self.sums["loss"] += loss.item() * len(own)
-            self.sums["penalty"] += penalty.item() * len(own)
+            self.scaler.scale(loss * (size * len(part) / len(labels))).backward()
+            self.sums["loss"] += loss.item() * len(part)
+            self.sums["penalty"] += penalty.item() * len(part)
             self.sums["hits"] += hits.item()
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, its penalty, and how many images are recognised."""
-        if self.tuning.loss == "contrastive":
-            logits, penalty = self.model(images, return_penalty=True, class_ids=labels)  # [B, B]
-            targets = torch.arange(len(labels), device=logits.device)
-            hits = labels[logits.argmax(-1)] == labels
-        else:
-            logits, penalty = self.model(images, return_penalty=True)
-            targets, hits = labels, logits.argmax(-1) == labels
-        return self.loss(logits, targets, penalty), penalty, hits.sum()
+        """The loss of images of which these are some, all labels, its penalty, and how many images are recognised."""
+        contrastive = self.tuning.loss == "contrastive"
+        logits, penalty = self.module(images, return_penalty=True, class_ids=labels if contrastive else None)
+        logits, penalty = gather(logits, len(labels)), gather_mean(penalty, len(labels))
+        targets, found = labels, logits.argmax(-1)
+        if contrastive:  # logits [B, B]
+            targets, found = torch.arange(len(labels), device=logits.device), labels[found]
+        return self.loss(logits, targets, penalty), penalty, (found == labels).sum()
 
     def _finish_epoch(self) -> None:
         count = len(self.labels)
@@ -288,21 +319,22 @@ class FineTuner:
         self.on_epoch(self.rows[-1])
 
     def save(self) -> None:
-        """Write the state to the folder; it appears whole or not at all."""
+        """Write the state to the folder; it appears whole or not at all. Every rank calls it."""
         state = {
             "format": FORMAT,
             "run": self._run(),
             "step": self.step,
             "sums": self.sums,
             "rows": self.rows,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole_weights(self.trained),
+            "optimizer": whole_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": _random_state(self.device),
         }
-        with replacing(Path(self.folder or "") / STATE) as partial:
-            torch.save(state, partial)
+        if ranks()[0] == 0:
+            with replacing(Path(self.folder or "") / STATE) as partial:
+                torch.save(state, partial)
 
     def resume(self) -> bool:
         """Take up the state in the folder; False where there is none.
@@ -322,8 +354,8 @@ class FineTuner:
             if state["run"].get(name) != value:
                 raise ValueError(f"{name}: got {value!r}; the run to resume in {path} takes {state['run'].get(name)!r}")
         self.step, self.sums, self.rows = state["step"], state["sums"], state["rows"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_weights(self.trained, state["model"])
+        load_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         _set_random_state(state["random"], self.device)
@@ -363,38 +395,3 @@ def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the parameters that require a gradient: the start of `wise_ft`, taken before training."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def interpolate(model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> None:
-    """Set parameters to (1 - alpha) · start + alpha · end."""
-    parameters = dict(model.named_parameters())
-    for name in start:
-        parameters[name].copy_(torch.lerp(start[name], end[name], alpha))
-
-
-def wise_ft(
-    model: nn.Module,
-    start: Mapping[str, Tensor],
-    evaluate: Callable[[], Mapping[str, float]],
-    alphas: Sequence[float] = ALPHAS,
-) -> list[dict[str, float]]:
-    """The curve of WiSE-FT: what `evaluate` says of the model at each mixture of start and present weights.
-
-    start: by `snapshot`, before training. alphas: 0 is the start, 1 the trained weights, which the model keeps.
-    Nothing is chosen here: test images must not choose an alpha. Without other images WiSE-FT takes 0.5.
-    """
-    end = snapshot(model)
-    rows = []
-    try:
-        for alpha in alphas:
-            interpolate(model, start, end, alpha)
-            rows.append({"alpha": alpha, **evaluate()})
-    finally:
-        interpolate(model, end, end, 1.0)
-    return rows

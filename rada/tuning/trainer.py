@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rada.classification import Classes, Labelled, accuracy, predict_labels
+from rada.distributed import gather, gather_mean, own_rows, ranks, replicated
 from rada.losses import CrossEntropy, Loss
 from rada.precision import autocast, autocast_dtype
 from rada.tuning.schedule import Tuning
@@ -46,10 +47,14 @@ def tune_head(
         train_accuracy (while training, in percent), val_accuracy (percent or None), seconds.
     precision: see `rada.precision`; parameters stay as they are. fp16 scales the loss's gradients.
 
+    Under a process group (`rada.distributed.processes`, or one's own) each rank takes its share of every batch, and all
+    end with the weights of one process up to rounding: the loss is that of the whole batch, whatever it is.
+
     Raises ValueError for labels outside 0..K-1, and where the loss is no longer finite, naming the step; the head then
     has the weights of the step before.
     """
     count, device = len(train.features), classes.text.device
+    size = ranks()[1]
     _check(train, len(classes.text))
     loss_of = loss or CrossEntropy(tuning.alpha)
     report = on_epoch or (lambda numbers: None)
@@ -57,6 +62,7 @@ def tune_head(
     steps_per_epoch = math.ceil(count / tuning.batch_size)
     optimizer, rates = tuning.optimizer(head.parameters(), steps_per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(precision, device) is torch.float16)
+    model = replicated(head)
     step = 0
 
     def measured(items: Labelled | None) -> float | None:
@@ -69,10 +75,12 @@ def tune_head(
         nonlocal step
         losses, penalties, hits = 0.0, 0.0, 0
         for batch in torch.randperm(count, generator=rng).split(tuning.batch_size):
-            images = train.features[batch].to(device, classes.text.dtype)
+            images = train.features[own_rows(batch)].to(device, classes.text.dtype)
             labels = train.labels[batch].to(device)
             with autocast(precision, device):
-                logits, *penalties_of = head(images, *classes, return_penalty=True)
+                logits, *penalties_of = model(images, *classes, return_penalty=True)
+                logits = gather(logits, len(batch))
+                penalties_of = [gather_mean(penalty, len(batch)) for penalty in penalties_of]
                 value = loss_of(logits, labels, *penalties_of)
             if not math.isfinite(number := value.item()):
                 raise ValueError(
@@ -80,7 +88,7 @@ def tune_head(
                     f"{tuning.epochs * steps_per_epoch}: it takes a smaller one, or features without NaN and infinities"
                 )
             optimizer.zero_grad()
-            scaler.scale(value).backward()
+            scaler.scale(size * value).backward()
             scaler.step(optimizer)
             scaler.update()
             step += 1
@@ -88,13 +96,13 @@ def tune_head(
             rates.step()
             losses += number * len(batch)
             penalties += penalties_of[0].item() * len(batch)
-            hits += (logits.detach().argmax(-1) == labels).sum()
+            hits += int((logits.detach().argmax(-1) == labels).sum())
             bar.update(len(batch))
         return {
             "lr": lr,
             "loss": losses / count,
             "penalty": penalties / count,
-            "train_accuracy": 100 * int(hits) / count,
+            "train_accuracy": 100 * hits / count,
         }
 
     head.train()

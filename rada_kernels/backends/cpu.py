@@ -124,8 +124,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Masked sums [B, K], each image's deviation |M - 1| [B], and what the backward pass starts from."""
     saved = empty_saved(image, text, options, save)
-    sums = image.new_empty(len(image), len(text), dtype=torch.float32)
-    deviation = image.new_empty(len(image), dtype=torch.float32)
+    batch, classes = image.shape[0], text.shape[0]  # not len: an export leaves the batch open
+    sums = image.new_empty(batch, classes, dtype=torch.float32)
+    deviation = image.new_empty(batch, dtype=torch.float32)
     torch.ops.rada_cpu.forward(*operator_arguments(image, text, params, options, saved), sums, deviation)
     return sums, deviation, saved
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 from scale import Machines, simulate, simulate_run
@@ -34,4 +35,4 @@ def test_what_failing_machines_left_is_dealt_out_anew():
     runs = simulate(machines, 64, seed=1)
     assert len(runs) > 1
     assert len(runs[0].left) > len(runs[-1].left) == 0
-    assert all(len(later.left) < len(earlier.left) for earlier, later in zip(runs, runs[1:], strict=False))
+    assert all(len(later.left) < len(earlier.left) for earlier, later in pairwise(runs))

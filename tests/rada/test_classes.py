@@ -173,7 +173,8 @@ def test_named_classes_go_with_the_checkpoint(tmp_path):
 def test_prompts_say_words_and_outputs_the_folders_names(tmp_path):
     pytest.importorskip("open_clip")
     from rada.models import DEMO_MODEL, ModelSpec
-    from rada.problem import Settings, prepare
+    from rada.problem import prepare
+    from rada.settings import Settings
 
     folders = ("golden_retriever", "hot_dog", "ice_cream", "pizza")
     data = write_photos(tmp_path, folders)

@@ -231,6 +231,7 @@ def test_adapt_starts_from_a_checkpoint_or_from_zero_shot(image_run, images, mod
         (("--setting", "full", "--method", "rada"), "setting: got 'full' with --method"),
         (("--protocol", "new"), "protocol: got 'new'"),
         (("--precision", "int8"), "precision: got 'int8'"),
+        (("--parallel", "tensor"), "parallel: got 'tensor'"),
         (("--shots", "2,0"), "shots: got"),
         (("--resume",), "results.json: no such file"),
         (("--wandb",), "--wandb needs wandb"),

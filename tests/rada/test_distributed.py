@@ -39,7 +39,9 @@ def _worker(rank, store, wrap, queries, result):
     image, text, labels = _inputs()
     half = slice(4 * rank, 4 * rank + 4)
     head = _head(queries)
-    model = DistributedDataParallel(head) if wrap == "ddp" else fully_shard(head)
+    model = fully_shard(head) if wrap == "fsdp2" else DistributedDataParallel(head)
+    if wrap == "compiled ddp":
+        model = torch.compile(model, backend="aot_eager")
     for _ in range(2):  # a parameter left unused in the first step fails in the second
         model.zero_grad()
         _loss(model, image[half], text, labels[half]).backward()
@@ -52,8 +54,14 @@ def _worker(rank, store, wrap, queries, result):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("queries", [("image", "text", "rational"), ("text",)], ids="+".join)
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+ALL, ONE = ("image", "text", "rational"), ("text",)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "queries"),
+    [("ddp", ALL), ("ddp", ONE), ("fsdp2", ALL), ("fsdp2", ONE), ("compiled ddp", ALL)],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
+)
 def test_gradients_equal_one_process(wrap, queries, tmp_path):
     result = tmp_path / "gradients.pt"
     mp.spawn(_worker, args=(tmp_path / "store", wrap, queries, result), nprocs=2)

@@ -21,7 +21,8 @@ from rada.inference import predict
 from rada.losses import CrossEntropy
 from rada.methods import METHODS, check_methods
 from rada.models import ModelSpec
-from rada.problem import Settings, prepare
+from rada.problem import prepare
+from rada.settings import Settings
 from rada.tuning import FullTuning, Tuning
 from rada_kernels import Options
 

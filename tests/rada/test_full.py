@@ -14,12 +14,10 @@ from rada.tuning.full import (
     Augmented,
     FineTuner,
     FullTuning,
-    interpolate,
     parameter_groups,
-    snapshot,
     train_transform,
-    wise_ft,
 )
+from rada.tuning.interpolation import interpolate, snapshot, wise_ft
 
 open_clip = pytest.importorskip("open_clip")
 NAMES = ("red square", "blue square", "green square")
@@ -110,7 +108,7 @@ def test_accumulated_parts_make_the_gradient_of_the_whole_batch():
         clip = model()
         torch.nn.init.normal_(clip.head.out_proj.weight, std=0.1)
         run = tuner(clip, FullTuning(epochs=1, batch_size=12, accumulate=accumulate))
-        images, index = next(iter(run._loader()))
+        images, index = next(iter(run._batches()))
         run._backward(images, run.labels[index])
         gradients.append({name: p.grad for name, p in clip.named_parameters() if p.grad is not None})
     whole, parts = gradients
@@ -124,7 +122,7 @@ def test_the_contrastive_loss_is_clips_over_the_batch():
     """With an untrained head: symmetric cross-entropy of s f hᵀ, images of one class as negatives."""
     clip = model()
     run = tuner(clip, FullTuning(loss="contrastive", batch_size=6))
-    images, index = next(iter(run._loader()))
+    images, index = next(iter(run._batches()))
     labels = run.labels[index]
     loss, penalty, hits = run._loss(images, labels)
     f, h = clip.encode_images(images), clip.text_features[labels]

@@ -16,7 +16,8 @@ from rada.data import Split, load_source
 from rada.data.record import SplitRecord, contents, digests_of, items_of
 from rada.data.splits import join
 from rada.evaluate import load_test
-from rada.problem import Settings, prepare
+from rada.problem import prepare
+from rada.settings import Settings
 
 pytest.importorskip("open_clip")
 Image = pytest.importorskip("PIL.Image")

@@ -12,9 +12,9 @@ pytest.importorskip("jinja2")
 pyplot = pytest.importorskip("matplotlib.image")
 
 from rada.experiment import run  # noqa: E402
-from rada.problem import Settings  # noqa: E402
 from rada.report import write_report  # noqa: E402
 from rada.runs import load_results  # noqa: E402
+from rada.settings import Settings  # noqa: E402
 from rada.tuning import Tuning  # noqa: E402
 from rada_kernels import Options  # noqa: E402
 

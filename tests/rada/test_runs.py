@@ -17,8 +17,8 @@ import rada.experiment
 import rada.methods
 import rada.problem
 from rada.cli import main
-from rada.problem import tuning_for
 from rada.runs import free_output
+from rada.settings import Settings, full_tuning_for, tuning_for
 from rada.tuning import Tuning
 
 TINY = ("--heads", "4", "--shots", "4", "--epochs", "1", "--device", "cpu", "--backend", "torch")
@@ -181,7 +181,7 @@ def test_a_seeded_head_leaves_every_generator_alone(data, monkeypatch):
     for device in ("cuda", "mps", "xpu"):
         monkeypatch.setattr(getattr(torch, device), "manual_seed_all" if device != "mps" else "manual_seed",
                             lambda seed, device=device: seeded.append(device), raising=False)  # fmt: skip
-    settings = rada.problem.Settings(data=data, shots=2, seeds=(1,), device="cpu")
+    settings = Settings(data=data, shots=2, seeds=(1,), device="cpu")
     problem = rada.problem.prepare(settings)
     queue = list(torch.cuda._queued_calls)
     before = torch.get_rng_state()
@@ -213,13 +213,13 @@ def test_python_and_the_command_line_take_the_same_settings_of_the_data(monkeypa
     monkeypatch.setattr(rada.experiment, "run", run)
     assert train("--output", "nowhere") == 2
     assert train("--data", "folder:photos", "--epochs", "7", "--lr", "0.5", "--output", "nowhere") == 2
-    settings = rada.problem.Settings()
+    settings = Settings()
     assert (settings.model, settings.max_classes, settings.shots, settings.protocol) == ("demo", 300, 4, "base-new")
     assert {"rada", "full", "test-time"} < set(settings.methods)
     assert settings.tuning == Tuning(epochs=20, lr=1e-2, alpha=0.3)
-    full = rada.problem.full_tuning_for("folder:photos", epochs=7, lr=1e-5, head_lr=0.5)
+    full = full_tuning_for("folder:photos", epochs=7, lr=1e-5, head_lr=0.5)
     tuning = tuning_for("folder:photos", epochs=7, lr=0.5)
-    photos = rada.problem.Settings(data="folder:photos", tuning=tuning, full=full)
+    photos = Settings(data="folder:photos", tuning=tuning, full=full)
     assert (photos.model, photos.max_classes, photos.tuning) == (None, 0, Tuning(epochs=7, lr=0.5))
     assert (photos.protocol, photos.methods) == ("all", ("rada",))
     assert taken == [settings, photos]

@@ -1,0 +1,145 @@
+"""A trained head over its classes as one file that serves without this library, see docs/serving.md.
+
+export_head("runs/emoji/seed-1", "head.pt2")
+
+program = torch.export.load("head.pt2").module()   # in any process with torch
+logits = program(image_features)                    # [B, K]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rada.adapter import AdaptedHead
+from rada.checkpoint import Checkpoint, load_checkpoint
+from rada.files import replacing
+from rada.losses import LOSSES, SigmoidLoss
+from rada_kernels import Options, Params
+from rada_kernels.backends import cpu, reference
+
+BACKENDS = ("reference", "cpu")
+METADATA = "rada.json"  # its name in an exported program, and its key in a compiled package
+SUFFIX = ".pt2"
+
+
+class ServedHead(nn.Module):
+    """Logits [B, K] float32 of image features [B, D] float32, by a checkpoint's head over its classes.
+
+    Text features are adapted and the logit scale and bias are numbers: all of it is fixed but the image features.
+    backend: of BACKENDS.
+    """
+
+    def __init__(self, trained: Checkpoint, backend: str):
+        super().__init__()
+        text, self.scale, self.bias = trained.classes
+        self.adapter: nn.Module = nn.Identity()
+        if isinstance(trained.head, AdaptedHead):
+            self.adapter, text = trained.head.image_adapter, trained.head.text_adapter(text)
+        self.head, self.sums = trained.rada, {"reference": _reference_sums, "cpu": _cpu_sums}[backend]
+        self.register_buffer("text", text.detach())
+        self.text: Tensor
+        self.requires_grad_(False)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        params = self.head.params(torch.tensor(self.scale, device=self.text.device))
+        logits = self.scale * self.sums(self.adapter(image_features), self.text, params, self.head.options)
+        return logits if self.bias is None else logits + self.bias
+
+
+def _reference_sums(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
+    return reference.masked_similarity(image, text, params, options)[0]
+
+
+def _cpu_sums(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
+    return cpu.forward(image, text, params, options, save=False)[0]
+
+
+def export_head(
+    checkpoint: str | os.PathLike | Checkpoint,
+    output: str | os.PathLike,
+    *,
+    backend: str = "reference",
+    compiled: bool = False,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a trained head as a program: image features [B, D] float32, of any B, to logits [B, K] float32.
+
+    checkpoint: a folder, as `rada.load` takes it, or a Checkpoint whose head is on `device` and float32. Adapters and
+        SigLIP's bias are in the program; encoders, a prompt and an autocast of the run are not.
+    output: a path ending in .pt2.
+    backend: "reference" (default): operators of torch's own alone, in memory that grows with B·K²; or "cpu": this
+        library's C++ operator, which a process takes from rada_cpu.so, a copy of which is written beside `output`.
+    compiled: an AOTInductor package, for `torch._inductor.aoti_load_package` and for C++, in place of a program for
+        `torch.export.load`. It takes a C++ compiler here and this machine's instruction set there. Default False.
+    device: where the program runs.
+
+    Returns the metadata, which the file holds as JSON too: class_names, embed_dim, probabilities ("softmax", or
+    "sigmoid" of each logit), backbone, encoders ("frozen", "prompted" or "fine-tuned"), backend, the head's options.
+    Raises ValueError, FileNotFoundError or FileExistsError naming what is wrong.
+    """
+    output = Path(output)
+    if output.suffix != SUFFIX:
+        raise ValueError(f"output: got {str(output)!r}; it takes a file ending in {SUFFIX}")
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"output: {output} exists; --overwrite replaces it")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}; it takes one of {BACKENDS}")
+    trained = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint, device=device)
+    if trained.classes.text.dtype != torch.float32:
+        raise ValueError(f"checkpoint: got a head of {trained.classes.text.dtype}; it takes torch.float32")
+    if backend == "cpu":
+        works, reason = cpu.usable(
+            torch.float32, trained.device, trained.rada.embed_dim, trained.rada.options.num_heads
+        )
+        if not works:
+            raise ValueError(f"backend: 'cpu' cannot serve here ({reason}); it takes 'reference'")
+    program, metadata = _program(trained, backend), _metadata(trained, backend)
+    with replacing(output) as partial:
+        (_write_package if compiled else _write_program)(program, partial, json.dumps(metadata, ensure_ascii=False))
+    if backend == "cpu":
+        with replacing(output.with_name(cpu.LIBRARY.name)) as partial:
+            shutil.copyfile(cpu.LIBRARY, partial)
+    return metadata
+
+
+def _program(trained: Checkpoint, backend: str) -> torch.export.ExportedProgram:
+    served = ServedHead(trained, backend).eval()
+    features = served.text.new_zeros(2, trained.rada.embed_dim)  # 0 and 1 would stand for themselves
+    with torch.no_grad():
+        program = torch.export.export(served, (features,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program.graph.eliminate_dead_code()  # the penalty's
+    program.graph_module.recompile()
+    return program
+
+
+def _metadata(trained: Checkpoint, backend: str) -> dict[str, Any]:
+    return {
+        "class_names": list(trained.class_names),
+        "embed_dim": trained.rada.embed_dim,
+        "probabilities": "sigmoid" if LOSSES[trained.loss] is SigmoidLoss else "softmax",
+        "backbone": trained.backbone,
+        "encoders": "fine-tuned" if trained.towers is not None else "frozen" if trained.prompt is None else "prompted",
+        "backend": backend,
+        **asdict(trained.rada.options),
+    }
+
+
+def _write_program(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
+    torch.export.save(program, path, extra_files={METADATA: metadata})
+
+
+def _write_package(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(
+        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {METADATA: metadata}}
+    )
