@@ -136,13 +136,15 @@ def _batches(blocks: Iterable[Block], size: int) -> Iterator[Block]:
 
 
 def _check_labels(predictor: Predictor, shard: Shard, columns: Columns) -> None:
+    if not predictor.own_classes:  # whoever names others knows that the data's may not be among them
+        return
     known = set(predictor.trained.class_names)
     wrong = next((label for label in columns.get("label", ()) if label not in known), None)
     if wrong is not None:
         where = shard.entry().get("file", f"shard {shard.name}")
         raise ValueError(
             f"label: {where} has the class {wrong!r}, which is not among the {len(known)} classes to choose among; it "
-            "takes data of the checkpoint's classes, or --class-names FILE with the data's"
+            "takes data of the checkpoint's classes, or --class-names FILE: those to choose among"
         )
 
 

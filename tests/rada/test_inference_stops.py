@@ -149,7 +149,7 @@ def test_what_a_dead_rank_left_any_number_of_ranks_finishes(checkpoint, features
         return predict(checkpoint, tmp_path / "out", SMALL, features=features, device="cpu")
 
     assert run(0, 2)["left"] == 4  # the other rank has died in its first shard
-    (tmp_path / "out/shards/.0123.img_emb_0-00001.parquet").write_bytes(b"half")
+    (tmp_path / "out/shards/.0123456789abcdef.img_emb_0-00001.parquet").write_bytes(b"half")
     done = [run(rank, ranks) for rank in range(ranks)]
     assert sum(one["items"] for one in done) == 70
     assert done[-1]["left"] == 0
