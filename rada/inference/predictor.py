@@ -57,6 +57,7 @@ class Predictor:
         if precision not in (None, stored.precision):
             # Weights of another dtype have another fingerprint: `encoders` checks the stored ones.
             self.trained = replace(stored, precision=check_precision(str(precision)), fingerprint=None)
+        self.own_classes = class_names is None
         if class_names is not None:
             names = read_names(class_names)
             classes = self.encoders.classes(prompt_names(names))
