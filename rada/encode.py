@@ -9,8 +9,9 @@
 
 Shard i holds images i · rows_per_shard to (i + 1) · rows_per_shard of the list, without the unreadable ones. A shard's
 features are written last, each file at once, so a run that was killed goes on with the shards that are not there, in
-batches that start where they would have. Of several processes (torchrun), the r-th of w makes the shards r, r + w, ...
-They do not talk to one another.
+batches that start where they would have: to the same bytes on the same kind of device with as many threads, elsewhere
+to the same features up to rounding. Of several processes (torchrun), the r-th of w makes the shards r, r + w, ... They
+do not talk to one another.
 """
 
 from __future__ import annotations

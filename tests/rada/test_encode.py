@@ -185,8 +185,9 @@ def command(pictures, output, *options) -> list[str]:
 def test_a_killed_process_goes_on_to_the_same_bytes(pictures, whole, tmp_path, moments):
     """Killed when so many shards are there, and a little later."""
     output, rng = tmp_path / "out", np.random.default_rng()
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other threads, other rounding
     for shards in moments:
-        process = subprocess.Popen(command(pictures, output, "--resume"), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(pictures, output, "--resume"), stderr=subprocess.DEVNULL, env=threads)
         deadline = time.monotonic() + 300
         while sum(1 for _ in output.glob("img_emb/img_emb_*.npy")) < shards:
             assert process.poll() is None
@@ -195,7 +196,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(pictures, whole, tmp_path, m
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = subprocess.run(command(pictures, output, "--resume"), capture_output=True, text=True)
+    done = subprocess.run(command(pictures, output, "--resume"), capture_output=True, text=True, env=threads)
     assert done.returncode == 0, done.stderr
     assert "1 unreadable" in done.stdout
     assert contents(output) == contents(whole)
