@@ -5,8 +5,8 @@
 
 An image is known by its file's content, whatever its name and place. Encoders whose weights, preprocessing, precision
 or kind of device differ have other folders. Features are stored as they were computed: a run gets what it would have
-computed, bar the rounding of another batch's shape. Several processes may write at once. Nothing is ever deleted: to
-make room, delete DIR or folders in it.
+computed, bar the rounding of another shape of batch or number of threads. Several processes may write at once. Nothing
+is ever deleted: to make room, delete DIR or folders in it.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
 """Images to feature shards: the folder that `features:PATH` and clip-retrieval read.
 
     encode.json                        what made the folder: model, preprocessing, list of images, number of shards
-    img_emb/img_emb_0.npy, ...         [n, D] features of unit length; a shard whose file is here is whole
+    img_emb/img_emb_0.npy, ...         [n, D] features of unit length; a shard whose file is here is whole.
+                                       Of bfloat16, which .npy has not: .safetensors with the entry image_features
     metadata/metadata_0.parquet, ...   image_path of each row, and the columns of `rada.data.listing`
     bad/bad_0.jsonl, ...               image_path and reason of the images of a shard that could not be read, if any
     classes.npz                        text_features, class_names, logit_scale, where there are classes
 
 Shard i holds images i · rows_per_shard to (i + 1) · rows_per_shard of the list, without the unreadable ones. A shard's
 features are written last, each file at once, so a run that was killed goes on with the shards that are not there, in
-batches that start where they would have. Of several processes (torchrun), the r-th of w makes the shards r, r + w, ...
-They do not talk to one another.
+batches that start where they would have: to the same bytes on the same kind of device with as many threads, elsewhere
+to the same features up to rounding. Of several processes (torchrun), the r-th of w makes the shards r, r + w, ... They
+do not talk to one another.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import json
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.torch
 import torch
 
 from rada.data.classes import prompt_names, read_class_names, read_names
@@ -36,7 +39,7 @@ from rada.version import __version__
 FORMAT, FORMAT_VERSION = "rada-encoding", 1
 CLASSES = "classes.npz"
 ROWS_PER_SHARD = 10_000
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # So many images at a stretch are not unreadable by chance: the disk is gone, or the list is of another place.
 TOO_MANY_BAD = 100
 # Other versions round otherwise; they make no other encoding.
@@ -56,8 +59,7 @@ def encode_to_shards(
     """Encode images to a folder of this module's layout.
 
     listing: see `rada.data.listing.list_images`. rows_per_shard: images per shard. Default 10 000.
-    dtype: "float16" (default) or "float32". (.npy has no bfloat16; of features of unit length it has 3 bits less than
-        float16, and no range that they need.)
+    dtype: of DTYPES. Default "float16", which for features of unit length has three bits more than bfloat16.
     class_names: a file. With labels: their names and order, see `rada.data.classes`; `label` then holds the names.
         Without: names, one a line. Default: the labels, unless all of them are numbers.
     resume: go on with the encoding in the folder. Default False: raise where it has shards of this process's.
@@ -69,22 +71,24 @@ def encode_to_shards(
     """
     output = Path(output).expanduser()
     if dtype not in DTYPES:
-        why = " (.npy has none: use float16, which has more bits for features of unit length)"
-        raise ValueError(f"dtype: got {dtype!r}{why if dtype == 'bfloat16' else ''}; it takes one of {tuple(DTYPES)}")
+        raise ValueError(f"dtype: got {dtype!r}; it takes one of {tuple(DTYPES)}")
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard: got {rows_per_shard}; it takes a positive int")
     check_folder(output)
     names, listing = _classes(listing, class_names)
     count = -(-len(listing) // rows_per_shard)
     mine = range(count)[rank() :: world_size()]
-    _claim(output, _identity(extractor, listing, count, rows_per_shard, dtype, names), mine, resume)
+    shards = _Shards(output, ".safetensors" if dtype == "bfloat16" else ".npy")
+    _claim(shards, _identity(extractor, listing, count, rows_per_shard, dtype, names), mine, resume)
     if names and rank() == 0 and not (output / CLASSES).is_file():
         _write_classes(output, extractor, names)
-    missing = [shard for shard in mine if not _is_whole(output, shard)]
+    missing = [shard for shard in mine if not shards.whole(shard)]
     parts = {shard: range(len(listing))[shard * rows_per_shard :][:rows_per_shard] for shard in missing}
     batches = {shard: in_batches(extractor, part, None) for shard, part in parts.items()}
     start = time.perf_counter()
-    stream = encode_batches(extractor, listing.images, [batch for of in batches.values() for batch in of])
+    stream = encode_batches(
+        extractor, listing.images, [batch for of in batches.values() for batch in of], quiet=rank() > 0
+    )
     for shard, part in parts.items():
         found = [
             batch._replace(features=batch.features.to(DTYPES[dtype]).cpu())
@@ -93,7 +97,7 @@ def encode_to_shards(
         if sum(len(batch.bad) for batch in found) == len(part) and (len(part) >= TOO_MANY_BAD or count == 1):
             reason = next(iter(found[0].bad.values()))
             raise ValueError(f"images: none of {len(part)} in a row could be read, from {reason}")
-        _write_shard(output, shard, listing, found)
+        _write_shard(shards.files(shard), listing, found)
     seconds, encoded = time.perf_counter() - start, sum(map(len, parts.values()))
     return {
         "images": len(listing),
@@ -162,12 +166,12 @@ def _identity(
     }
 
 
-def _claim(output: Path, entries: dict[str, Any], mine: range, resume: bool) -> None:
+def _claim(shards: _Shards, entries: dict[str, Any], mine: range, resume: bool) -> None:
     """Write encode.json, or compare with the one that is there."""
-    path = output / ENCODING
-    there = [shard for shard in mine if _is_whole(output, shard)]
+    output, path = shards.output, shards.output / ENCODING
+    there = [shard for shard in mine if shards.whole(shard)]
     if not path.exists():
-        if there:
+        if any((output / "img_emb").glob("img_emb_*")):
             raise FileExistsError(f"output: {output} holds shards without {ENCODING}; take another folder")
         _write(path, (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode())
     stored = read_json(path, "what made an encoding", FORMAT, FORMAT_VERSION, entries)
@@ -181,16 +185,17 @@ def _claim(output: Path, entries: dict[str, Any], mine: range, resume: bool) -> 
             f"output: {output} holds {len(there)} of {len(mine)} shards of this encoding; --resume goes on with it"
         )
     # What killed runs left half-written. Other processes' shards are theirs.
-    files = [file for shard in mine for file in _files(output, shard)]
-    for file in (*files, path, output / CLASSES) if rank() == 0 else files:
+    files = [file for shard in mine for file in shards.files(shard)]
+    files += [output / CLASSES] * (rank() == 0) + [path] * (world_size() == 1)
+    for file in files:
         for partial in file.parent.glob(f".*.{file.name}"):
             partial.unlink(missing_ok=True)
 
 
-def _write_shard(output: Path, shard: int, listing: Listing, found: list[Encoded]) -> None:
+def _write_shard(files: tuple[Path, Path, Path], listing: Listing, found: list[Encoded]) -> None:
     pa = require("pyarrow", "parquet", "clip-retrieval's layout")
     pq = require("pyarrow.parquet", "parquet", "clip-retrieval's layout")
-    bad_file, metadata_file, features_file = _files(output, shard)
+    bad_file, metadata_file, features_file = files
     rows = [row for batch in found for row in batch.rows]
     features = torch.cat([batch.features for batch in found])
     bad = {listing.names[row]: reason for batch in found for row, reason in batch.bad.items()}
@@ -202,9 +207,13 @@ def _write_shard(output: Path, shard: int, listing: Listing, found: list[Encoded
     table = pa.BufferOutputStream()
     pq.write_table(pa.table(text), table)
     _write(metadata_file, table.getvalue().to_pybytes())
-    array = io.BytesIO()
-    np.save(array, features.numpy())
-    _write(features_file, array.getvalue())
+    if features_file.suffix == ".safetensors":
+        content = safetensors.torch.save({"image_features": features})
+    else:
+        array = io.BytesIO()
+        np.save(array, features.numpy())
+        content = array.getvalue()
+    _write(features_file, content)
 
 
 def _write_classes(output: Path, extractor: FeatureExtractor, names: list[str]) -> None:
@@ -214,17 +223,22 @@ def _write_classes(output: Path, extractor: FeatureExtractor, names: list[str]) 
     _write(output / CLASSES, file.getvalue())
 
 
-def _files(output: Path, shard: int) -> tuple[Path, Path, Path]:
-    """The files of a shard in the order in which they are written: bad images, metadata, features."""
-    return (
-        output / "bad" / f"bad_{shard}.jsonl",
-        output / "metadata" / f"metadata_{shard}.parquet",
-        output / "img_emb" / f"img_emb_{shard}.npy",
-    )
+class _Shards(NamedTuple):
+    """The files of the shards. suffix: of the features'."""
 
+    output: Path
+    suffix: str
 
-def _is_whole(output: Path, shard: int) -> bool:
-    return _files(output, shard)[-1].is_file()
+    def files(self, shard: int) -> tuple[Path, Path, Path]:
+        """In the order in which they are written: bad images, metadata, features."""
+        return (
+            self.output / "bad" / f"bad_{shard}.jsonl",
+            self.output / "metadata" / f"metadata_{shard}.parquet",
+            self.output / "img_emb" / f"img_emb_{shard}{self.suffix}",
+        )
+
+    def whole(self, shard: int) -> bool:
+        return self.files(shard)[-1].is_file()
 
 
 def _write(path: Path, content: bytes) -> None:

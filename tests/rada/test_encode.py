@@ -115,6 +115,18 @@ def test_another_dtype_other_names_and_a_split(demo, tmp_path):
     assert feature_shards(tmp_path / "out")[0].dtype == torch.float32
 
 
+def test_bfloat16_comes_as_safetensors(encode, whole, tmp_path):
+    encode(tmp_path / "out", dtype="bfloat16")
+    assert encode(tmp_path / "out", dtype="bfloat16", resume=True)["encoded"] == 0
+    shards = feature_shards(tmp_path / "out")
+    assert {shard.dtype for shard in shards} == {torch.bfloat16}
+    half = torch.cat(feature_shards(whole)).float()
+    torch.testing.assert_close(torch.cat(shards).float(), half, rtol=2**-8, atol=1e-6)
+    source = load_source(f"features:{tmp_path / 'out'}")
+    assert len(source.train) + len(source.test) == 20
+    assert [len(rows) for _, rows in feature_files(tmp_path / "out")] == [5, 5, 4, 5, 1]
+
+
 def test_tars_and_bare_lists(encode, demo, tmp_path):
     write_tar(tmp_path / "a.tar", {"0.png": png(9), "0.cls": b"1", "1.png": png(200), "1.cls": b"0"})
     encode(tmp_path / "tars", listing=list_images(tmp_path / "a.tar"))
@@ -173,8 +185,9 @@ def command(pictures, output, *options) -> list[str]:
 def test_a_killed_process_goes_on_to_the_same_bytes(pictures, whole, tmp_path, moments):
     """Killed when so many shards are there, and a little later."""
     output, rng = tmp_path / "out", np.random.default_rng()
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other threads, other rounding
     for shards in moments:
-        process = subprocess.Popen(command(pictures, output, "--resume"), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(pictures, output, "--resume"), stderr=subprocess.DEVNULL, env=threads)
         deadline = time.monotonic() + 300
         while sum(1 for _ in output.glob("img_emb/img_emb_*.npy")) < shards:
             assert process.poll() is None
@@ -183,7 +196,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(pictures, whole, tmp_path, m
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = subprocess.run(command(pictures, output, "--resume"), capture_output=True, text=True)
+    done = subprocess.run(command(pictures, output, "--resume"), capture_output=True, text=True, env=threads)
     assert done.returncode == 0, done.stderr
     assert "1 unreadable" in done.stdout
     assert contents(output) == contents(whole)
@@ -274,7 +287,10 @@ def test_a_list_of_unreadable_images_is_refused(encode, tmp_path):
     ("arguments", "message"),
     [
         (("pictures", "--output", "out"), "model: got none"),
-        (("pictures", "--model", "demo", "--output", "out", "--dtype", "bfloat16"), "dtype: got 'bfloat16' (.npy has"),
+        (
+            ("pictures", "--model", "demo", "--output", "out", "--dtype", "int8"),
+            "dtype: got 'int8'; it takes one of ('float16', 'bfloat16', 'float32')",
+        ),
         (("nowhere", "--model", "demo", "--output", "out"), "nowhere: no such file or folder"),
     ],
 )
