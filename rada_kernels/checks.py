@@ -34,7 +34,7 @@ def check_inputs(image: Tensor, text: Tensor, params: Params, options: Options) 
     heads = options.num_heads
     if width % heads:
         raise ValueError(f"num_heads: got {heads}; it takes a divisor of the embedding width {width}")
-    layers = {_layer_name(field): layer for field, layer in zip(Params._fields, params.layers, strict=False)}
+    layers = dict(zip(layer_names(), params.layers, strict=True))
     for name, tensor in layers.items():
         shape = (width, width) if "weight" in name else (width,)
         if not isinstance(tensor, Tensor):
@@ -72,10 +72,10 @@ def _check_features(name: str, rows: str, features: Tensor) -> None:
         raise ValueError(f"{name}: got width 0; it takes [{rows}, D] with D at least 1")
 
 
-def _layer_name(field: str) -> str:
-    """key_weight -> k_proj.weight (params.key_weight)"""
-    layer, _, kind = field.rpartition("_")
-    return f"{LAYERS[layer]}.{kind} (params.{field})"
+def layer_names() -> list[str]:
+    """The twelve layer tensors as errors call them, such as k_proj.weight (params.key_weight)."""
+    fields = [field.rpartition("_") for field in Params._fields[:12]]
+    return [f"{LAYERS[layer]}.{kind} (params.{layer}_{kind})" for layer, _, kind in fields]
 
 
 def _check_together(image: Tensor, text: Tensor, layers: dict[str, Tensor]) -> None:
