@@ -32,6 +32,8 @@ NEVER = {
     "rada": ["bench", "tests"],
     "rada.data": inside("rada", "encoders fused clip tuning experiment evaluate predict report cli demo"),
     "rada.encoders": inside("rada", "fused clip tuning experiment evaluate predict report cli"),
+    "rada.sharded": inside("rada", "data encoders fused clip tuning experiment evaluate predict report cli demo"),
+    "rada.shortlist": inside("rada", "data encoders fused clip tuning experiment evaluate predict report cli demo"),
     "rada.fused": inside("rada", "data encoders clip tuning experiment evaluate predict report cli demo"),
     "rada.clip": inside("rada", "tuning experiment evaluate predict report cli"),
     "rada.tuning": inside("rada", "experiment evaluate predict report cli"),
