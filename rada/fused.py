@@ -159,9 +159,10 @@ class RAdaHead(nn.Module):
         same loss of the logits. An optimizer may step at once. DistributedDataParallel is for further processes, that
         have other images and a group of their own.
 
-        It computes in PyTorch, on any device, in tiles of RADA_TILE_BYTES: as fast as P times the unsharded `torch`
-        backend where K is far above D·P, since every process projects all keys and values anew; not as fast as P times
-        `cpu` or `triton`. Communication: a few numbers per image and head, the logits, and the gradients once.
+        It computes in plain PyTorch, on any device, eagerly, in tiles of RADA_TILE_BYTES: nearly P times as fast as the
+        unsharded `torch` backend where K is far above D·P, since every process projects all keys and values. The
+        operators of `cpu` and `triton` have no part in it. Communication: a few numbers per image and head, the
+        logits, and the gradients once.
 
         Raises ValueError for a backend other than "auto" and "torch", without such a group, and, in every process, for
         a call with a wrong argument in one of them or with other arguments than rank 0's.

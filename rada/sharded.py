@@ -39,15 +39,15 @@ def class_slice(classes: int, rank: int, processes: int) -> slice:
     return slice(start, start + least + (rank < more))
 
 
-@torch.compiler.disable
 def sharded_logits(
     image: Tensor, text: Tensor, params: Params, options: Options, group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """What `rada_kernels.rada_logits` returns of the same arguments, computed by all processes of a group together."""
     _check_same(image, text, params, options, group)
     params = on_device(params, image)
-    cast_image, cast_text, *layers = _follow_autocast(image, text, *params.layers)
-    call = _Call(options, group, params.scale.detach(), torch.is_grad_enabled(), len(text))
+    cast_image, cast_text, *layers = tensors = _follow_autocast(image, text, *params.layers)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    call = _Call(options, group, params.scale.detach(), save, len(text))
     with torch.autocast(image.device.type, enabled=False):
         sums, deviation = _MaskedSimilarity.apply(call, cast_image, cast_text, *layers)
     return logits_and_penalty(sums, deviation, image, params)
