@@ -305,7 +305,7 @@ CLASSES = 21841  # ImageNet-21k
 def _many(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    case = make_case(1, CLASSES, 16, 2, penalty="mse").cast(FLOAT32)
+    case = make_case(1, CLASSES, 8, 1, penalty="mse").cast(FLOAT32)
     found = results(case, lambda *call: sharded_logits(*call, dist.group.WORLD))
     if rank == 0:
         torch.save(found, folder / "found.pt")
@@ -315,7 +315,7 @@ def _many(rank: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_the_classes_of_imagenet_21k(tmp_path):
     mp.spawn(_many, args=(tmp_path,), nprocs=2)
-    case = make_case(1, CLASSES, 16, 2, penalty="mse").cast(FLOAT32)
+    case = make_case(1, CLASSES, 8, 1, penalty="mse").cast(FLOAT32)
     truth = results(case.cast(FLOAT64), lambda *call: rada_logits(*call, backend="torch"))
     plain = results(case, lambda *call: rada_logits(*call, backend="torch"))
     for name, found in torch.load(tmp_path / "found.pt").items():
