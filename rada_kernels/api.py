@@ -52,10 +52,15 @@ def rada_logits(
     """
     options = Options() if options is None else options
     check_inputs(image, text, params, options)
-    params = _on_device(params, image)
+    params = on_device(params, image)
     name, _ = _choose(image, options, backend)
     sums, deviation = BACKENDS[name].masked_similarity(image, text, params, options)
-    logits = params.logit_scale * sums
+    return logits_and_penalty(sums, deviation, image, params)
+
+
+def logits_and_penalty(sums: Tensor, deviation: Tensor, image: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+    """What `rada_logits` returns, from Σ_d M R [B, K] and each image's deviation [B]."""
+    logits = params.scale * sums
     if params.logit_bias is not None:
         logits = logits + params.logit_bias
     if not torch.is_autocast_enabled(image.device.type):
@@ -75,20 +80,20 @@ def rada_attended_rows(
     check_inputs(image, text, params, options)
     name, _ = _choose(image, options, backend)
     with torch.no_grad():
-        return BACKENDS[name].attended_rows(image, text, _on_device(params, image), options)
+        return BACKENDS[name].attended_rows(image, text, on_device(params, image), options)
 
 
 def rada_mask(image: Tensor, text: Tensor, params: Params, options: Options | None = None) -> Tensor:
     """The mask M [B, K, D] itself, for looking at: without gradients, in the features' dtype. Arguments as above."""
     options = Options() if options is None else options
     check_inputs(image, text, params, options)
-    params = _on_device(params, image)
+    params = on_device(params, image)
     params = params._replace(**{name: getattr(params, name).to(image.dtype) for name in Params._fields[:12]})
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         return plain.mask(image, text.to(image.dtype), params, options)
 
 
-def _on_device(params: Params, image: Tensor) -> Params:
+def on_device(params: Params, image: Tensor) -> Params:
     """The scale and the bias as 0-d tensors beside the features, in the accumulation dtype."""
 
     def scalar(value):

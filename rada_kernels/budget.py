@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,25 +40,39 @@ class Tiling:
     @staticmethod
     def fit(classes: int, embed_dim: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> Tiling:
         """The largest tiles within RADA_TILE_BYTES, from K, D, H, dtype and device (not from B: a call may grow)."""
-        tile_bytes = budget("RADA_TILE_BYTES", TILE_BYTES.get(device.type, TILE_BYTES_ELSEWHERE))
-        numbers = tile_bytes // accumulation_dtype(dtype).itemsize
+        numbers = _numbers(dtype, device)
         rows = max(1, min(classes, numbers // classes))
         units = max(1, numbers // (rows * classes))
         # A chunk's rows of width D: the rational matrix, keys, values, queries, attended rows, outputs.
         images = max(1, numbers // (classes * embed_dim))
         return Tiling(images, units, rows)
 
+    @staticmethod
+    def keys(classes: int, dtype: torch.dtype, device: torch.device) -> int:
+        """Keys per tile where keys come in tiles too: those of a square tile within RADA_TILE_BYTES."""
+        return max(1, min(classes, math.isqrt(_numbers(dtype, device))))
+
     def chunks(self, batch: int) -> Iterator[slice]:
         """Slices of images that cover the batch."""
-        return _slices(batch, self.images)
+        return slices(batch, self.images)
 
     def tiles(self, units: int, classes: int) -> Iterator[tuple[slice, slice]]:
         """(slice of units, slice of class rows) that cover a chunk's scores."""
-        for unit_slice in _slices(units, self.units):
-            for row_slice in _slices(classes, self.rows):
+        for unit_slice in slices(units, self.units):
+            for row_slice in self.row_tiles(classes):
                 yield unit_slice, row_slice
 
+    def row_tiles(self, classes: int) -> Iterator[slice]:
+        """Slices of class rows, one after the other."""
+        return slices(classes, self.rows)
 
-def _slices(length: int, step: int) -> Iterator[slice]:
+
+def _numbers(dtype: torch.dtype, device: torch.device) -> int:
+    """Numbers of the accumulation dtype within RADA_TILE_BYTES."""
+    tile_bytes = budget("RADA_TILE_BYTES", TILE_BYTES.get(device.type, TILE_BYTES_ELSEWHERE))
+    return tile_bytes // accumulation_dtype(dtype).itemsize
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))

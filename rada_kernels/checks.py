@@ -34,7 +34,7 @@ def check_inputs(image: Tensor, text: Tensor, params: Params, options: Options) 
     heads = options.num_heads
     if width % heads:
         raise ValueError(f"num_heads: got {heads}; it takes a divisor of the embedding width {width}")
-    layers = dict(zip(_LAYER_NAMES, params.layers, strict=True))
+    layers = dict(zip(LAYER_NAMES, params.layers, strict=True))
     for name, tensor in layers.items():
         shape = (width, width) if "weight" in name else (width,)
         if not isinstance(tensor, Tensor):
@@ -78,7 +78,8 @@ def _layer_name(field: str) -> str:
     return f"{LAYERS[layer]}.{kind} (params.{field})"
 
 
-_LAYER_NAMES = tuple(map(_layer_name, Params._fields[:12]))
+# The twelve layer tensors as errors call them.
+LAYER_NAMES = tuple(map(_layer_name, Params._fields[:12]))
 
 
 def _check_together(image: Tensor, text: Tensor, layers: dict[str, Tensor]) -> None:

@@ -37,6 +37,8 @@ NEVER = {
         "rada", "data encoders fused clip tuning problem methods experiment evaluate adapt inference report cli"
     ),
     "rada.encode": inside("rada", "fused clip tuning problem methods experiment evaluate adapt inference report cli"),
+    "rada.sharded": inside("rada", "data encoders fused clip tuning experiment evaluate inference report cli demo"),
+    "rada.shortlist": inside("rada", "data encoders fused clip tuning experiment evaluate inference report cli demo"),
     "rada.fused": inside("rada", "data encoders clip tuning experiment evaluate inference report cli demo"),
     "rada.clip": inside("rada", "tuning experiment evaluate inference report cli"),
     "rada.tuning": inside("rada", "experiment evaluate inference report cli"),

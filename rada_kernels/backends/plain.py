@@ -124,9 +124,10 @@ class Call:
             units = (b.stop - b.start) * self.options.num_heads
             head_rows = self.classes, self.width // self.options.num_heads
             projections = projections.new_empty(len(projections), units, *head_rows)
-        rational_projection(self.features.rational_rows(b), self.params, self.options, projections)
-        key, value = projections[0], projections[1]
-        queries = self.queries.beside(projections, b)
+        layers = layers_over_x(self.options)
+        rational_projection(self.features.rational_rows(b), self.params, layers, self.options.num_heads, projections)
+        key, value, *rational = projections
+        queries = self.queries.beside(rational, b)
         return projections, mask_attention(queries, key, value, saved.exponentials, self.factor, self.tiling)
 
     def forward(self, b: slice, saved: Saved) -> Saved:
@@ -144,12 +145,13 @@ class Call:
         grad_out = grad_out.flatten(0, 1).to(self.features.dtype)  # [b·K, D]
         rows = join_heads(saved.rows[0], heads)
         grad_rows = output_backward(grad_out, rows, self.params, grads.layers if wanted.layers else None)
-        queries, key, value = mask_attention_backward(
-            split_heads(grad_rows, self.classes, heads), self.queries.beside(saved.projections, b),
-            saved.projections[0], saved.projections[1], saved.attended, saved.exponentials, self.factor, self.tiling,
+        key, value, *rational = saved.projections
+        queries, grad_key, grad_value = mask_attention_backward(
+            split_heads(grad_rows, self.classes, heads), self.queries.beside(rational, b), key, value,
+            saved.attended, saved.exponentials, self.factor, self.tiling,
         )  # fmt: skip
         masked = saved.mask.masked(grad_sums) if wanted.image or wanted.text else None
-        grads.add(b, queries, key, value, masked)
+        grads.add(b, {"key": grad_key, "value": grad_value, **queries.by_layer(self.options)}, masked)
 
 
 def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,20 @@ class Mask(NamedTuple):
                 share = (grad_deviation / (change.shape[1] * change.shape[2]))[:, None, None]
                 grad += share * change.sign() if penalty == "l1" else 2 * share * change
         return grad.mul_(change > -1)
+
+
+def joint_deviation(
+    deviation: Tensor, fraction: float, penalty: str, rank: int, gather: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Of all class rows, from those of each process: the deviation [B], and its derivative [B] by one's own.
+
+    deviation: [B], of the rows of process `rank`, a `fraction` of all. gather: [B] -> [P, B]. Where several processes
+    attain the largest, the first one's counts, as within one.
+    """
+    if penalty == "linf":
+        parts = gather(deviation)
+        return parts.amax(0), (parts.argmax(0) == rank).to(deviation.dtype)
+    return gather(fraction * deviation).sum(0), torch.full_like(deviation, fraction)
 
 
 def output_backward(grad_out: Tensor, rows: Tensor, params: Params, layers: LayerGradients | None) -> Tensor:

@@ -1,11 +1,13 @@
 """The mask attention of the `torch` backend, in tiles of scores: no [B, H, K, K] tensor, whatever B, H and K are.
 
 A chunk has U = b·H units, which are (image, head); keys and values are [U, K, E]. The n matrix query kinds (text,
-rational) have a query row per class, the image query has one row.
+rational) have a query row per class, the image query has one row. `Streamed` and `tile_backward` take any R query rows
+and T of the keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -48,6 +50,58 @@ def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scores, m, scores.sum((1, 2))
 
 
+class Streamed:
+    """Σ exp(score - m) · value of R query rows per kind over keys that come tile by tile, as in FlashAttention.
+
+    One maximum m for each unit and tile of rows is enough: a score that underflows against it has no weight in the
+    joint softmax.
+    """
+
+    def __init__(self, queries: Sequence[Tensor], rows: Tensor, factor: float, tiling: Tiling):
+        """queries: n tensors [U, R, E]. rows: zeros [n, U, R, E] in the dtype to sum in."""
+        self.queries, self.rows, self.factor, self.tiling = queries, rows, factor, tiling
+        kinds, self.units, self.count, _ = rows.shape
+        tiles = -(-self.count // tiling.rows)
+        self.m = rows.new_full((kinds, tiles, self.units), -torch.inf, dtype=accumulation_dtype(rows.dtype))
+        self.l = torch.zeros_like(self.m)
+
+    def add(self, key: Tensor, value: Tensor) -> None:
+        """The keys and values of another tile, [U, T, E]."""
+        for n, query in enumerate(self.queries):
+            for p, r in self.tiling.tiles(self.units, self.count):
+                at, scores = (n, r.start // self.tiling.rows, p), _scores(query[p, r], key[p], self.factor)
+                m = torch.maximum(self.m[at], scores.amax((1, 2)))
+                exps = scores.sub_(m[:, None, None]).exp_()
+                kept = (self.m[at] - m).exp()
+                self.m[at], self.l[at] = m, self.l[at] * kept + exps.sum((1, 2))
+                self.rows[n, p, r] *= kept[:, None, None]
+                self.rows[n, p, r] += torch.bmm(exps.to(value.dtype), value[p])
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """The maximum m of all rows' scores and the sum l of exp(score - m), [n, U]."""
+        return joint_totals(self.m.transpose(0, 1), self.l.transpose(0, 1))
+
+    def finish(self, m: Tensor, share: Tensor) -> Tensor:
+        """The rows [n, U, R, E] under the weights share · exp(score - m); both [n, U], of these rows or of more."""
+        for t, r in enumerate(self.tiling.row_tiles(self.count)):
+            self.rows[:, :, r] *= ((self.m[:, t] - m).exp() * share)[..., None, None]
+        return self.rows
+
+
+def joint_totals(m: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:
+    """The maximum and the sum of exponentials, [n, U], of several parts', [parts, n, U]."""
+    joint = m.amax(0)
+    return joint, (l * (m - joint).exp()).sum(0)
+
+
+def delta_of(rows: Tensor, dO: Tensor) -> Tensor:
+    """Σ A_n dP of each kind's attended rows [n, U, R, E] and their gradient [U, R, E]: Σ dO · O_n, [n, U]."""
+    delta = rows.new_empty(rows.shape[:2], dtype=accumulation_dtype(dO.dtype))
+    for n, kind in enumerate(rows):
+        delta[n] = (kind * dO).sum((1, 2), dtype=delta.dtype)
+    return delta
+
+
 def mask_attention(
     queries: Queries,
     key: Tensor,  # [U, K, E]
@@ -58,9 +112,8 @@ def mask_attention(
 ) -> Attended:
     """Joint-softmax attention, averaged over the query kinds.
 
-    One maximum per tile is enough: a score that underflows against it has no weight in the joint softmax.
     Where one tile holds all rows of a unit, the weights of both kinds are added before one value product. Where the
-    rows come in several tiles, each tile is softmax attention of its own, weighted at the end by its share of the sum.
+    rows come in several tiles, each kind is `Streamed`.
     """
     units, classes, _ = key.shape
     whole = tiling.rows >= classes
@@ -81,19 +134,10 @@ def mask_attention(
                 mixed = exps if mixed is None else mixed.add_(exps)
             rows[p] = torch.bmm(cast(Tensor, mixed).to(value.dtype), value[p]).div_(queries.kinds)
     else:
-        for n, query in enumerate(queries.matrix):
-            # Each row tile's maximum and sum for all units, in the order of the row tiles: [tiles, U].
-            tile_m, tile_l = (key.new_empty(-(-classes // tiling.rows), units, dtype=m.dtype) for _ in range(2))
-            for p, r in tiling.tiles(units, classes):
-                t = r.start // tiling.rows
-                exps, tile_m[t, p], tile_l[t, p] = _exponentials(_scores(query[p, r], key[p], factor))
-                rows = torch.bmm(exps.to(value.dtype), value[p]) / tile_l[t, p, None, None]
-                by_kind[n, p, r] = rows.to(value.dtype)
-            m[n] = tile_m.amax(0)
-            tile_l *= (tile_m - m[n]).exp()
-            l[n] = tile_l.sum(0)
-            for p, r in tiling.tiles(units, classes):
-                by_kind[n, p, r] *= tile_l[r.start // tiling.rows, p, None, None] * _share(classes, l[n, p])
+        streamed = Streamed(queries.matrix, torch.zeros_like(by_kind), factor, tiling)
+        streamed.add(key, value)
+        m, l = streamed.totals()
+        by_kind = streamed.finish(m, classes / l)
         rows = by_kind.sum(0).div_(queries.kinds)
     if queries.image is not None:
         row = image_row_weights(queries.image, key, factor).to(value.dtype) @ value  # [U, 1, E]
@@ -111,6 +155,50 @@ def image_row_weights(image_query: Tensor, key: Tensor, factor: float) -> Tensor
     return _scores(image_query, key, factor).softmax(-1)
 
 
+class Softmax(NamedTuple):
+    """What makes weights A_n = share · exp(score - m) of scores, and dS_n = A_n ⊙ (dP - delta)."""
+
+    m: Tensor  # [n, U]
+    share: Tensor  # [n, U] K / Σ exp(score - m)
+    delta: Tensor | None  # [n, U] (1/K) Σ A_n dP; None: Σ over the keys given, of tiles that hold all rows of a unit
+
+
+def tile_backward(
+    dO: Tensor,  # [U, R, E]
+    queries: Sequence[Tensor],  # n of [U, R, E]
+    key: Tensor,  # [U, T, E]
+    value: Tensor,  # [U, T, E]
+    softmax: Softmax,
+    factor: float,
+    tiling: Tiling,
+    grad_queries: Sequence[Tensor],  # n of [U, R, E], added to
+    grad_key: Tensor,  # [U, T, E], added to
+    grad_value: Tensor,  # [U, T, E], added to
+    exponentials: Tensor | None = None,  # [n, U, R, T] exp(score - m), where they were saved
+) -> None:
+    """The gradients of R query rows, and these rows' part of the gradients of T keys and values."""
+    dtype = key.dtype
+    for p, r in tiling.tiles(dO.shape[0], dO.shape[1]) if len(queries) else ():
+        dP = _scores(dO[p, r], value[p], 1.0)  # [p, r, T]
+        mixed = torch.zeros_like(dP)
+        for n, query in enumerate(queries):
+            share = softmax.share[n, p, None, None]
+            if exponentials is not None:
+                exps = exponentials[n, p, r]
+            else:
+                exps = _scores(query[p, r], key[p], factor, -softmax.m[n, p, None, None]).exp_()
+            if softmax.delta is None:
+                delta = torch.linalg.vecdot(exps.flatten(1), dP.flatten(1)) * softmax.share[n, p] / key.shape[1]
+            else:
+                delta = softmax.delta[n, p]
+            mixed.addcmul_(exps, share)
+            dS = (dP - delta[:, None, None]).mul_(exps).to(dtype)  # without its factor
+            share = (factor * share).to(dtype)
+            grad_key[p].baddbmm_(dS.mT, query[p, r] * share)
+            grad_queries[n][p, r] += torch.bmm(dS, key[p]).mul_(share)
+        grad_value[p].baddbmm_(mixed.to(dtype).mT, dO[p, r])
+
+
 def mask_attention_backward(
     grad_rows: Tensor,  # [U, K, E]
     queries: Queries,
@@ -126,34 +214,16 @@ def mask_attention_backward(
     A_n stays in two factors, exp(score - m) and K / l, so that delta_n is the mean of dP under the very weights that
     it is subtracted under: what should cancel in the sum over dS_n then does.
     """
-    units, classes, _ = key.shape
-    dtype = key.dtype
+    classes, dtype = key.shape[1], key.dtype
     _, m, l, by_kind = attended
     dO = grad_rows / queries.kinds
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-    grad_queries = [torch.empty_like(query) for query in queries.matrix]
-    delta = None
-    if by_kind.numel():
-        delta = (by_kind * dO).sum((2, 3), dtype=m.dtype) / classes  # [n, U]
-    for p, r in tiling.tiles(units, classes) if queries.matrix else ():
-        dP = _scores(dO[p, r], value[p], 1.0)  # [p, r, K]
-        mixed = torch.zeros_like(dP)
-        for n, query in enumerate(queries.matrix):
-            if exponentials.numel():
-                exps = exponentials[n, p, r]
-            else:
-                exps = _scores(query[p, r], key[p], factor, -m[n, p, None, None]).exp_()
-            if delta is None:
-                delta_n = torch.linalg.vecdot(exps.flatten(1), dP.flatten(1)) / l[n, p]
-            else:
-                delta_n = delta[n, p]
-            share = _share(classes, l[n, p])
-            mixed.addcmul_(exps, share)
-            dS = (dP - delta_n[:, None, None]).mul_(exps).to(dtype)  # without its factor
-            share = (factor * share).to(dtype)
-            grad_key[p].baddbmm_(dS.mT, query[p, r] * share)
-            grad_queries[n][p, r] = torch.bmm(dS, key[p]).mul_(share)
-        grad_value[p].baddbmm_(mixed.to(dtype).mT, dO[p, r])
+    grad_queries = [torch.zeros_like(query) for query in queries.matrix]
+    delta = delta_of(by_kind, dO) / classes if by_kind.numel() else None  # [n, U]
+    tile_backward(
+        dO, queries.matrix, key, value, Softmax(m, classes / l, delta), factor, tiling,
+        grad_queries, grad_key, grad_value, exponentials if exponentials.numel() else None,
+    )  # fmt: skip
     grad_image = None
     if queries.image is not None:
         row = image_row_weights(queries.image, key, factor)  # [U, 1, K]

@@ -5,6 +5,7 @@ A chunk has b images and U = b·H units, which are (image, head).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,11 @@ class Queries(NamedTuple):
     def kinds(self) -> int:
         return len(self.matrix) + (self.image is not None)
 
+    def by_layer(self, options: Options) -> dict[str, Tensor]:
+        """The queries, or their gradients, by the names of the layers that give them."""
+        tensors = iter([*([] if self.image is None else [self.image]), *self.matrix])
+        return {f"query_{kind}": next(tensors) for kind in options.queries}
+
 
 class FeatureQueries(NamedTuple):
     """W (√s x) + c of all unit rows x: the queries that do not need X. None where a kind is not in use."""
@@ -67,11 +73,11 @@ class FeatureQueries(NamedTuple):
             query("text", features.h).transpose(0, 1) if "text" in options.queries else None,
         )
 
-    def beside(self, projections: Tensor, b: slice) -> Queries:
-        """All queries of the images of slice b; projections [N, U, K, E] as `rational_projection` gives them."""
+    def beside(self, rational: Iterable[Tensor], b: slice) -> Queries:
+        """All queries of the images of slice b; rational: the rational query [U, K, E] where it is in use."""
         image = None if self.image is None else self.image[b].flatten(0, 1).unsqueeze(1)
         text = [] if self.text is None else [self.text.repeat(b.stop - b.start, 1, 1)]
-        return Queries(image, [*text, *projections[2:]])
+        return Queries(image, [*text, *rational])
 
 
 def layers_over_x(options: Options) -> list[str]:
@@ -79,10 +85,10 @@ def layers_over_x(options: Options) -> list[str]:
     return ["key", "value"] + ["query_rational"] * ("rational" in options.queries)
 
 
-def rational_projection(x: Tensor, params: Params, options: Options, out: Tensor) -> None:
-    """The layers over X [b·K, D], written to out [N, U, K, E]."""
-    classes, heads = out.shape[2], options.num_heads
-    for name, projection in zip(layers_over_x(options), out, strict=True):
+def rational_projection(x: Tensor, params: Params, layers: Sequence[str], num_heads: int, out: Tensor) -> None:
+    """The named layers over X [b·K, D], written to out [N, U, K, E]."""
+    classes, heads = out.shape[2], num_heads
+    for name, projection in zip(layers, out, strict=True):
         weight, bias = params.layer(name)
         rows = torch.addmm(bias, x, weight.t()).view(-1, classes, heads, out.shape[3])
         projection.unflatten(0, (-1, heads)).copy_(rows.transpose(1, 2))
@@ -94,26 +100,32 @@ class ProjectionGradients:
     def __init__(self, features: Features, params: Params, options: Options, wanted: Wanted, layers: LayerGradients):
         self.features, self.params, self.options, self.wanted, self.layers = features, params, options, wanted, layers
         self.f, self.h = torch.zeros_like(features.f), torch.zeros_like(features.h)
-        self.query_image, self.query_text = torch.zeros_like(self.f), torch.zeros_like(self.h)
+        self.query_image: Tensor | None = None  # [B, D] once there is any
+        self.query_text: Tensor | None = None  # [K, D]
 
-    def add(self, b: slice, queries: Queries, key: Tensor, value: Tensor, masked: Tensor | None) -> None:
-        """A chunk's, of queries, keys and values; masked [b, K, D]: of R through the sums, if features want them."""
-        (f, h), heads, matrix = self.features[:2], self.options.num_heads, list(queries.matrix)
-        if queries.image is not None:
-            self.query_image[b] = queries.image.reshape_as(f[b])
-        if "text" in self.options.queries:
-            by_image = matrix.pop(0).unflatten(0, (-1, heads)).sum(0, dtype=h.dtype)  # [H, K, E]
-            self.query_text += join_heads(by_image, heads)
-        x = self.features.rational_rows(b) if self.wanted.layers else None
-        grad_x = f.new_zeros(())
-        for name, grad in zip(layers_over_x(self.options), (key, value, *matrix), strict=True):
-            rows = join_heads(grad, heads)  # [b·K, D]
+    def add(self, b: slice, grads: Mapping[str, Tensor], masked: Tensor | None = None) -> None:
+        """A chunk's gradients of the layers' results, by layer, each [U, K, E], of the image query [U, 1, E].
+
+        masked [b, K, D]: of R through the sums, where features want them and the rows have sums.
+        """
+        (f, h), heads, over_x = self.features[:2], self.options.num_heads, dict(grads)
+        if (image := over_x.pop("query_image", None)) is not None:
+            self.query_image = torch.zeros_like(f) if self.query_image is None else self.query_image
+            self.query_image[b] = image.reshape_as(f[b])
+        if (text := over_x.pop("query_text", None)) is not None:
+            self.query_text = torch.zeros_like(h) if self.query_text is None else self.query_text
+            self.query_text += join_heads(text.unflatten(0, (-1, heads)).sum(0, dtype=h.dtype), heads)
+        x = self.features.rational_rows(b) if self.wanted.layers and over_x else None
+        of_features = self.wanted.image or self.wanted.text
+        grad_r = 0.0 if masked is None else masked
+        for name, grad in over_x.items():
+            rows = join_heads(grad, heads).to(self.features.dtype)  # [b·K, D]
             if x is not None:
                 self.layers.add(name, rows, x)
-            if masked is not None:
-                grad_x = grad_x + (rows @ self.params.layer(name)[0]).to(f.dtype)
-        if masked is not None:  # X = s R, R = f ⊙ h
-            grad_r = self.features.scale * grad_x.unflatten(0, (-1, len(h))) + masked
+            if of_features:  # X = s R
+                grad_x = (rows @ self.params.layer(name)[0]).to(f.dtype)
+                grad_r = grad_r + self.features.scale * grad_x.unflatten(0, (-1, len(h)))
+        if of_features:  # R = f ⊙ h
             self.f[b] = (grad_r * h).sum(1)
             self.h += (grad_r * f[b].unsqueeze(1)).sum(0)
 
@@ -124,7 +136,7 @@ class ProjectionGradients:
             ("image", features.f, features.inverse_f, self.f, self.query_image, self.wanted.image),
             ("text", features.h, features.inverse_h, self.h, self.query_text, self.wanted.text),
         ):
-            if kind in self.options.queries:
+            if grad_query is not None:
                 if self.wanted.layers:
                     self.layers.add(f"query_{kind}", grad_query, root * rows)
                 if wanted:

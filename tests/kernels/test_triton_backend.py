@@ -85,11 +85,11 @@ def test_a_number_becomes_a_scalar_without_a_copy_from_the_host():
     from codegen.launches import TorchCalls
 
     from rada_kernels import Params
-    from rada_kernels.api import _on_device
+    from rada_kernels.api import on_device
 
     image, calls = torch.empty(2, 4, device="meta"), []
     with TorchCalls(calls):
-        params = _on_device(Params(*[None] * 12, logit_scale=20.0, logit_bias=-3.0), image)
+        params = on_device(Params(*[None] * 12, logit_scale=20.0, logit_bias=-3.0), image)
     assert [call.name for call in calls] == ["full", "full"]
     assert params.logit_scale.device.type == params.logit_bias.device.type == "meta"
 
