@@ -22,6 +22,7 @@ from rada.adapter import AdaptedHead
 from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.files import replacing
 from rada.losses import LOSSES, SigmoidLoss
+from rada_kernels import Options, Params
 from rada_kernels.backends import cpu, reference
 
 BACKENDS = ("reference", "cpu")
@@ -53,12 +54,12 @@ class ServedHead(nn.Module):
         return logits if self.bias is None else logits + self.bias
 
 
-def _reference_sums(*arguments: Any) -> Tensor:
-    return reference.masked_similarity(*arguments)[0]
+def _reference_sums(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
+    return reference.masked_similarity(image, text, params, options)[0]
 
 
-def _cpu_sums(*arguments: Any) -> Tensor:
-    return cpu.forward(*arguments, False)[0]
+def _cpu_sums(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
+    return cpu.forward(image, text, params, options, save=False)[0]
 
 
 def export_head(
