@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 # The others wait while rank 0 writes and measures.
 WAIT = timedelta(hours=1)
+# Seconds in which the first to fail says why, before torchrun ends it for another's sake.
+GRACE = 10
 
 
 def rank() -> int:
@@ -58,6 +61,7 @@ def processes() -> Iterator[None]:
                 yield
     except Exception as error:
         if store.add("failed", 1) > 1:
+            time.sleep(GRACE)
             raise SystemExit(1) from error
         raise
     dist.destroy_process_group()
