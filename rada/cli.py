@@ -37,7 +37,7 @@ from rada.data import Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
 from rada.data.suite import read_suite
 from rada.data.views import VIEWS
-from rada.distributed import rank, world_size
+from rada.distributed import leave, rank, world_size
 from rada.encoders import IMAGES_PER_BATCH
 from rada.losses import LOSSES
 from rada.methods import METHODS
@@ -60,6 +60,15 @@ app = typer.Typer(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Ends the process: 0, 2 for an error of the user's (one line on stderr), 130 for Ctrl-C."""
+    try:
+        _run(arguments)
+    except SystemExit as ended:
+        if world_size() > 1:
+            leave(ended.code if isinstance(ended.code, int) else 1)
+        raise
+
+
+def _run(arguments: list[str] | None) -> None:
     warnings.showwarning = lambda message, *_: print(f"rada: warning: {message}", file=sys.stderr)
     try:
         app(arguments)

@@ -9,10 +9,13 @@ Without a process group there is one rank, and every function here returns what 
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
-from typing import Any
+from importlib import import_module
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,8 @@ from torch import Tensor, nn
 
 # The others wait while rank 0 writes and measures.
 WAIT = timedelta(hours=1)
+# Seconds in which the first to fail says why, before torchrun ends it for another's sake.
+GRACE = 10
 
 
 def rank() -> int:
@@ -44,6 +49,7 @@ def processes() -> Iterator[None]:
         return
     from torch.distributed.rendezvous import rendezvous
 
+    import_module("torch._dynamo")  # DDP does; once there is a group, that would keep it and its threads: see `leave`
     store, number, size = next(iter(rendezvous("env://", timeout=WAIT)))
     dist.init_process_group(store=store, rank=number, world_size=size, timeout=WAIT)
     try:
@@ -55,9 +61,21 @@ def processes() -> Iterator[None]:
                 yield
     except Exception as error:
         if store.add("failed", 1) > 1:
+            time.sleep(GRACE)
             raise SystemExit(1) from error
         raise
     dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once, without the interpreter's own end.
+
+    Threads of gloo's, which DTensor's caches keep, may abort that (pytorch/pytorch#179291), and torchrun would take a
+    finished process for one that failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def own_device(device: torch.device) -> torch.device:

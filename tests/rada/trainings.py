@@ -17,7 +17,7 @@ from PIL import Image
 from rada import RAdaCLIP, RAdaHead
 from rada.adapter import AdaptedHead
 from rada.classification import Classes, Labelled
-from rada.distributed import in_shares, processes, rank
+from rada.distributed import in_shares, leave, processes, rank
 from rada.losses import ContrastiveLoss
 from rada.tuning import FineTuner, FullTuning, Tuning, tune_head
 from rada.tuning.full import STATE
@@ -115,3 +115,4 @@ if __name__ == "__main__":
     with processes():
         print("printed by a rank")
         main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave(0)
