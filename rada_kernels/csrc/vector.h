@@ -18,11 +18,6 @@
 
 namespace RADA_ISA {
 
-// AMX's tile registers, or a plain C++ model of them on any machine: amx.h.
-#if defined(__AMX_BF16__) || defined(RADA_TILE_MODEL)
-#define RADA_TILES
-#endif
-
 // In scope, this thread reads subnormal operands as zero and flushes subnormal results to zero (DAZ, FTZ). A sharp
 // softmax has many subnormal exponentials, and processors compute with them in microcode.
 class SubnormalsAreZero {

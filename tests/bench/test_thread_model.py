@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import thread_model
 import torch
 from implementations import choose_methods, work
-from thread_model import main, makespan, record, schedule
+from thread_model import main, makespan, record, schedule, speed_ups
 from workloads import Workload, make_inputs
 
 from rada_kernels.backends import cpu
@@ -36,6 +37,13 @@ def test_phases_follow_each_other_and_what_lies_between_is_serial():
     assert (found.phases, found.tasks, found.total_s, found.serial_s) == (3, 4, 9, 1)
     assert found.makespan_s == 2 + 1 + 3 + 1
     assert found.busy(2) == pytest.approx(9 / 14)
+
+
+def test_a_speed_up_is_over_one_thread(monkeypatch):
+    monkeypatch.setattr(thread_model.Clock, "time", lambda self, run: 6 / run())
+    before = torch.get_num_threads()
+    assert speed_ups(torch.get_num_threads, [2, 3], seconds=0) == {2: 2, 3: 3}
+    assert torch.get_num_threads() == before
 
 
 def recorded(batch, classes, mode, threads, width=64):
@@ -71,10 +79,13 @@ def test_recording_ends():
 
 
 @needs_operators
-def test_a_line_for_each_number_of_threads(capsys):
-    assert main(["--threads", "1,64", "--workloads", "b2-k9-d16", "--modes", "forward"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_a_line_for_each_number_of_threads(capsys, monkeypatch):
+    monkeypatch.setattr(thread_model.os, "cpu_count", lambda: 2)
+    arguments = ["--threads", "1,64", "--workloads", "b2-k9-d16", "--modes", "forward", "--seconds", "0"]
+    assert main(arguments) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 3
-    assert lines[1].endswith("100%")  # on one thread nothing waits
+    assert lines[1][-3:] == ["100%", "1.00", "1.00"]  # on one thread nothing waits
+    assert lines[2][-1] == "–"  # no machine to measure it on
     with pytest.raises(SystemExit, match="2"):
         main(["--threads", "0"])
