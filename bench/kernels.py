@@ -134,6 +134,7 @@ class Bench:
             return None
         row.error_logits, row.error_penalty, *gradients = verdict.errors.values()
         row.error_gradients = max(gradients, default=None)
+        row.limit_logits = verdict.limits["logits"]
         row.worst, row.worst_error, row.worst_limit = verdict.worst, verdict.worst_error, verdict.worst_limit
         if not verdict.right:
             row.refuse(WRONG, verdict.account)

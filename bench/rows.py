@@ -43,6 +43,7 @@ class Row:
     error_logits: float | None = None
     error_penalty: float | None = None
     error_gradients: float | None = None
+    limit_logits: float | None = None  # of error_logits; gradients have limits of their own
     worst: str = ""  # the tensor nearest to its limit
     worst_error: float | None = None
     worst_limit: float | None = None

@@ -6,9 +6,11 @@ tensor by tensor:
     rms(result - truth)   <= MARGIN * rms(plain - truth)   + FLOOR * eps * size
     max |result - truth|  <= MARGIN * max |plain - truth|  + ELEMENT_FLOOR * FLOOR * eps * largest
 
-The second bound finds the one wrong element that hides among many in a root mean square. The floors count where plain
-PyTorch happens to be almost exact. They are units in the last place of the truth, or of the terms it is summed from
-where these cancel: size = max(rms(truth), rms(terms)), largest = max(max |truth|, max(terms)). The terms, in short:
+Every tensor has a limit of its own, and logits have their own margin and floor: what is right for the worst gradient
+would let them err far more than plain PyTorch's. The second bound finds the one wrong element that hides among many in
+a root mean square. The floors count where plain PyTorch happens to be almost exact. They are units in the last place of
+the truth, or of the terms it is summed from where these cancel: size = max(rms(truth), rms(terms)), largest =
+max(max |truth|, max(terms)). Where float32 products have fewer bits, it is one unit of theirs. The terms, in short:
 
 - logits: s Σ_d |f| |h|, of which CANCELLED counts, as absolute values outgrow what they are the terms of;
 - penalty: M and 1, of which CANCELLED counts;
@@ -38,6 +40,9 @@ from rada_kernels.rational_projection.reference import rational_projection
 
 MARGIN = 2.0
 FLOOR = {torch.float64: 16, torch.float32: 16, torch.bfloat16: 1, torch.float16: 1}
+LOGITS_MARGIN = 1.25
+LOGITS_FLOOR = {torch.float64: 16, torch.float32: 16, torch.bfloat16: 0.25, torch.float16: 0.25}  # a rounding is 0.29
+PRODUCT_UNITS = {"tf32": 2.0**-10, "bf16x3": 2.0**-16}  # of float32 products on tensor cores
 ELEMENT_FLOOR = 4
 CANCELLED = 1e-2
 SMALLEST = 1e-30  # what an error is relative to where truth and terms are zero
@@ -57,6 +62,7 @@ class Verdict:
     """The tensor nearest to its limit, or furthest beyond it."""
 
     errors: dict[str, float]  # root mean square of every tensor's error relative to its size
+    limits: dict[str, float]  # of these
     worst: str
     worst_error: float
     worst_limit: float
@@ -67,18 +73,26 @@ class Verdict:
         return self.worst_error <= self.worst_limit  # False for NaN
 
 
-def judge(expected: list[Expected], results: list[dict[str, Tensor]], dtype: torch.dtype) -> Verdict:
-    """Hold the results of one or more calls, computed in dtype, against what is expected of them."""
-    errors, worst = {}, (-1.0,)
+def judge(
+    expected: list[Expected], results: list[dict[str, Tensor]], dtype: torch.dtype, products: str | None = None
+) -> Verdict:
+    """Hold the results of one or more calls, computed in dtype, against what is expected of them.
+
+    products: a name of PRODUCT_UNITS, where float32 products are rounded so.
+    """
+    errors, limits, worst = {}, {}, (-1.0,)
     for name in expected[0].truth:
         measures = [_Errors.of(e, result, name) for e, result in zip(expected, results, strict=True)]
         errors[name] = _rms(m.rms for m in measures)
-        floor = FLOOR[dtype] * torch.finfo(dtype).eps
-        limit = MARGIN * _rms(m.plain_rms for m in measures) + floor
+        margin, floors = (LOGITS_MARGIN, LOGITS_FLOOR) if name == "logits" else (MARGIN, FLOOR)
+        floor = floors[dtype] * torch.finfo(dtype).eps
+        if products:
+            floor = floors[torch.bfloat16] * PRODUCT_UNITS[products]
+        limits[name] = margin * _rms(m.plain_rms for m in measures) + floor
         largest = torch.tensor([m.largest for m in measures])  # as a tensor, whose maximum keeps NaN
-        largest_limit = MARGIN * max(m.plain_largest for m in measures) + ELEMENT_FLOOR * floor
+        largest_limit = margin * max(m.plain_largest for m in measures) + ELEMENT_FLOOR * floor
         for kind, error, allowed in (
-            ("relative error", errors[name], limit),
+            ("relative error", errors[name], limits[name]),
             ("largest relative error", largest.max().item(), largest_limit),
         ):
             excess = error / allowed if math.isfinite(error) else math.inf
@@ -91,7 +105,7 @@ def judge(expected: list[Expected], results: list[dict[str, Tensor]], dtype: tor
         f"{name}: {kind} {error:.1e}, limit {limit:.1e}; at {[int(i) for i in index]} got {got[index].item()!r}, "
         f"plain PyTorch has {plain[index].item()!r}, the truth is {true[index].item()!r}"
     )
-    return Verdict(errors, name, error, limit, account)
+    return Verdict(errors, limits, name, error, limit, account)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from torch import Tensor
 from rada_kernels.numerics import LayerGradients
 from rada_kernels.options import Params
 
+CANDIDATES = 8  # for an image's largest |M - 1| in 16 bits
+
 
 class Mask(NamedTuple):
     change: Tensor  # [b, K, D] M - 1, in the accumulation dtype
@@ -21,7 +23,7 @@ class Mask(NamedTuple):
         """M - 1 = max(rows Woᵀ + co, -1). rows [b·K, D], f [b, D] in the accumulation dtype."""
         out = torch.addmm(params.out_bias, rows, params.out_weight.t())
         change = out.to(f.dtype).clamp_(min=-1).unflatten(0, (len(f), -1))
-        return Mask(change, change.flatten(1).abs().argmax(-1))
+        return Mask(change, _peak(change, rows, params))
 
     def sums(self, f: Tensor, h: Tensor) -> Tensor:
         """Σ_d M[b,k,d] f[b,d] h[k,d]: [b, K]. Not f·h + Σ (M - 1) f h, which cancels where M is small."""
@@ -74,6 +76,25 @@ def joint_deviation(
         parts = gather(deviation)
         return parts.amax(0), (parts.argmax(0) == rank).to(deviation.dtype)
     return gather(fraction * deviation).sum(0), torch.full_like(deviation, fraction)
+
+
+def _peak(change: Tensor, rows: Tensor, params: Params) -> Tensor:
+    """The first place, k·D + d, of each image's largest |M - 1|.
+
+    In 16 bits the product's rounding makes ties and near ties, and linf's gradient would go to the wrong element: the
+    largest few are multiplied again in the accumulation dtype.
+    """
+    size = change.flatten(1).abs()
+    first = size.argmax(-1, keepdim=True)
+    if rows.dtype == change.dtype:
+        return first.squeeze(-1)
+    places = size.topk(min(CANDIDATES, size.shape[1])).indices
+    places = torch.cat([first, places], 1).sort(-1).values  # [b, n] the first of equals comes first
+    classes, columns = places // change.shape[2], places % change.shape[2]
+    images = torch.arange(len(change), device=change.device)[:, None]
+    taken = rows.unflatten(0, change.shape[:2])[images, classes].to(change.dtype)  # [b, n, D]
+    out = torch.linalg.vecdot(taken, params.out_weight[columns].to(change.dtype)) + params.out_bias[columns]
+    return places.gather(1, out.clamp(min=-1).abs().argmax(-1, keepdim=True)).squeeze(-1)
 
 
 def output_backward(grad_out: Tensor, rows: Tensor, params: Params, layers: LayerGradients | None) -> Tensor:

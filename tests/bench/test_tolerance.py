@@ -126,6 +126,20 @@ def test_a_wrong_call_among_several_is_shown():
     assert repr(gots[1]["grad text"][4, 7].item()) in judged.account
 
 
+@pytest.mark.parametrize(
+    ("name", "units"), [("logits", 1.25 * 3 + 0.25), ("penalty", 2 * 3 + 1), ("grad x", 2 * 3 + 1)]
+)
+def test_logits_and_gradients_have_limits_of_their_own(name, units):
+    """In bfloat16, beside a plain error of three units."""
+    true = torch.full((100,), 1.0, dtype=torch.float64)
+    eps = torch.finfo(torch.bfloat16).eps
+    want = Expected({name: true}, {name: torch.zeros(())}, {name: true + 3 * eps})
+    for share, right in ((0.99, True), (1.01, False)):
+        judged = judge([want], [{name: true + share * units * eps}], torch.bfloat16)
+        assert judged.right == right
+        assert judged.limits[name] == pytest.approx(units * eps)
+
+
 def test_the_limits_in_numbers():
     """Sizes by truth or terms, whichever are larger; twice the plain error and 16 units; 64 for the largest."""
 

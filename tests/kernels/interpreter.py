@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
 
 
 def to_float32(bits: np.ndarray) -> np.ndarray:
@@ -52,3 +53,72 @@ def mend() -> None:
         setattr(InterpreterBuilder, name, lambda self, source, dtype: cast(self, source, dtype))
     InterpreterBuilder.create_fp_to_fp = lambda self, source, dtype, rounding: cast(self, source, dtype)
     InterpreterBuilder.create_fmul = multiply
+    allowed = (*interpreter_builder.options.allowed_dot_input_precisions, "bf16x3")  # AMD's
+    object.__setattr__(interpreter_builder.options, "allowed_dot_input_precisions", allowed)
+
+
+def to_tf32(values: np.ndarray, rounding: str) -> np.ndarray:
+    """float32 with TF32's 10 bits of mantissa.
+
+    "truncated": what tensor cores do with a float32's low bits, and what the kernels mean, as Triton leaves the
+    rounding to them. "nearest": as cvt.rna.tf32 rounds, ties away from zero.
+    """
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    raised = bits + np.uint32(0x1000) if rounding == "nearest" else bits
+    return np.where(finite, raised & np.uint32(0xFFFFE000), bits).view(np.float32)
+
+
+def rounded_product(left: np.ndarray, right: np.ndarray, precision: str, rounding: str) -> np.ndarray:
+    """A float32 product as tensor cores form it. "TF32"; "BF16x3": three products of the two leading bfloat16 parts."""
+    if precision == "TF32":
+        return to_tf32(left, rounding) @ to_tf32(right, rounding)
+    (a, b), (c, d) = map(_two_parts, (left, right))
+    return (a @ d + b @ c) + a @ c
+
+
+def _two_parts(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    leading = to_float32(to_bfloat16(values))
+    return leading, to_float32(to_bfloat16(values - leading))
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Within it torch's float32 products, and those of kernels that ask for it, are rounded as tensor cores do."""
+
+    def __init__(self, precision: str, rounding: str = "truncated"):
+        super().__init__()
+        self.how = precision, rounding
+        self.asked: list[str] = []  # input_precision of the kernels' float32 products
+
+    def __enter__(self):
+        self.plain_dot = plain_dot = InterpreterBuilder.create_dot
+
+        def dot(builder, a, b, d, input_precision, *rest):
+            if a.dtype.scalar != tl.float32:
+                return plain_dot(builder, a, b, d, input_precision, *rest)
+            self.asked.append(input_precision.name)
+            if input_precision.name != self.how[0]:
+                return plain_dot(builder, a, b, d, input_precision, *rest)
+            return TensorHandle(rounded_product(a.data, b.data, *self.how) + d.data, tl.float32)
+
+        InterpreterBuilder.create_dot = dot
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        InterpreterBuilder.create_dot = self.plain_dot
+        return super().__exit__(*raised)
+
+    def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(rounded_product(left.detach().numpy(), right.detach().numpy(), *self.how))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        at = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}.get(name)
+        if at is None or args[at].dtype != torch.float32:
+            return function(*args, **kwargs)
+        assert not kwargs, "beta and alpha are not taken into account"
+        product = self.product(args[at], args[at + 1])
+        if at == 0:
+            return product
+        return args[0].add_(product) if name.endswith("_") else args[0] + product

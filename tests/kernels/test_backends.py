@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rada_kernels import BACKENDS, PENALTIES, Options, Params, rada_logits, rada_mask, usable_backends
+from rada_kernels.logit_reduction.plain import Mask
 from tests.kernels.test_reference import SUBSETS
 from tests.kernels.truth import assert_as_good_as_reference, assert_loss_scale_is_borne, make_case, results, steady_case
 
@@ -227,3 +228,13 @@ def test_a_budget_that_is_no_number_is_named(variable, monkeypatch):
     params = Params(*(t.requires_grad_() for t in case.layers), logit_scale=20.0)
     with pytest.raises(ValueError, match=f"{variable}: got '64MB'"):
         rada_logits(case.image, case.text, params, Options(2), "torch")
+
+
+def test_linf_finds_the_largest_where_16_bits_have_a_tie():
+    """1/2 and 1/2 + 2⁻¹⁰ are one number in bfloat16; the first of true equals is still the first."""
+    weight = torch.tensor([[0.5, 0.0], [0.5, 2.0**-10]], dtype=torch.bfloat16)
+    params = Params(*[torch.empty(0)] * 10, weight, torch.zeros(2, dtype=torch.bfloat16))
+    rows = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]], dtype=torch.bfloat16)
+    mask = Mask.of(rows, params, torch.ones(1, 2))
+    assert mask.change.eq(0.5).all()
+    assert mask.peak.tolist() == [3], "class 1, column 1"

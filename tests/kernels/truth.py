@@ -129,20 +129,34 @@ def expected(case: Case, *, features: bool = True) -> Expected:
     )
 
 
-def verdict_of(cases: list[Case], backend: str | Callable, dtype: torch.dtype, *, features: bool = True) -> Verdict:
+def verdict_of(
+    cases: list[Case],
+    backend: str | Callable,
+    dtype: torch.dtype,
+    *,
+    features: bool = True,
+    products: str | None = None,
+) -> Verdict:
     cases = [case.cast(dtype) for case in cases]
     return judge(
         [expected(case, features=features) for case in cases],
         [results(case, backend, features=features) for case in cases],
         dtype,
+        products,
     )
 
 
 def assert_as_good_as_reference(
-    cases: Case | list[Case], backend: str | Callable, dtype: torch.dtype, *, features: bool = True
+    cases: Case | list[Case],
+    backend: str | Callable,
+    dtype: torch.dtype,
+    *,
+    features: bool = True,
+    products: str | None = None,
 ) -> None:
     """Every result of one case, or of several pooled, is right by the rule of bench/tolerance.py."""
-    verdict = verdict_of(cases if isinstance(cases, list) else [cases], backend, dtype, features=features)
+    pooled = cases if isinstance(cases, list) else [cases]
+    verdict = verdict_of(pooled, backend, dtype, features=features, products=products)
     assert verdict.right, f"{backend}: {verdict.account}"
 
 
