@@ -63,9 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _run(arguments)
     except SystemExit as ended:
-        if world_size() > 1:
-            leave(ended.code if isinstance(ended.code, int) else 1)
-        raise
+        leave(ended.code)
 
 
 def _run(arguments: list[str] | None) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 WAIT = timedelta(hours=1)
 # Seconds in which the first to fail says why, before torchrun ends it for another's sake.
 GRACE = 10
+_state = SimpleNamespace(joined=False)
 
 
 def rank() -> int:
@@ -52,6 +54,7 @@ def processes() -> Iterator[None]:
     import_module("torch._dynamo")  # DDP does; once there is a group, that would keep it and its threads: see `leave`
     store, number, size = next(iter(rendezvous("env://", timeout=WAIT)))
     dist.init_process_group(store=store, rank=number, world_size=size, timeout=WAIT)
+    _state.joined = True
     try:
         with open(os.devnull, "w") as nowhere:
             if number:
@@ -67,15 +70,17 @@ def processes() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def leave(status: int) -> NoReturn:
-    """End this process at once, without the interpreter's own end.
+def leave(status: Any) -> NoReturn:
+    """sys.exit(status); of a process that has been in a group of `processes`, without the interpreter's own end.
 
     Threads of gloo's, which DTensor's caches keep, may abort that (pytorch/pytorch#179291), and torchrun would take a
     finished process for one that failed.
     """
+    if not _state.joined:
+        sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -103,11 +103,11 @@ def export_head(
         if not works:
             raise ValueError(f"backend: 'cpu' cannot serve here ({reason}); it takes 'reference'")
     program, metadata = _program(trained, backend), _metadata(trained, backend)
-    with replacing(output) as partial:
-        (_write_package if compiled else _write_program)(program, partial, json.dumps(metadata, ensure_ascii=False))
     if backend == "cpu":
         with replacing(output.with_name(cpu.LIBRARY.name)) as partial:
             shutil.copyfile(cpu.LIBRARY, partial)
+    with replacing(output) as partial:
+        (_write_package if compiled else _write_program)(program, partial, json.dumps(metadata, ensure_ascii=False))
     return metadata
 
 
