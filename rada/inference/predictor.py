@@ -72,13 +72,16 @@ class Predictor:
         return self.trained.device
 
     def check(self, options: PredictOptions, width: int | None, where: object) -> None:
-        """Raise ValueError for features of another width, and for adapted features where nothing adapts any.
+        """Raise ValueError for features of another width, for images where there are no encoders or not the
+        checkpoint's, and for adapted features where nothing adapts any.
 
         width: of the features; None: they are encoded from images. where: they are from, for the message.
         """
         embed_dim = self.trained.rada.embed_dim
         if width not in (None, embed_dim):
             raise ValueError(f"{where}: got features of width {width}; the checkpoint takes {embed_dim}")
+        if width is None:
+            _ = self.encoders  # opened now, not in the first shard
         trained = self.trained
         adapts = isinstance(trained.head, AdaptedHead)
         changes = trained.towers is not None or (trained.prompt is not None and trained.prompt[0]["image_tokens"])
