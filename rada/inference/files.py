@@ -76,7 +76,7 @@ class FeatureFile:
 
     def __init__(self, path: Path, root: Path, metadata: Path | None = None, class_names: list[str] | None = None):
         self.path, self.metadata, self.class_names = path, metadata, class_names
-        self.name = path.relative_to(root).as_posix()
+        self.where, self.name = str(path), path.relative_to(root).as_posix()
         try:
             self.reader: Reader = READERS[path.suffix](path)
         except FileNotFoundError:

@@ -58,9 +58,9 @@ def plan_shards(
         parts = [("images", image_rows(Path(images).expanduser()))]
     else:
         parts = [("items", source_rows(load_test(predictor.trained, data)))]
-    width = parts[0][1].width
-    predictor.check(options, width, getattr(parts[0][1], "path", "data"))
-    if options.format == "npy" and width is None:
+    rows = parts[0][1]
+    predictor.check(options, rows)
+    if options.format == "npy" and rows.width is None:
         raise ValueError("format: got 'npy' for images, whose names it does not hold; it takes parquet or jsonl")
     return cut(parts, options.rows_per_shard)
 

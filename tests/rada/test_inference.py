@@ -292,7 +292,7 @@ def test_labels_may_be_of_other_classes_than_those_named_to_choose_among(images,
     (tmp_path / "names.txt").write_text("a parrot\nMount Fuji\n")
     features = torch.nn.functional.normalize(torch.randn(6, WIDTH), dim=-1)
     pq.write_table(pa.table({"f": features.tolist(), "label": ["zebra"] * 6}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"label: a\.parquet has the class 'zebra'"):
+    with pytest.raises(ValueError, match=r"label: .*a\.parquet has the class 'zebra'"):
         predict(tmp_path / "head", tmp_path / "one", features=tmp_path / "a.parquet", device="cpu")
     names = tmp_path / "names.txt"
     predict(tmp_path / "head", tmp_path / "out", features=tmp_path / "a.parquet", class_names=names, device="cpu")
@@ -305,7 +305,7 @@ def test_labels_of_another_list_are_refused(checkpoint, features, tmp_path):
     (features / "metadata").mkdir()
     for number, count in enumerate((100, 50)):
         pq.write_table(pa.table({"label": ["zebra"] * count}), features / f"metadata/metadata_{number}.parquet")
-    with pytest.raises(ValueError, match=r"label: img_emb/img_emb_0.npy has the class 'zebra'.*--class-names"):
+    with pytest.raises(ValueError, match=r"label: .*/img_emb_0\.npy has the class 'zebra'.*--class-names"):
         predict(checkpoint, tmp_path / "out", SMALL, features=features, device="cpu")
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["predict.json"]
 

@@ -156,7 +156,9 @@ def test_a_run_of_another_checkpoint_is_not_continued(checkpoint, features, tmp_
         predict(checkpoint, tmp_path / "out", SMALL, features=features, device="cpu", backend="torch")
 
 
-@pytest.mark.parametrize("entry", [{"name": "../evil"}, {"file": "../../etc/passwd"}, {"file": "/etc/passwd"}])
+@pytest.mark.parametrize(
+    "entry", [{"name": "../evil"}, {"name": ".."}, {"file": "../../etc/passwd"}, {"file": "/etc/passwd"}]
+)
 def test_a_manifest_that_leaves_its_folder_is_refused(checkpoint, features, tmp_path, entry):
     stopped(checkpoint, features, tmp_path / "out")
     path = tmp_path / "out" / "predict.json"
