@@ -141,8 +141,8 @@ def _check_labels(predictor: Predictor, shard: Shard, columns: Columns) -> None:
     wrong = next((label for label in columns.get("label", ()) if label not in known), None)
     if wrong is not None:
         raise ValueError(
-            f"label: {shard.rows.where} has the class {wrong!r}, which is none of the checkpoint's {len(known)}; it takes "
-            "data of these classes, or --class-names FILE: those to choose among"
+            f"label: {shard.rows.where} has the class {wrong!r}, which is none of the checkpoint's {len(known)}; it "
+            "takes data of these classes, or --class-names FILE: those to choose among"
         )
 
 
