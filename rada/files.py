@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+PARTIAL_BYTES = 8  # drawn for the name of a partial file: numbers of processes repeat on other machines
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which takes its place when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{token_hex(8)}.{path.name}")
+    partial = path.with_name(f".{token_hex(PARTIAL_BYTES)}.{path.name}")
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the temporary files in a folder that processes left when they were killed."""
+    for file in folder.glob(".*") if folder.is_dir() else ():
+        if re.match(rf"\.[0-9a-f]{{{2 * PARTIAL_BYTES}}}\.", file.name):
+            file.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

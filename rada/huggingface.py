@@ -85,6 +85,14 @@ class HuggingFaceEncoder(nn.Module):
         """Text features [N, D], not normalized, of token ids [N, L]."""
         return self.text(tokens)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute both towers' activations again in the backward pass of training, as open_clip's models can."""
+        for tower in (self.visual.transformer, self.text.transformer):
+            if enable:
+                tower.activation_checkpointing_enable({"use_reentrant": False})
+            else:
+                tower.activation_checkpointing_disable()
+
     def tokenizer(self, texts: list[str]) -> Tensor:
         """Token ids [N, L], L the length that the text tower was trained for."""
         tokenize = self._part("tokenizer")

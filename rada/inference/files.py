@@ -77,7 +77,7 @@ class FeatureFile:
 
     def __init__(self, path: Path, root: Path, metadata: Path | None = None, class_names: list[str] | None = None):
         self.path, self.metadata, self.class_names = path, metadata, class_names
-        self.name = path.relative_to(root).as_posix()
+        self.where, self.name = str(path), path.relative_to(root).as_posix()
         try:
             self.reader: Reader = READERS[path.suffix](path)
         except FileNotFoundError:
@@ -128,8 +128,11 @@ class FeatureFile:
             raise ValueError(f"{self.path}: it changed since the run began; take another output for what it is now")
         row_bytes = self.reader.width * 4
         count = batch_size * max(1, PIECE_BYTES // (batch_size * row_bytes))
-        for piece in self.reader.pieces(start, stop, count):
-            yield Block(piece, {})
+        try:
+            for piece in self.reader.pieces(start, stop, count):
+                yield Block(piece, {})
+        except (ValueError, OSError, SafetensorError) as error:
+            raise ValueError(f"{self.path}: rows {start} to {stop} cannot be read: {error}") from error
 
     def _label(self, file: Path, label: Any) -> str:
         if isinstance(label, str) or self.class_names is None:
@@ -229,7 +232,7 @@ class _Parquet:
         wrong = np.flatnonzero(lengths != self.width)
         if len(wrong):
             raise ValueError(
-                f"{self.path}: column {self.column}, row {first + wrong[0]}: got a list of {lengths[wrong[0]]}; it "
+                f"column {self.column}, row {first + wrong[0]}: got a list of {lengths[wrong[0]]}; it "
                 f"takes {self.width} floats, as the first row has"
             )
         rows = np.full((len(lists), self.width), np.nan, values.dtype)

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from rada.extras import require
-from rada.files import read_json, write_json
+from rada.files import read_json
 from rada.inference.inputs import Shard, blake2b
 from rada.inference.options import PredictOptions
 from rada.inference.predictor import Predictor
-from rada.inference.writers import output_files
+from rada.inference.writers import output_files, write_object
 from rada.version import __version__
 
 MANIFEST = "predict.json"
@@ -103,10 +103,7 @@ def write_manifest(output: Path, predictor: Predictor, options: PredictOptions, 
         return
     if others:
         raise FileExistsError(f"output: {output} holds {sorted(others)[:3]} and no {MANIFEST}; it takes a new folder")
-    try:
-        write_json(path, manifest)
-    except OSError as error:
-        raise OSError(f"output: {path}: {error.strerror or error}; it takes a folder that can be written") from error
+    write_object(path, manifest)
 
 
 def read_manifest(output: str | Path) -> dict[str, Any]:
@@ -117,8 +114,9 @@ def read_manifest(output: str | Path) -> dict[str, Any]:
     path = Path(output) / MANIFEST
     manifest = read_json(path, "the manifest of a run of predict", FORMAT, FORMAT_VERSION, ENTRIES)
     for shard in manifest["shards"]:
-        name, file = shard["name"], PurePosixPath(shard.get("file", shard["name"]))
-        if PurePosixPath(name).name != name or "\\" in name:
+        name = str(shard.get("name"))
+        file = PurePosixPath(shard.get("file", name))
+        if PurePosixPath(name).name != name or name == ".." or "\\" in name:
             raise ValueError(f"{path}: shards: got the name {name!r}; it takes a file's name, without a folder")
         if file.is_absolute() or ".." in file.parts:
             raise ValueError(f"{path}: shards: got the file {str(file)!r}; it takes one in the input's folder")

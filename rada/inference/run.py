@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from rada.distributed import rank, world_size
 from rada.evaluate import load_test
+from rada.files import remove_partials
 from rada.inference.files import feature_files
 from rada.inference.inputs import Rows, Shard, cut, image_rows, source_rows
 from rada.inference.manifest import (
+    MANIFEST,
     finished,
     read_manifest,
     record_path,
@@ -56,9 +58,9 @@ def plan_shards(
         parts = [("images", image_rows(Path(images).expanduser()))]
     else:
         parts = [("items", source_rows(load_test(predictor.trained, data)))]
-    width = parts[0][1].width
-    predictor.check(options, width, getattr(parts[0][1], "path", "data"))
-    if options.format == "npy" and width is None:
+    rows = parts[0][1]
+    predictor.check(options, rows)
+    if options.format == "npy" and rows.width is None:
         raise ValueError("format: got 'npy' for images, whose names it does not hold; it takes parquet or jsonl")
     return cut(parts, options.rows_per_shard)
 
@@ -230,7 +232,7 @@ def _remove(output: Path) -> None:
         return
     manifest = read_manifest(output)
     options = PredictOptions(**manifest["options"])
-    (output / "predict.json").unlink()
+    (output / MANIFEST).unlink()
     for shard in manifest["shards"]:
         path = shard_path(output, shard["name"])
         for file in (record_path(output, shard["name"]), *output_files(path, options.format, options.what)):
@@ -242,7 +244,5 @@ def _remove(output: Path) -> None:
 
 
 def _remove_partials(output: Path) -> None:
-    """Remove what killed processes left half-written."""
     for folder in (output, output / "shards", output / "records"):
-        for file in folder.glob(".*"):
-            file.unlink(missing_ok=True)
+        remove_partials(folder)

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rada.files import write_json
 from rada.inference.inputs import DIGEST_BYTES, Block, Columns, Shard, raw
 from rada.inference.manifest import FORMAT_VERSION, RECORD_FORMAT, finished, record_path, settings_digest, shard_path
 from rada.inference.options import PredictOptions
 from rada.inference.overlap import ahead, behind
 from rada.inference.predictor import NOT_FINITE, Predictor
-from rada.inference.writers import Batch, Write, output_files, writing
+from rada.inference.writers import Batch, Write, output_files, write_object, writing
 
 COPY_BYTES = 1 << 20
 
@@ -84,7 +83,7 @@ def predict_shard(
             for file in output_files(path, options.format, options.what)
         },
     }
-    write_json(record_path(output, shard.name), record)
+    write_object(record_path(output, shard.name), record)
     return record
 
 
@@ -97,7 +96,7 @@ def write_batches(
     digest: Any = None,
 ) -> None:
     """Hand the results of a shard to `write`, batch after batch; digest: is fed with the features."""
-    predictor.check(options, shard.rows.width, f"shard {shard.name}")
+    predictor.check(options, shard.rows)
     columns = shard.columns()
     _check_labels(predictor, shard, columns)
     encoders = predictor.encoders if shard.rows.width is None else None
@@ -136,13 +135,14 @@ def _batches(blocks: Iterable[Block], size: int) -> Iterator[Block]:
 
 
 def _check_labels(predictor: Predictor, shard: Shard, columns: Columns) -> None:
+    if not predictor.own_classes:  # whoever names others knows that the data's may not be among them
+        return
     known = set(predictor.trained.class_names)
     wrong = next((label for label in columns.get("label", ()) if label not in known), None)
     if wrong is not None:
-        where = shard.entry().get("file", f"shard {shard.name}")
         raise ValueError(
-            f"label: {where} has the class {wrong!r}, which is not among the {len(known)} classes to choose among; it "
-            "takes data of the checkpoint's classes, or --class-names FILE with the data's"
+            f"label: {shard.rows.where} has the class {wrong!r}, which is none of the checkpoint's {len(known)}; it "
+            "takes data of these classes, or --class-names FILE: those to choose among"
         )
 
 

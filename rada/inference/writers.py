@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rada.extras import require
-from rada.files import replacing
+from rada.files import replacing, write_bytes
 from rada.inference.predictor import NO_CLASS
 
 GROUP_BYTES = 16 << 20  # of numbers in a row group of Parquet: what a writer holds
@@ -55,24 +55,30 @@ def writing(path: Path, format: str, class_names: Sequence[str], rows: int) -> I
     stack, file = ExitStack(), path.with_name(f"{path.name}.{format}")
 
     def write_named(batch: Batch) -> None:
-        with _naming(file):
+        with naming(file):
             write(batch)
 
     try:
-        with _naming(file):
+        with naming(file):
             write = stack.enter_context(WRITERS[format](path, class_names, rows))
         yield write_named
     except BaseException:
         with suppress(OSError):  # of the same full disk, without its name
             stack.__exit__(*sys.exc_info())
         raise
-    with _naming(file):
+    with naming(file):
         stack.close()
 
 
+def write_object(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file, flushed to the disk before it takes its place. Raises OSError naming it."""
+    with naming(path):
+        write_bytes(path, f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode())
+
+
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Raise what goes wrong with a file as an OSError that says which, and what is left."""
+def naming(path: Path) -> Iterator[None]:
+    """Raise what goes wrong with writing a file as an OSError that says which, and what is left."""
     try:
         yield
     except OSError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from rada.clip import RAdaCLIP
+from rada.data.images import to_rgb
 from rada.data.source import Images
 from rada.extras import require
 from rada.files import replacing
@@ -116,33 +117,18 @@ class Augmented(Dataset):
             return self.transform(self.images[index]), index
 
 
-def train_transform(preprocess: Any, crop: tuple[float, float], flip: bool) -> Callable:
-    """Random crops and flips in the place of the resizing and cropping of an evaluation transform.
+def train_transform(model: RAdaCLIP, crop: tuple[float, float], flip: bool) -> Callable:
+    """Random crops to the size of the image tower, and flips, before the model's evaluation transform.
 
-    preprocess: a torchvision Compose; of its steps those up to the crop are replaced.
-    Raises ValueError for a transform without a crop or a resize of known size.
+    That transform finds images of its size: its own resize and crop leave them as they are.
+    Raises ValueError for a model without a transform.
     """
     T = require("torchvision.transforms", "clip", "fine-tuning")
-
-    steps = list(_flat(preprocess))
-    sized = [i for i, step in enumerate(steps) if isinstance(step, T.CenterCrop | T.Resize)]
-    if not sized:
-        raise ValueError("preprocess: got no Resize or CenterCrop; fine-tuning takes a transform to one size")
-    resize = next((step for step in steps if isinstance(step, T.Resize)), None)
-    size = steps[sized[-1]].size
-    interpolation = T.InterpolationMode.BICUBIC if resize is None else resize.interpolation
-    random_crop = T.RandomResizedCrop(size, scale=crop, interpolation=interpolation)
-    kept = [step for i, step in enumerate(steps) if i not in sized]
-    place = sum(i < sized[0] for i in range(len(steps)) if i not in sized)
-    return T.Compose([*kept[:place], random_crop, *([T.RandomHorizontalFlip()] if flip else []), *kept[place:]])
-
-
-def _flat(transform: Any) -> Iterator[Any]:
-    if hasattr(transform, "transforms"):
-        for step in transform.transforms:
-            yield from _flat(step)
-    else:
-        yield transform
+    if model.preprocess is None:
+        raise ValueError("model: it came without an image transform; fine-tuning takes one")
+    size = model.model.visual.image_size
+    random_crop = T.RandomResizedCrop(size, scale=crop, interpolation=T.InterpolationMode.BICUBIC)
+    return T.Compose([to_rgb, random_crop, *([T.RandomHorizontalFlip()] if flip else []), model.preprocess])
 
 
 def parameter_groups(model: RAdaCLIP, tuning: FullTuning) -> list[dict[str, Any]]:
@@ -193,12 +179,10 @@ class FineTuner:
             raise ValueError(
                 f"labels: got {len(labels)} for {len(images)} images; it takes one per image, at least one"
             )
-        if model.preprocess is None:
-            raise ValueError("model: it came without an image transform; fine-tuning takes one")
         self.model, self.labels, self.tuning, self.seed = model, labels, tuning, seed
         self.folder, self.save_every, self.workers = folder, save_every, workers
         self.on_epoch = on_epoch or (lambda numbers: None)
-        self.data = Augmented(images, train_transform(model.preprocess, tuning.crop, tuning.flip), seed)
+        self.data = Augmented(images, train_transform(model, tuning.crop, tuning.flip), seed)
         self.device = model.logit_scale.device
         self.loss = LOSSES[tuning.loss](tuning.alpha)
         self.steps_per_epoch = math.ceil(len(labels) / tuning.batch_size)

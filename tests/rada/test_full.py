@@ -159,7 +159,7 @@ def test_rates_warm_up_and_follow_a_cosine():
 def test_augmentation_depends_on_seed_epoch_and_image_alone():
     images, _ = data()
     textured = [Image.effect_noise((24, 24), 60).convert("RGB") for _ in images]
-    transform = train_transform(model().preprocess, (0.3, 1.0), True)
+    transform = train_transform(model(), (0.3, 1.0), True)
     views = Augmented(textured, transform, seed=1)
     first = views[0, 3][0]
     torch.manual_seed(123)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -15,6 +16,7 @@ from rada.huggingface import HuggingFaceEncoder
 from rada.losses import CrossEntropy, PromptSRC, SigmoidLoss
 from rada.models import ModelSpec
 from rada.prompt import PromptedEncoder, PromptedHead, PromptLearner
+from rada.tuning.full import FineTuner, FullTuning, snapshot
 
 transformers = pytest.importorskip("transformers")
 
@@ -187,10 +189,31 @@ def test_gradient_checkpointing_repeats_the_prompt(encoder):
         return torch.autograd.grad(loss, list(prompted.prompt.parameters()))
 
     expected = gradients()
-    for tower in (encoder.visual, encoder.text):
-        tower.transformer.activation_checkpointing_enable({"use_reentrant": False})
+    encoder.set_grad_checkpointing()
     encoder.train()  # transformers checkpoints in training alone
     torch.testing.assert_close(gradients(), expected)
+
+
+def test_full_fine_tuning(encoder):
+    """Random crops come before the processor, which finds images of the tower's size."""
+    images = [picture() for _ in range(4)]
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = RAdaCLIP.from_open_clip(
+            copy.deepcopy(encoder), NAMES, tokenizer=encoder.tokenizer, preprocess=encoder.preprocess, freeze=False
+        )
+        tuning = FullTuning(epochs=1, batch_size=4, lr=1e-2, checkpoint_activations=checkpointed)
+        before = snapshot(model)
+        tuner = FineTuner(model, images, torch.arange(4) % len(NAMES), tuning)
+        size = encoder.visual.image_size
+        assert tuner.data[0, 1][0].shape == (3, size, size)
+        tuner.run()
+        gradients.append({name: p.detach() - before[name] for name, p in model.named_parameters() if name in before})
+    moved = {name.split(".")[1] for name, change in gradients[0].items() if change.any()}
+    assert {"visual", "text"} <= moved
+    for name, change in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], change, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_half_precision(folder):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,11 @@ def wait_for(path):
 
 @pytest.fixture
 def many(tmp_path):
-    np.save(tmp_path / "many.npy", rows(40_000))
+    np.save(tmp_path / "many.npy", rows(16_000))
     return tmp_path / "many.npy"
 
 
-LONG = ("--rows-per-shard", 1500)
+LONG = ("--rows-per-shard", 1000)
 
 
 @pytest.mark.slow
@@ -149,7 +150,7 @@ def test_what_a_dead_rank_left_any_number_of_ranks_finishes(checkpoint, features
         return predict(checkpoint, tmp_path / "out", SMALL, features=features, device="cpu")
 
     assert run(0, 2)["left"] == 4  # the other rank has died in its first shard
-    (tmp_path / "out/shards/.0123.img_emb_0-00001.parquet").write_bytes(b"half")
+    (tmp_path / "out/shards/.0123456789abcdef.img_emb_0-00001.parquet").write_bytes(b"half")
     done = [run(rank, ranks) for rank in range(ranks)]
     assert sum(one["items"] for one in done) == 70
     assert done[-1]["left"] == 0
@@ -168,7 +169,7 @@ def test_a_rank_that_is_killed_loses_its_unfinished_shard_alone(checkpoint, many
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     assert launcher.wait() != 0
-    kept = contents(tmp_path / "out" / "records")
+    kept = {name: data for name, data in contents(tmp_path / "out" / "records").items() if name[0] != "."}
     assert kept
     subprocess.run(torchrun(ranks, arguments), env=environment(), check=True)
     found = contents(tmp_path / "out")
@@ -215,19 +216,35 @@ def test_a_shard_alone_is_what_the_run_makes_of_it(checkpoint, features, whole, 
     assert made == {name: data for name, data in whole.items() if name != "predict.json"}
 
 
-@pytest.mark.parametrize("format", ["parquet", "npy", "jsonl"])
-def test_a_full_disk_leaves_nothing_half_written(checkpoint, features, tmp_path, format):
-    """A limit on the size of files stands for it: the same kind of error of the same call."""
-    output, options = tmp_path / "out", PredictOptions("probabilities", format=format)
+@contextmanager
+def full_disk(size):
+    """Files may not get larger than `size` bytes: the same kind of error of the same calls."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # above the manifest, below the results of 100 rows
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"output: .*/out/shards/img_emb_0\.\w+: File too large; .*start again when"):
-            predict(checkpoint, output, options, features=features, device="cpu")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy", "jsonl"])
+def test_a_full_disk_leaves_nothing_half_written(checkpoint, features, tmp_path, format):
+    output, options = tmp_path / "out", PredictOptions("probabilities", format=format)
+    message = r"output: .*/out/shards/img_emb_0\.\w+: File too large; .*start again when"
+    with full_disk(2000), pytest.raises(OSError, match=message):  # above the manifest, below the results
+        predict(checkpoint, output, options, features=features, device="cpu")
     assert [*contents(output)] == ["predict.json"]
     assert predict(checkpoint, output, options, features=features, device="cpu")["left"] == 0
+
+
+def test_a_shard_whose_record_does_not_fit_is_not_finished(checkpoint, features, tmp_path):
+    output, options = tmp_path / "out", PredictOptions(format="npy", batch_size=8, rows_per_shard=20)
+    predictor = Predictor(checkpoint, device="cpu")
+    shards = plan_shards(predictor, options, features=features)
+    with full_disk(600), pytest.raises(OSError, match=r"output: .*/records/img_emb_0-00000\.json: File too large"):
+        predict_shard(predictor, shards[0], output, options)
+    assert not (output / "records").exists() or not contents(output / "records")
+    assert predict_shard(predictor, shards[0], output, options)["shard"]["rows"] == 20
 
 
 def test_a_full_disk_ends_with_one_line(checkpoint, features, tmp_path):
