@@ -273,6 +273,15 @@ def test_an_image_that_became_readable_is_no_longer_listed(encode, demo, tmp_pat
     assert len(feature_shards(output)[2]) == 5
 
 
+def test_a_shard_may_have_no_readable_image(encode, tmp_path):
+    for dtype in ("float16", "bfloat16"):
+        encode(tmp_path / dtype, rows_per_shard=1, dtype=dtype)
+        assert [len(shard) for shard in feature_shards(tmp_path / dtype)].count(0) == 1
+        source = load_source(f"features:{tmp_path / dtype}")
+        assert len(source.train) + len(source.test) == 20
+        assert [len(rows) for _, rows in feature_files(tmp_path / dtype)] == [1] * 20
+
+
 def test_names_of_one_prompt_are_refused_before_anything_is_written(encode, tmp_path):
     for name in ("red_fox", "red fox"):
         (tmp_path / "pictures" / name).mkdir(parents=True)
