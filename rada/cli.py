@@ -1,4 +1,4 @@
-"""The command line: python -m rada train | evaluate | adapt | predict | report | info."""
+"""The command line: python -m rada encode | train | evaluate | adapt | predict | report | info."""
 
 from __future__ import annotations
 
@@ -11,27 +11,32 @@ from typing import Annotated
 
 import typer
 
+from rada.cli_encode import encode
 from rada.cli_options import (
     Backend,
     BatchSize,
+    Cache,
     Checkpoint,
+    ClassNames,
     Data,
     Device,
+    EncodeBatch,
     Model,
+    Precision,
     Pretrained,
     SkipBad,
     Template,
     Traceback,
+    Workers,
 )
+from rada.cli_predict import predict
 from rada.data import Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
 from rada.data.suite import read_suite
 from rada.data.views import VIEWS
 from rada.encoders import IMAGES_PER_BATCH
-from rada.inference.options import FORMATS, WHATS, PredictOptions
 from rada.losses import LOSSES
 from rada.methods import METHODS
-from rada.precision import PRECISIONS
 from rada.problem import full_tuning_for
 from rada.protocols import PROTOCOLS
 from rada.templates import DEFAULT_TEMPLATES
@@ -77,16 +82,17 @@ def _shots_text() -> str:
     return f"{EMOJI.shots} for emoji, else {Recommended.shots}"
 
 
+app.command()(encode)
+app.command()(predict)
+
+
 @app.command()
 def train(
     data: Data = "emoji",
     model: Model = None,
     pretrained: Pretrained = None,
     template: Template = None,
-    class_names: Annotated[
-        Path | None,
-        typer.Option(help="A file with a line per class: its name in the data, optionally a TAB and another name."),
-    ] = None,
+    class_names: ClassNames = None,
     max_classes: Annotated[
         int | None,
         typer.Option(
@@ -144,11 +150,10 @@ def train(
     batch_size: BatchSize = Tuning.batch_size,
     device: Device = "auto",
     backend: Backend = "auto",
-    precision: Annotated[str, typer.Option(help=f"Of encoders and head: {', '.join(PRECISIONS)}.")] = "fp32",
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode images. [default: as many as are worth it]")
-    ] = None,
-    encode_batch: Annotated[int, typer.Option(min=1, help="Images per call of the encoders.")] = IMAGES_PER_BATCH,
+    precision: Precision = "fp32",
+    workers: Workers = None,
+    encode_batch: EncodeBatch = IMAGES_PER_BATCH,
+    cache: Cache = None,
     seed: Annotated[int, typer.Option(help="Of the data's own randomness: splits, emoji views.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="The run's folder. [default: runs/DATA, runs/DATA-2, ...]")
@@ -204,6 +209,7 @@ def train(
         precision=precision,
         workers=workers,
         encode_batch=encode_batch,
+        cache=None if cache is None else str(cache),
         measure=measure,
         seed=seed,
         skip_bad=skip_bad,
@@ -256,6 +262,7 @@ def evaluate(
     backend: Backend = "auto",
     precision: Annotated[str | None, typer.Option(help="Must be the checkpoint's. [default: that one]")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
+    cache: Cache = None,
     skip_bad: SkipBad = False,
     traceback: Traceback = False,
 ) -> None:
@@ -276,6 +283,7 @@ def evaluate(
         backend=backend,
         precision=precision,
         skip_bad=skip_bad,
+        cache=cache,
     )
     print_evaluation(results)
     if output is not None:
@@ -336,61 +344,6 @@ def adapt(
     print_adaptation(results)
     if output is not None:
         write_json(output, results)
-
-
-@app.command()
-def predict(
-    checkpoint: Checkpoint,
-    output: Annotated[
-        Path, typer.Option(help="A folder, of shards: a stopped run goes on. Or one file, PATH.parquet or PATH.jsonl.")
-    ],
-    features: Annotated[
-        Path | None, typer.Option(help="Every row of a .npy, .safetensors or .parquet file or of a folder of them.")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="An image, or a folder that is searched for images.")] = None,
-    data: Annotated[str | None, typer.Option(help="As for train: the test items that evaluate takes.")] = None,
-    class_names: Annotated[
-        Path | None, typer.Option(help="A file of names, one a line: the classes to choose among.")
-    ] = None,
-    what: Annotated[str, typer.Option(help=f"To write: {', '.join(WHATS)} (adapted ones).")] = PredictOptions.what,
-    top_k: Annotated[int, typer.Option(min=1)] = PredictOptions.top_k,
-    format: Annotated[str, typer.Option(help=f"Of shards: {', '.join(FORMATS)}.")] = PredictOptions.format,
-    rows_per_shard: Annotated[
-        int, typer.Option(min=1, help="Rows that are finished, or lost, at a time.")
-    ] = PredictOptions.rows_per_shard,
-    batch_size: BatchSize = PredictOptions.batch_size,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    precision: Annotated[
-        str | None, typer.Option(help=f"Of encoders and head: {', '.join(PRECISIONS)}. [default: the checkpoint's]")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file, or the run in the folder.")] = False,
-    traceback: Traceback = False,
-) -> None:
-    """Write the top-k classes, probabilities or logits of features or images: to a folder of shards, or one file.
-
-    torchrun's processes share a folder's shards. Rows with NaN and unreadable images are marked and counted.
-    """
-    from rada.inference import predict as run_predict
-
-    done = run_predict(
-        checkpoint,
-        output,
-        PredictOptions(what, top_k, format, batch_size, rows_per_shard),
-        features=features,
-        images=images,
-        data=data,
-        class_names=class_names,
-        precision=precision,
-        device=device,
-        backend=backend,
-        overwrite=overwrite,
-    )
-    print(
-        f"{done['items']} items to {output} in {done['seconds']:.1f} s, {done['items_per_second']:.0f} images/s "
-        f"(device {done['device']}, backend {done['backend']}; the head worked {done['head_busy']:.0%} of the time), "
-        f"{done['bad']} bad" + (f"; {done['left']} shards are not finished" if done["left"] else "")
-    )
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Options that several commands of the command line share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from rada.data import SOURCES
+from rada.precision import PRECISIONS
 from rada.templates import DEFAULT_TEMPLATES
 from rada_kernels import BACKENDS
 
@@ -37,6 +38,23 @@ Checkpoint = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu, or auto.")]
 Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per step.")]
+Precision = Annotated[str, typer.Option(help=f"Of encoders and head: {', '.join(PRECISIONS)}.")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Processes that decode images. [default: as many as are worth it]")
+]
+EncodeBatch = Annotated[int, typer.Option(min=1, help="Images per call of the encoders.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="RADA_CACHE",
+        help="A folder that keeps frozen encoders' image features, for train, evaluate and predict to share. "
+        "[default: none]",
+    ),
+]
+ClassNames = Annotated[
+    Path | None,
+    typer.Option(help="A file with a line per class: its name in the data, optionally a TAB and another name."),
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, and count them.")]
 Traceback = Annotated[
     bool,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -12,10 +13,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from rada.cache import FeatureCache, Shelf
 from rada.classification import Classes
+from rada.data.decoded import Batch, Decoded
 from rada.data.source import Images, Split
 from rada.templates import DEFAULT_TEMPLATES, check_templates, fill
 
@@ -58,6 +61,7 @@ class FeatureExtractor(nn.Module):
     amp: the dtype that the image tower is cast to by autocast; None (default): to none of its own.
     batch_size: images per call of the image tower. Default 128.
     workers: processes that decode images. Default None: as many as are worth their start.
+    cache: where image features are kept between runs, see `rada.cache`. Default None: nowhere.
 
     A tower is frozen if none of its parameters requires a gradient: it runs without gradients and stays in eval mode
     even after `train()`.
@@ -82,6 +86,7 @@ class FeatureExtractor(nn.Module):
         self.amp: torch.dtype | None = None
         self.batch_size = IMAGES_PER_BATCH
         self.workers: int | None = None
+        self.cache: FeatureCache | None = None
         self.train()
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -210,6 +215,25 @@ class FeatureExtractor(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def identity(self) -> dict[str, str]:
+        """What decides image features: model, fingerprint, preprocessing and precision, in words."""
+        return {
+            "model": self.backbone,
+            "fingerprint": self.fingerprint(),
+            # A function's repr has its address, which no two processes share.
+            "preprocessing": re.sub(r" at 0x[0-9a-f]+", "", repr(self.preprocess)),
+            "precision": str(self.amp or self._input_dtype).removeprefix("torch."),
+        }
+
+    def open_shelf(self) -> Shelf | None:
+        """The part of the cache with these encoders' features. None: without a cache, or where none would be right.
+
+        A tower that trains changes; of encoders made of objects nothing names the preprocessing.
+        """
+        if self.cache is None or self.visual_trains or self.spec is None:
+            return None
+        return self.cache.shelf({**self.identity(), "device": self.logit_scale.device.type})
+
     @property
     def _input_dtype(self) -> torch.dtype:
         """The dtype that the image tower takes: its first layer's. (Norms may keep float32 beside half precision.)"""
@@ -251,32 +275,6 @@ class Encoded(NamedTuple):
     bad: dict[int, str]
 
 
-class Decoded(Dataset):
-    """Preprocessed images [3, H, W] of a sequence, each with its position; or in place of one why it is unreadable."""
-
-    def __init__(self, images: Images, preprocess: Callable) -> None:
-        self.images, self.preprocess = images, preprocess
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        try:
-            return index, self.preprocess(self.images[index])
-        except ImportError:  # of a package that is missing, not of this image
-            raise
-        except Exception as error:  # a decoder may raise anything
-            return index, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-
-    @staticmethod
-    def collate(items: Sequence[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
-        """Positions of the readable ones, these as [n, 3, H, W] (None: there are none), and the reasons of the bad."""
-        readable = {index: image for index, image in items if not isinstance(image, str)}
-        bad = {index: reason for index, reason in items if isinstance(reason, str)}
-        rows = [index for index, _ in items if index in readable]
-        return rows, torch.stack([readable[index] for index in rows]) if rows else None, bad
-
-
 def encode_batches(
     extractor: FeatureExtractor,
     images: Images,
@@ -288,6 +286,8 @@ def encode_batches(
     """Encode batches of positions in `images`, in their order. Unreadable images are recorded.
 
     images: PIL images, decoded when indexed; in worker processes where there are many. A few batches are decoded ahead.
+        Where the extractor has a cache and the images their contents, what is in the cache is neither decoded nor
+        encoded, and the rest is added.
     quiet: without a bar, for a caller that shows its own.
 
     Raises ValueError for a model without an image transform.
@@ -295,22 +295,46 @@ def encode_batches(
     if extractor.preprocess is None:
         raise ValueError("model: it came without an image transform; it takes one that open_clip knows")
     count = sum(map(len, batches))
+    shelf = extractor.open_shelf() if hasattr(images, "content") else None
     loader = DataLoader(
-        Decoded(images, extractor.preprocess),
+        Decoded(images, extractor.preprocess, None if shelf is None else shelf.known),
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences
         num_workers=_workers(extractor, count),
-        collate_fn=Decoded.collate,
+        collate_fn=Batch.of,
     )
+    try:
+        with tqdm(total=count, desc=description, unit="image", leave=False, disable=quiet) as bar:
+            for batch in loader:
+                features = _features(extractor, batch, shelf)
+                bar.update(len(batch.rows) + len(batch.bad))
+                yield Encoded([item.position for item in batch.rows], features, batch.bad)
+    finally:
+        if shelf is not None:
+            shelf.flush()
+
+
+def _features(extractor: FeatureExtractor, batch: Batch, shelf: Shelf | None) -> Tensor:
+    """The features [n, D] of a batch's readable images: of fresh ones encoded, of the others from the shelf."""
     device = extractor.logit_scale.device
-    with tqdm(total=count, desc=description, unit="image", leave=False, disable=quiet) as bar:
-        for rows, batch, bad in loader:
-            if rows:
-                with torch.no_grad():
-                    features = extractor.encode_images(batch.to(device))
-            else:
-                features = torch.empty(0, extractor.embed_dim, dtype=extractor.feature_dtype, device=device)
-            bar.update(len(rows) + len(bad))
-            yield Encoded(rows, features, bad)
+    if not batch.rows:
+        return torch.empty(0, extractor.embed_dim, dtype=extractor.feature_dtype, device=device)
+    fresh = torch.empty(0)
+    if batch.images is not None:
+        with torch.no_grad():
+            fresh = extractor.encode_images(batch.images.to(device))
+    if shelf is None:
+        return fresh
+    keys = [item.key for item in batch.rows]
+    shelf.add([keys[place] for place in batch.fresh], fresh)
+    if len(fresh) == len(keys):
+        return fresh
+    stored = sorted(set(range(len(keys))) - set(batch.fresh))
+    rows = shelf.rows([keys[place] for place in stored]).to(device, extractor.feature_dtype)
+    whole = rows.new_empty(len(keys), rows.shape[1])
+    whole[stored] = rows
+    if batch.fresh:
+        whole[batch.fresh] = fresh
+    return whole
 
 
 def encoded_batches(
@@ -327,7 +351,7 @@ def encoded_batches(
     stop: default: the number of images. batch_size: default: the extractor's. The rest as for `encode_batches`.
     """
     positions = range(len(images))[start:stop]
-    return encode_batches(extractor, images, _in_batches(extractor, positions, batch_size), quiet=quiet)
+    return encode_batches(extractor, images, in_batches(extractor, positions, batch_size), quiet=quiet)
 
 
 def feature_batches(
@@ -346,14 +370,14 @@ def feature_batches(
     Raises ValueError for the first unreadable image.
     """
     positions = range(len(images)) if indices is None else indices.tolist()
-    batches = _in_batches(extractor, positions, batch_size)
+    batches = in_batches(extractor, positions, batch_size)
     for encoded in encode_batches(extractor, images, batches, description=description, quiet=quiet):
         for position, reason in encoded.bad.items():
             raise ValueError(f"images: item {position}: {reason}")
         yield encoded.features
 
 
-def _in_batches(extractor: FeatureExtractor, positions: Sequence[int], batch_size: int | None) -> list[Sequence[int]]:
+def in_batches(extractor: FeatureExtractor, positions: Sequence[int], batch_size: int | None) -> list[Sequence[int]]:
     size = extractor.batch_size if batch_size is None else batch_size
     return [positions[first : first + size] for first in range(0, len(positions), size)]
 
@@ -391,7 +415,7 @@ def readable_features(
     positions = indices.tolist()
     features, bad = [], dict[int, str]()
     for encoded in encode_batches(
-        extractor, split.images, _in_batches(extractor, positions, None), description=description
+        extractor, split.images, in_batches(extractor, positions, None), description=description
     ):
         features.append(encoded.features.cpu())
         bad |= encoded.bad

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.classification import Classes, logit_batches
 from rada.data import Source, Split, harmonic_mean, load_source, select_classes, subset
@@ -70,6 +71,7 @@ def evaluate_checkpoint(
     backend: str = "auto",
     precision: str | None = None,
     skip_bad: bool = False,
+    cache: str | Path | None = None,
 ) -> dict:
     """Accuracies in percent of a checkpoint and of zero-shot on the test items of `load_test`.
 
@@ -77,6 +79,7 @@ def evaluate_checkpoint(
     class_names: a file that gives the data's classes other names and another order, see `rada.data.classes`.
     precision: must be the checkpoint's. Default: that one.
     skip_bad: leave unreadable images out. Default False: raise, naming the first.
+    cache: the folder of a cache of image features, see `rada.cache`. Default: none.
 
     Where the data have all of the checkpoint's classes, these are tested: base (the trained ones), new (the others) and
     all, or all alone where every class was trained. Other data are tested among their own classes, which the
@@ -94,6 +97,9 @@ def evaluate_checkpoint(
         source = name_classes(source, read_class_names(class_names, source.class_names))
     test, names = _select(trained, source)
     encoders = trained.open_model() if test.features is None or names != trained.class_names else None
+    store = None if cache is None else FeatureCache(cache)
+    if encoders is not None and not trained.changes_encoders:
+        encoders.cache = store
     everything = torch.arange(len(test))
     kept, features, skipped = readable_features(encoders, test, everything, "encode test images", skip_bad=skip_bad)
     test = subset(test, kept)
@@ -102,6 +108,7 @@ def evaluate_checkpoint(
     plain, plain_classes = features, classes
     if trained.changes_encoders and test.images is not None:
         frozen = trained.open_frozen()
+        frozen.cache = store
         plain = split_features(frozen, test, torch.arange(len(test)), "encode test images")
         plain_classes = frozen.classes(prompt_names(names))
     groups = _groups(trained, names)

@@ -100,21 +100,36 @@ class HuggingFaceEncoder(nn.Module):
             list(texts), padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt"
         ).input_ids
 
-    def preprocess(self, image: Any) -> Tensor:
-        """The pixels [3, H, W] of a PIL image of any mode."""
-        processor = self._part("image_processor")
-        image = to_rgb(image)
-        if self.visual.takes_pixels:
-            return processor(images=image, return_tensors="pt").pixel_values[0]
-        transforms = require("torchvision.transforms", "huggingface", "SigLIP 2 of any aspect ratio")
-        side = (self.visual.image_size, self.visual.image_size)
-        scale = transforms.Normalize(processor.image_mean, processor.image_std)
-        return transforms.Compose([transforms.Resize(side), transforms.ToTensor(), scale])(image)
+    @property
+    def preprocess(self) -> _Preprocess:
+        """The transform of a PIL image of any mode to pixels [3, H, W]."""
+        return _Preprocess(self._part("image_processor"), None if self.visual.takes_pixels else self.visual.image_size)
 
     def _part(self, name: str) -> Any:
         if self.processor is None:
             raise ValueError(f"processor: got None; {name} takes the model's processor")
         return getattr(self.processor, name)
+
+
+class _Preprocess:
+    """A processor as a transform of one image, which pickles to workers without the model.
+
+    side: of the square that an image is scaled to. None: as the processor has it.
+    """
+
+    def __init__(self, processor: Any, side: int | None):
+        self.processor, self.side = processor, side
+
+    def __repr__(self) -> str:
+        return f"{type(self.processor).__name__}({self.processor.to_json_string()}, side={self.side})"
+
+    def __call__(self, image: Any) -> Tensor:
+        image = to_rgb(image)
+        if self.side is None:
+            return self.processor(images=image, return_tensors="pt").pixel_values[0]
+        transforms = require("torchvision.transforms", "huggingface", "SigLIP 2 of any aspect ratio")
+        scale = transforms.Normalize(self.processor.image_mean, self.processor.image_std)
+        return transforms.Compose([transforms.Resize((self.side, self.side)), transforms.ToTensor(), scale])(image)
 
 
 class _ImageTower(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rada.baselines import class_means
+from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint
 from rada.classification import Classes, Labelled, logit_batches
 from rada.data import Source, Split, load_source, recommended, subset
@@ -55,6 +56,7 @@ class Settings:
         "cross-entropy".
     image_tokens: of rada+prompt in the image tower, which then is trained on images; 0 (default): a text prompt alone.
     adapt_images: test images that each group gives to test-time; 0: all. Default: the data's, else all.
+    cache: the folder of a cache of image features that runs share, see `rada.cache`. Default: none.
     device, backend: as for the head; "auto" chooses. precision: see `rada.precision`.
     workers: processes that decode images. Default: as many as are worth it. encode_batch: images per encoder call.
     measure: time a step of the reference beside the backend in use. Default False.
@@ -86,6 +88,7 @@ class Settings:
     precision: str = "fp32"
     workers: int | None = None
     encode_batch: int = IMAGES_PER_BATCH
+    cache: str | None = None
     measure: bool = False
     seed: int = 0
     skip_bad: bool = False
@@ -261,6 +264,7 @@ def prepare(
         encoders = None if spec is None else spec.open(device, settings.precision)
     if encoders is not None:
         encoders.batch_size, encoders.workers = settings.encode_batch, settings.workers
+        encoders.cache = None if settings.cache is None else FeatureCache(settings.cache)
     train = protocol.train
     picks = {
         (seed, shots): shots_and_val(train.labels, shots, seed)
@@ -275,6 +279,8 @@ def prepare(
     penalty = settings.penalty or ("mse" if sigmoid else settings.head.penalty)
     samples = _encode_samples(encoders, train, picks, settings.skip_bad, skipped)
     groups = dict(_encode_groups(protocol, encoders, classes, settings.skip_bad, skipped))
+    own = [name for name, group in protocol.groups.items() if group.source is protocol.source]
+    tested = {item for name in own for item in groups[name].split.names or ()}
     return Problem(
         settings=settings,
         device=device,
@@ -286,7 +292,7 @@ def prepare(
         classes=classes,
         samples=samples,
         groups=groups,
-        records=_records(settings, source, origins, train, picks, set(skipped)),
+        records=_records(settings, source, origins, train, picks, tested),
         loss=LOSSES[loss_name](settings.tuning.alpha) if loss is None else loss,
         loss_name=loss_name,
         head_options=replace(settings.head, penalty=penalty),
@@ -405,11 +411,14 @@ def _encode_groups(
 
 
 def _records(
-    settings: Settings, source: Source, origins: Sequence[str], train: Split, picks: Picks, skipped: set[str]
+    settings: Settings, source: Source, origins: Sequence[str], train: Split, picks: Picks, tested: set[str]
 ) -> dict[int, SplitRecord]:
-    """The split record of each seed, without unreadable images. Warns of test items that are training items too."""
+    """The split record of each seed, with the test items of these names.
+
+    Warns of test items that are training items too.
+    """
     names = source.test.names
-    read = [i for i in range(len(source.test)) if names is None or names[i] not in skipped]
+    read = [i for i in range(len(source.test)) if names is None or names[i] in tested]
     test = items_of(subset(source.test, read), origins)
     records = {}
     for seed in settings.seeds:

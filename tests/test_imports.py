@@ -32,6 +32,10 @@ NEVER = {
     "rada": ["bench", "tests"],
     "rada.data": inside("rada", "encoders fused clip tuning experiment evaluate inference report cli demo"),
     "rada.encoders": inside("rada", "fused clip tuning experiment evaluate inference report cli"),
+    "rada.cache": inside(
+        "rada", "data encoders fused clip tuning problem methods experiment evaluate adapt inference report cli"
+    ),
+    "rada.encode": inside("rada", "fused clip tuning problem methods experiment evaluate adapt inference report cli"),
     "rada.fused": inside("rada", "data encoders clip tuning experiment evaluate inference report cli demo"),
     "rada.clip": inside("rada", "tuning experiment evaluate inference report cli"),
     "rada.tuning": inside("rada", "experiment evaluate inference report cli"),

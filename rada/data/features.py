@@ -12,7 +12,8 @@ One file, `.npz`, `.safetensors` or `.pt` (a dict, read with weights_only=True),
 where train_image_features, train_labels, test_image_features and test_labels may stand for the first three;
 or a folder in clip-retrieval's layout
 
-    img_emb/img_emb_0.npy, ...         [n, D] shards in the order of their numbers, usually float16
+    img_emb/img_emb_0.npy, ...         [n, D] shards in the order of their numbers, usually float16; or all of them
+                                       .safetensors with the entry image_features, for bfloat16
     metadata/metadata_0.parquet, ...   as many rows each; column `label` (integers, or class names) and,
                                        if in all of them, column `split`
     classes.npz                        text_features, class_names, logit_scale
@@ -44,7 +45,9 @@ from torch import Tensor
 from rada.data.source import Source, Split
 from rada.data.splits import train_test
 from rada.extras import require
+from rada.files import read_json
 
+ENCODING = "encode.json"  # of a folder that `rada encode` made, see `rada.encode`
 SUFFIXES = (".npz", ".safetensors", ".pt")
 
 
@@ -68,25 +71,39 @@ def feature_shards(path: str | Path) -> list[Tensor]:
     """The rows of clip-retrieval's folder `path` (or of one `.npy` file) as mapped tensors [n, D], in order.
 
     They keep the stored dtype, read from disk what is indexed, and are not to be written to.
-    Raises ValueError for a missing number between the shards, a shard that is not [n, D], and ragged widths.
+    Raises ValueError for a missing number between the shards, an encoding that is not whole, a shard that is not
+    [n, D], and ragged widths.
     """
     path = Path(path).expanduser()
-    files = [path] if path.suffix == ".npy" else _numbered(path / "img_emb", "img_emb", ".npy")
+    check_whole(path)
+    suffix = ".safetensors" if (path / "img_emb" / "img_emb_0.safetensors").is_file() else ".npy"
+    files = [path] if path.suffix == ".npy" else _numbered(path / "img_emb", "img_emb", suffix)
     shards: list[Tensor] = []
     for file in files:
-        try:
-            # Copy on write: torch wants writable memory, and the file stays as it is.
-            rows = np.load(file, mmap_mode="c")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{file}: not a readable .npy file ({error})") from error
-        if rows.ndim != 2 or rows.dtype.kind != "f":
-            raise ValueError(f"{file}: got {rows.dtype} {list(rows.shape)}; it takes floating [n, D]")
+        rows = _mapped(file)
+        if rows.dim() != 2 or not rows.is_floating_point():
+            dtype = str(rows.dtype).removeprefix("torch.")
+            raise ValueError(f"{file}: got {dtype} {list(rows.shape)}; it takes floating [n, D]")
         if shards and rows.shape[1] != shards[0].shape[1]:
             raise ValueError(
                 f"{file}: got width {rows.shape[1]}; it takes {shards[0].shape[1]}, the width of {files[0].name}"
             )
-        shards.append(torch.from_numpy(rows))
+        shards.append(rows)
     return shards
+
+
+def _mapped(file: Path) -> Tensor:
+    """The rows of a shard, read from disk when indexed."""
+    if file.suffix == ".safetensors":
+        entries = _read_safetensors(file)
+        if "image_features" not in entries:
+            raise ValueError(f"{file}: no entry 'image_features'; it holds {sorted(entries)}")
+        return entries["image_features"]
+    try:
+        # Copy on write: torch wants writable memory, and the file stays as it is.
+        return torch.from_numpy(np.load(file, mmap_mode="c"))
+    except (TypeError, ValueError, EOFError) as error:
+        raise ValueError(f"{file}: not a readable .npy file ({error})") from error
 
 
 def _source(path: Path, entries: Mapping, seed: int) -> Source:
@@ -310,6 +327,16 @@ def _read_folder(path: Path) -> dict:
             raise ValueError(f"{path}: column label: got {unknown[:8]}; it takes the class_names of {classes.name}")
         labels = np.array([position[label] for label in labels.tolist()])
     return entries | {"labels": labels}
+
+
+def check_whole(path: Path) -> None:
+    """Raise ValueError where shards are missing of a folder that `rada encode` makes."""
+    if not (path / ENCODING).is_file():
+        return
+    shards = read_json(path / ENCODING, "what made an encoding", "rada-encoding", 1, ["shards"])["shards"]
+    there = len(list((path / "img_emb").glob("img_emb_*")))
+    if there < shards:
+        raise ValueError(f"{path}: holds {there} of {shards} shards; rada encode --resume makes the others")
 
 
 def _numbered(folder: Path, stem: str, suffix: str) -> list[Path]:

@@ -40,8 +40,13 @@ def to_rgb(image):
 
 def decode_image(content: bytes):
     """The RGB PIL image in a file's bytes. Raises whatever the decoder does."""
+    PIL = require("PIL", "clip", "an image")
     Image = require("PIL.Image", "clip", "an image")
-    with Image.open(io.BytesIO(content)) as image:
+    try:
+        image = Image.open(io.BytesIO(content))
+    except PIL.UnidentifiedImageError:  # which names the address of the bytes
+        raise ValueError("no format that Pillow knows") from None
+    with image:
         return to_rgb(image)
 
 

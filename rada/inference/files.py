@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rada.data.features import ENCODING, check_whole
 from rada.encoders import FeatureExtractor
 from rada.extras import require
 from rada.inference.inputs import DIGEST_BYTES, Block, Columns
@@ -255,8 +256,11 @@ def feature_files(path: Path) -> list[tuple[str, FeatureFile]]:
             raise ValueError(f"features: got {path}; it takes files ending in {known}, or a folder of them")
         files = [FeatureFile(path, path.parent)]
     else:
+        check_whole(path)
         folder = path / "img_emb" if (path / "img_emb").is_dir() else path
         paths = sorted((file for file in folder.iterdir() if _is_shard(file)), key=_in_order)
+        if (path / ENCODING).is_file():  # of which a shard may have no readable image
+            paths = [file for file in paths if READERS[file.suffix](file).rows]
         if not paths:
             raise ValueError(f"features: {folder} holds no feature file; it takes files ending in {known}")
         names = _class_names(path)

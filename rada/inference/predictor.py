@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rada.adapter import AdaptedHead
+from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.data.classes import prompt_names, read_names
 from rada.encoders import FeatureExtractor
@@ -32,6 +33,7 @@ class Predictor:
         checkpoint's.
     precision: of encoders and head, see `rada.precision`. Default: the checkpoint's.
     device, backend: as for `load_checkpoint`.
+    cache: the folder of a cache of frozen encoders' image features, see `rada.cache`. Default: none.
 
     Raises FileNotFoundError, or ValueError naming the argument.
     """
@@ -44,7 +46,9 @@ class Predictor:
         precision: str | None = None,
         device: str = "auto",
         backend: str = "auto",
+        cache: str | Path | None = None,
     ) -> None:
+        self.cache = None if cache is None else FeatureCache(cache)
         stored = checkpoint
         if not isinstance(stored, Checkpoint):
             stored = load_checkpoint(stored, device=device, backend=backend)
@@ -65,7 +69,10 @@ class Predictor:
         """The encoders that the head takes, opened when first asked for. Raises ValueError where there are none."""
         if self.trained.precision != self.stored.precision:
             self.stored.open_frozen()
-        return self.trained.open_model()
+        encoders = self.trained.open_model()
+        if not self.trained.changes_encoders:
+            encoders.cache = self.cache
+        return encoders
 
     @property
     def device(self) -> torch.device:

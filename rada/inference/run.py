@@ -148,6 +148,7 @@ def predict(
     precision: str | None = None,
     device: str = "auto",
     backend: str = "auto",
+    cache: str | Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Predict an input by a checkpoint into a folder, or into one file ending in .parquet or .jsonl.
@@ -160,7 +161,9 @@ def predict(
         options = replace(options, format=FILES[output.suffix])
     elif output.suffix and not output.is_dir():
         raise ValueError(f"output: got {str(output)!r}; it takes a file ending in {' or '.join(FILES)}, or a folder")
-    predictor = Predictor(checkpoint, class_names=class_names, precision=precision, device=device, backend=backend)
+    predictor = Predictor(
+        checkpoint, class_names=class_names, precision=precision, device=device, backend=backend, cache=cache
+    )
     shards = plan_shards(predictor, options, features=features, images=images, data=data)
     print(f"predict on {predictor.device}, backend {predictor.backend}")
     to = predict_to_file if output.suffix in FILES else predict_to_folder

@@ -1,0 +1,68 @@
+"""The command rada predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rada.cli_options import Backend, BatchSize, Cache, Checkpoint, Device, Traceback
+from rada.inference.options import FORMATS, WHATS, PredictOptions
+from rada.precision import PRECISIONS
+
+
+def predict(
+    checkpoint: Checkpoint,
+    output: Annotated[
+        Path, typer.Option(help="A folder, of shards: a stopped run goes on. Or one file, PATH.parquet or PATH.jsonl.")
+    ],
+    features: Annotated[
+        Path | None, typer.Option(help="Every row of a .npy, .safetensors or .parquet file or of a folder of them.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="An image, or a folder that is searched for images.")] = None,
+    data: Annotated[str | None, typer.Option(help="As for train: the test items that evaluate takes.")] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="A file of names, one a line: the classes to choose among.")
+    ] = None,
+    what: Annotated[str, typer.Option(help=f"To write: {', '.join(WHATS)} (adapted ones).")] = PredictOptions.what,
+    top_k: Annotated[int, typer.Option(min=1)] = PredictOptions.top_k,
+    format: Annotated[str, typer.Option(help=f"Of shards: {', '.join(FORMATS)}.")] = PredictOptions.format,
+    rows_per_shard: Annotated[
+        int, typer.Option(min=1, help="Rows that are finished, or lost, at a time.")
+    ] = PredictOptions.rows_per_shard,
+    batch_size: BatchSize = PredictOptions.batch_size,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    cache: Cache = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"Of encoders and head: {', '.join(PRECISIONS)}. [default: the checkpoint's]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file, or the run in the folder.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Write the top-k classes, probabilities or logits of features or images: to a folder of shards, or one file.
+
+    torchrun's processes share a folder's shards. Rows with NaN and unreadable images are marked and counted.
+    """
+    from rada.inference import predict as run_predict
+
+    done = run_predict(
+        checkpoint,
+        output,
+        PredictOptions(what, top_k, format, batch_size, rows_per_shard),
+        features=features,
+        images=images,
+        data=data,
+        class_names=class_names,
+        precision=precision,
+        device=device,
+        backend=backend,
+        overwrite=overwrite,
+        cache=cache,
+    )
+    print(
+        f"{done['items']} items to {output} in {done['seconds']:.1f} s, {done['items_per_second']:.0f} images/s "
+        f"(device {done['device']}, backend {done['backend']}; the head worked {done['head_busy']:.0%} of the time), "
+        f"{done['bad']} bad" + (f"; shards left to other ranks or a later run: {done['left']}" if done["left"] else "")
+    )
