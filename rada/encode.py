@@ -16,8 +16,10 @@ do not talk to one another.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import time
 from itertools import islice
 from pathlib import Path
@@ -112,12 +114,11 @@ def encode_to_shards(
 
 def check_folder(output: Path) -> None:
     """Make the folder. Raises OSError where nothing can be written there."""
-    probe = output / f".{rank()}.probe"
     try:
         for folder in ("img_emb", "metadata"):
             (output / folder).mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+            if not os.access(output / folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise OSError(f"output: {output} cannot be written to ({error.strerror}); take another folder") from error
 
@@ -132,14 +133,18 @@ def read_bad(output: Path) -> dict[str, str]:
 def _classes(listing: Listing, file: str | Path | None) -> tuple[list[str], Listing]:
     """The names of the classes, none where nothing has any, and the listing with these names as labels."""
     labels = listing.columns.get("label")
-    if labels is None:
-        return ([] if file is None else list(read_names(file))), listing
-    origins = sorted(set(labels))
-    if file is None:
-        return ([] if all(label.isdecimal() for label in origins) else origins), listing
-    name_of = read_class_names(file, origins)
-    renamed = {**listing.columns, "label": [name_of[label] for label in labels]}
-    return list(name_of.values()), Listing(listing.names, listing.images, renamed)
+    origins = sorted(set(labels or ()))
+    if labels is not None and file is not None:
+        name_of = read_class_names(file, origins)
+        names = list(name_of.values())
+        columns = {**listing.columns, "label": [name_of[label] for label in labels]}
+        listing = Listing(listing.names, listing.images, columns)
+    elif file is not None:
+        names = list(read_names(file))
+    else:
+        names = [] if all(label.isdecimal() for label in origins) else origins
+    prompt_names(names)  # raises for two names of one prompt, before anything is written
+    return names, listing
 
 
 def _identity(
@@ -184,11 +189,16 @@ def _claim(shards: _Shards, entries: dict[str, Any], mine: range, resume: bool) 
         raise FileExistsError(
             f"output: {output} holds {len(there)} of {len(mine)} shards of this encoding; --resume goes on with it"
         )
-    # What killed runs left half-written. Other processes' shards are theirs.
-    files = [file for shard in mine for file in shards.files(shard)]
-    files += [output / CLASSES] * (rank() == 0) + [path] * (world_size() == 1)
-    for file in files:
-        for partial in file.parent.glob(f".*.{file.name}"):
+    _remove_partials(shards, mine)
+
+
+def _remove_partials(shards: _Shards, mine: range) -> None:
+    """Remove what killed runs left half-written. Other processes' shards are theirs."""
+    own = {file.name for shard in mine for file in shards.files(shard)}
+    own |= {CLASSES} if rank() == 0 else set()
+    own |= {ENCODING} if world_size() == 1 else set()
+    for partial in (*shards.output.glob(".*"), *shards.output.glob("*/.*")):
+        if partial.name.split(".", 2)[-1] in own:
             partial.unlink(missing_ok=True)
 
 
@@ -202,6 +212,8 @@ def _write_shard(files: tuple[Path, Path, Path], listing: Listing, found: list[E
     if bad:
         lines = (json.dumps({"image_path": name, "reason": reason}, ensure_ascii=False) for name, reason in bad.items())
         _write(bad_file, "".join(f"{line}\n" for line in lines).encode())
+    else:
+        bad_file.unlink(missing_ok=True)  # of a run that was killed, and could not read what can be read now
     columns = {"image_path": listing.names, **listing.columns}
     text = {name: pa.array([values[row] for row in rows], pa.string()) for name, values in columns.items()}
     table = pa.BufferOutputStream()

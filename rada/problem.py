@@ -181,6 +181,8 @@ def prepare(
     penalty = settings.penalty or ("mse" if sigmoid else settings.head.penalty)
     samples = _encode_samples(encoders, train, picks, settings.skip_bad, skipped)
     groups = dict(_encode_groups(protocol, encoders, classes, settings.skip_bad, skipped))
+    own = [name for name, group in protocol.groups.items() if group.source is protocol.source]
+    tested = {item for name in own for item in groups[name].split.names or ()}
     return Problem(
         settings=settings,
         device=device,
@@ -192,7 +194,7 @@ def prepare(
         classes=classes,
         samples=samples,
         groups=groups,
-        records=_records(settings, source, origins, train, picks, set(skipped)),
+        records=_records(settings, source, origins, train, picks, tested),
         loss=LOSSES[loss_name](settings.tuning.alpha) if loss is None else loss,
         loss_name=loss_name,
         head_options=replace(settings.head, penalty=penalty),
@@ -323,11 +325,14 @@ def _features(
 
 
 def _records(
-    settings: Settings, source: Source, origins: Sequence[str], train: Split, picks: Picks, skipped: set[str]
+    settings: Settings, source: Source, origins: Sequence[str], train: Split, picks: Picks, tested: set[str]
 ) -> dict[int, SplitRecord]:
-    """The split record of each seed, without unreadable images. Warns of test items that are training items too."""
+    """The split record of each seed, with the test items of these names.
+
+    Warns of test items that are training items too.
+    """
     names = source.test.names
-    read = [i for i in range(len(source.test)) if names is None or names[i] not in skipped]
+    read = [i for i in range(len(source.test)) if names is None or names[i] in tested]
     test = items_of(subset(source.test, read), origins)
     records = {}
     for seed in settings.seeds:

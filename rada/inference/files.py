@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rada.data.features import check_whole
+from rada.data.features import ENCODING, check_whole
 from rada.encoders import FeatureExtractor
 from rada.extras import require
 from rada.inference.inputs import DIGEST_BYTES, Block, Columns
@@ -77,7 +77,7 @@ class FeatureFile:
 
     def __init__(self, path: Path, root: Path, metadata: Path | None = None, class_names: list[str] | None = None):
         self.path, self.metadata, self.class_names = path, metadata, class_names
-        self.name = path.relative_to(root).as_posix()
+        self.where, self.name = str(path), path.relative_to(root).as_posix()
         try:
             self.reader: Reader = READERS[path.suffix](path)
         except FileNotFoundError:
@@ -128,8 +128,11 @@ class FeatureFile:
             raise ValueError(f"{self.path}: it changed since the run began; take another output for what it is now")
         row_bytes = self.reader.width * 4
         count = batch_size * max(1, PIECE_BYTES // (batch_size * row_bytes))
-        for piece in self.reader.pieces(start, stop, count):
-            yield Block(piece, {})
+        try:
+            for piece in self.reader.pieces(start, stop, count):
+                yield Block(piece, {})
+        except (ValueError, OSError, SafetensorError) as error:
+            raise ValueError(f"{self.path}: rows {start} to {stop} cannot be read: {error}") from error
 
     def _label(self, file: Path, label: Any) -> str:
         if isinstance(label, str) or self.class_names is None:
@@ -229,7 +232,7 @@ class _Parquet:
         wrong = np.flatnonzero(lengths != self.width)
         if len(wrong):
             raise ValueError(
-                f"{self.path}: column {self.column}, row {first + wrong[0]}: got a list of {lengths[wrong[0]]}; it "
+                f"column {self.column}, row {first + wrong[0]}: got a list of {lengths[wrong[0]]}; it "
                 f"takes {self.width} floats, as the first row has"
             )
         rows = np.full((len(lists), self.width), np.nan, values.dtype)
@@ -256,6 +259,8 @@ def feature_files(path: Path) -> list[tuple[str, FeatureFile]]:
         check_whole(path)
         folder = path / "img_emb" if (path / "img_emb").is_dir() else path
         paths = sorted((file for file in folder.iterdir() if _is_shard(file)), key=_in_order)
+        if (path / ENCODING).is_file():  # of which a shard may have no readable image
+            paths = [file for file in paths if READERS[file.suffix](file).rows]
         if not paths:
             raise ValueError(f"features: {folder} holds no feature file; it takes files ending in {known}")
         names = _class_names(path)

@@ -37,8 +37,9 @@ class Block(NamedTuple):
 
 
 class Rows(Protocol):
-    """N rows to predict. `width` is None where encoders make the features."""
+    """N rows to predict. where: they are from, for messages. width: D; None: encoders make the features."""
 
+    where: str
     width: int | None
 
     def __len__(self) -> int: ...
@@ -111,6 +112,7 @@ def cut(parts: Sequence[tuple[str, Rows]], rows_per_shard: int) -> list[Shard]:
 class ImageRows:
     """Images, encoded when their turn comes."""
 
+    where = "images"
     width: int | None = None
 
     def __init__(self, images: Images, names: Sequence[str], signs: Sequence[Any], labels: Sequence[str] | None = None):
@@ -141,6 +143,8 @@ class ImageRows:
 
 class TensorRows:
     """Features in memory [N, D]."""
+
+    where = "data"
 
     def __init__(self, features: Tensor, names: Sequence[str] | None, labels: Sequence[str] | None):
         self.features, self.names, self.labels = features, names, labels

@@ -114,8 +114,9 @@ def read_manifest(output: str | Path) -> dict[str, Any]:
     path = Path(output) / MANIFEST
     manifest = read_json(path, "the manifest of a run of predict", FORMAT, FORMAT_VERSION, ENTRIES)
     for shard in manifest["shards"]:
-        name, file = shard["name"], PurePosixPath(shard.get("file", shard["name"]))
-        if PurePosixPath(name).name != name or "\\" in name:
+        name = str(shard.get("name"))
+        file = PurePosixPath(shard.get("file", name))
+        if PurePosixPath(name).name != name or name == ".." or "\\" in name:
             raise ValueError(f"{path}: shards: got the name {name!r}; it takes a file's name, without a folder")
         if file.is_absolute() or ".." in file.parts:
             raise ValueError(f"{path}: shards: got the file {str(file)!r}; it takes one in the input's folder")

@@ -16,7 +16,7 @@ from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.data.classes import prompt_names, read_names
 from rada.encoders import FeatureExtractor
-from rada.inference.inputs import DIGEST_BYTES, raw
+from rada.inference.inputs import DIGEST_BYTES, Rows, raw
 from rada.inference.options import PredictOptions
 from rada.losses import LOSSES
 from rada.precision import check_precision
@@ -78,14 +78,15 @@ class Predictor:
     def device(self) -> torch.device:
         return self.trained.device
 
-    def check(self, options: PredictOptions, width: int | None, where: object) -> None:
-        """Raise ValueError for features of another width, and for adapted features where nothing adapts any.
-
-        width: of the features; None: they are encoded from images. where: they are from, for the message.
+    def check(self, options: PredictOptions, rows: Rows) -> None:
+        """Raise ValueError for features of another width, for images where there are no encoders or not the
+        checkpoint's, and for adapted features where nothing adapts any.
         """
-        embed_dim = self.trained.rada.embed_dim
+        embed_dim, width = self.trained.rada.embed_dim, rows.width
         if width not in (None, embed_dim):
-            raise ValueError(f"{where}: got features of width {width}; the checkpoint takes {embed_dim}")
+            raise ValueError(f"{rows.where}: got features of width {width}; the checkpoint takes {embed_dim}")
+        if width is None:
+            _ = self.encoders  # opened now, not in the first shard
         trained = self.trained
         adapts = isinstance(trained.head, AdaptedHead)
         changes = trained.towers is not None or (trained.prompt is not None and trained.prompt[0]["image_tokens"])

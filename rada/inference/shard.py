@@ -96,7 +96,7 @@ def write_batches(
     digest: Any = None,
 ) -> None:
     """Hand the results of a shard to `write`, batch after batch; digest: is fed with the features."""
-    predictor.check(options, shard.rows.width, f"shard {shard.name}")
+    predictor.check(options, shard.rows)
     columns = shard.columns()
     _check_labels(predictor, shard, columns)
     encoders = predictor.encoders if shard.rows.width is None else None
@@ -140,10 +140,9 @@ def _check_labels(predictor: Predictor, shard: Shard, columns: Columns) -> None:
     known = set(predictor.trained.class_names)
     wrong = next((label for label in columns.get("label", ()) if label not in known), None)
     if wrong is not None:
-        where = shard.entry().get("file", f"shard {shard.name}")
         raise ValueError(
-            f"label: {where} has the class {wrong!r}, which is not among the {len(known)} classes to choose among; it "
-            "takes data of the checkpoint's classes, or --class-names FILE: those to choose among"
+            f"label: {shard.rows.where} has the class {wrong!r}, which is none of the checkpoint's {len(known)}; it "
+            "takes data of these classes, or --class-names FILE: those to choose among"
         )
 
 

@@ -262,6 +262,35 @@ def test_another_encoding_is_refused_by_the_entry_that_differs(encode, whole, de
     assert contents(whole) == before
 
 
+def test_an_image_that_became_readable_is_no_longer_listed(encode, demo, tmp_path):
+    pictures, output = write_pictures(tmp_path / "pictures"), tmp_path / "out"
+    listing = list_images(pictures)
+    encode(output, listing=listing)
+    (output / "img_emb" / "img_emb_2.npy").unlink()
+    (pictures / BAD).write_bytes((pictures / "dog" / "4.png").read_bytes())
+    assert encode(output, listing=listing, resume=True)["encoded"] == 5
+    assert read_bad(output) == {}
+    assert len(feature_shards(output)[2]) == 5
+
+
+def test_a_shard_may_have_no_readable_image(encode, tmp_path):
+    for dtype in ("float16", "bfloat16"):
+        encode(tmp_path / dtype, rows_per_shard=1, dtype=dtype)
+        assert [len(shard) for shard in feature_shards(tmp_path / dtype)].count(0) == 1
+        source = load_source(f"features:{tmp_path / dtype}")
+        assert len(source.train) + len(source.test) == 20
+        assert [len(rows) for _, rows in feature_files(tmp_path / dtype)] == [1] * 20
+
+
+def test_names_of_one_prompt_are_refused_before_anything_is_written(encode, tmp_path):
+    for name in ("red_fox", "red fox"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "pictures" / name / "0.png").write_bytes(png(9))
+    with pytest.raises(ValueError, match=r"--class-names FILE gives classes other names"):
+        encode(tmp_path / "out", listing=list_images(tmp_path / "pictures"))
+    assert not (tmp_path / "out" / "encode.json").exists()
+
+
 def test_other_files_are_left_alone(encode, tmp_path):
     (tmp_path / "img_emb").mkdir()
     np.save(tmp_path / "img_emb" / "img_emb_0.npy", np.ones((2, 3)))

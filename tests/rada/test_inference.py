@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from rada import RAdaHead
 from rada.adapter import AdaptedHead
 from rada.checkpoint import Checkpoint
+from rada.clip import RAdaCLIP
 from rada.inference import PredictOptions, Predictor, plan_shards, predict, predict_to_folder, read_manifest
 from rada.inference.files import FeatureFile
+from rada.models import ModelSpec
 from tests.rada.predictions import CLASSES, NAMES, ROWS, SMALL, WIDTH, checkpoint_of, rows, saved, table_of
 
 pq = pytest.importorskip("pyarrow.parquet")
@@ -128,18 +132,26 @@ def test_precision_is_the_checkpoints_or_another(checkpoint, features, tmp_path)
         predict(checkpoint, tmp_path / "out", features=features, precision="int8", device="cpu")
 
 
-def test_images_in_shards_with_a_broken_one(images, model_dir, tmp_path):
-    from rada.clip import RAdaCLIP
-    from rada.models import ModelSpec
-
+def image_checkpoint(model_dir, folder):
+    """Of a head over the encoders in model_dir; the encoders and the head."""
     encoders = ModelSpec(f"local-dir:{model_dir}").open(torch.device("cpu"))
+    torch.manual_seed(0)
     head = RAdaHead(WIDTH, 4)
     torch.nn.init.normal_(head.out_proj.weight, std=0.5)
-    Checkpoint.of(RAdaCLIP(encoders, head.eval(), ("red", "green", "blue"))).save(tmp_path / "head")
-    folder = tmp_path / "photos"
+    Checkpoint.of(RAdaCLIP(encoders, head.eval(), ("red", "green", "blue"))).save(folder)
+    return encoders, head
+
+
+def photos(images, folder):
     folder.mkdir()
     for i, file in enumerate(sorted(images.rglob("*.png"))[:10]):
         (folder / f"{i}.png").write_bytes(file.read_bytes())
+    return folder
+
+
+def test_images_in_shards_with_a_broken_one(images, model_dir, tmp_path):
+    encoders, head = image_checkpoint(model_dir, tmp_path / "head")
+    folder = photos(images, tmp_path / "photos")
     (folder / "4.png").write_bytes(b"no image")
     options = PredictOptions("probabilities", batch_size=2, rows_per_shard=4)
     predictor = Predictor(tmp_path / "head", device="cpu")
@@ -170,6 +182,42 @@ def _open(path):
     return Image.open(path).convert("RGB")
 
 
+def test_a_precision_of_ones_own_takes_the_checkpoints_encoders(images, model_dir, tmp_path):
+    own = tmp_path / "model"
+    shutil.copytree(model_dir, own)
+    image_checkpoint(own, tmp_path / "head")
+    folder, found = photos(images, tmp_path / "photos"), {}
+    for precision in ("fp32", "bf16", "amp"):
+        output, options = tmp_path / precision, PredictOptions("logits")
+        predict(tmp_path / "head", output, options, images=folder, precision=precision, device="cpu")
+        found[precision] = torch.tensor(table_of(output)["logits"])
+    for precision in ("bf16", "amp"):
+        assert 0 < (found[precision] - found["fp32"]).abs().max() < 0.05 * found["fp32"].abs().max()
+    weights = load_file(own / "open_clip_model.safetensors")
+    weights["visual.proj"] += 1
+    save_file(weights, own / "open_clip_model.safetensors")
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(ValueError, match="not those that it was trained on"):
+            predict(tmp_path / "head", tmp_path / "out", images=folder, precision=precision, device="cpu")
+        assert not (tmp_path / "out").exists()
+
+
+def test_features_of_an_image_are_what_fine_tuned_towers_make(images, model_dir, tmp_path):
+    encoders, head = image_checkpoint(model_dir, tmp_path / "frozen")
+    folder, options = photos(images, tmp_path / "photos"), PredictOptions("features")
+    with pytest.raises(ValueError, match="what: got 'features', and the checkpoint has no adapter"):
+        predict(tmp_path / "frozen", tmp_path / "out", options, images=folder, device="cpu")
+    encoders.model.requires_grad_(True)
+    with torch.no_grad():
+        next(encoders.model.visual.parameters()).mul_(1.1)
+    Checkpoint.of(RAdaCLIP(encoders, head, ("red", "green", "blue"))).save(tmp_path / "tuned")
+    predict(tmp_path / "tuned", tmp_path / "out", options, images=folder, device="cpu")
+    with torch.no_grad():
+        pixels = torch.stack([encoders.preprocess(_open(folder / f"{i}.png")) for i in range(10)])
+        features = encoders.encode_images(pixels)
+    torch.testing.assert_close(torch.tensor(table_of(tmp_path / "out")["features"]), features, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from /proc")
 def test_neither_features_nor_results_lie_in_memory(checkpoint, tmp_path, monkeypatch):
     """32 MB of features and 28 MB of probabilities: the peak rises by far less."""
@@ -198,14 +246,13 @@ def resident(field):
 
 
 def test_every_kind_of_file_gives_the_same(checkpoint, tmp_path):
-    from safetensors.numpy import save_file
-
     values, tables = rows(), {}
     folders = {kind: tmp_path / kind for kind in ("npy", "safetensors", "parquet", "groups")}
     for folder in folders.values():
         folder.mkdir()
     np.save(folders["npy"] / "a.npy", values)
-    save_file({"image_features": values, "labels": np.arange(ROWS)}, folders["safetensors"] / "a.safetensors")
+    entries = {"image_features": torch.from_numpy(values), "labels": torch.arange(ROWS)}
+    save_file(entries, folders["safetensors"] / "a.safetensors")
     fixed = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), WIDTH)
     pq.write_table(pa.table({"embedding": fixed, "other": pa.array(range(ROWS))}), folders["parquet"] / "a.parquet")
     lists = pa.table({"embedding": pa.array(values.astype(np.float32).tolist(), pa.list_(pa.float32()))})
@@ -217,8 +264,6 @@ def test_every_kind_of_file_gives_the_same(checkpoint, tmp_path):
 
 
 def test_bfloat16_shards(checkpoint, tmp_path):
-    from safetensors.torch import save_file
-
     values = torch.from_numpy(rows()).bfloat16()
     save_file({"features": values}, tmp_path / "a.safetensors")
     np.save(tmp_path / "b.npy", values.float().numpy())
@@ -242,11 +287,25 @@ def test_names_and_labels_come_from_the_metadata(checkpoint, features, tmp_path)
         predict(checkpoint, tmp_path / "none", SMALL, features=features, device="cpu")
 
 
+def test_labels_may_be_of_other_classes_than_those_named_to_choose_among(images, model_dir, tmp_path):
+    image_checkpoint(model_dir, tmp_path / "head")
+    (tmp_path / "names.txt").write_text("a parrot\nMount Fuji\n")
+    features = torch.nn.functional.normalize(torch.randn(6, WIDTH), dim=-1)
+    pq.write_table(pa.table({"f": features.tolist(), "label": ["zebra"] * 6}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"label: .*a\.parquet has the class 'zebra'"):
+        predict(tmp_path / "head", tmp_path / "one", features=tmp_path / "a.parquet", device="cpu")
+    names = tmp_path / "names.txt"
+    predict(tmp_path / "head", tmp_path / "out", features=tmp_path / "a.parquet", class_names=names, device="cpu")
+    table = table_of(tmp_path / "out")
+    assert table["label"] == ["zebra"] * 6
+    assert all(sorted(row) == ["Mount Fuji", "a parrot"] for row in table["classes"])
+
+
 def test_labels_of_another_list_are_refused(checkpoint, features, tmp_path):
     (features / "metadata").mkdir()
     for number, count in enumerate((100, 50)):
         pq.write_table(pa.table({"label": ["zebra"] * count}), features / f"metadata/metadata_{number}.parquet")
-    with pytest.raises(ValueError, match=r"label: img_emb/img_emb_0.npy has the class 'zebra'.*--class-names"):
+    with pytest.raises(ValueError, match=r"label: .*/img_emb_0\.npy has the class 'zebra'.*--class-names"):
         predict(checkpoint, tmp_path / "out", SMALL, features=features, device="cpu")
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["predict.json"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from rada.inference import (
     predict_to_folder,
     read_manifest,
 )
+from rada.inference.files import FeatureFile
 from tests.rada.predictions import SMALL, WIDTH, checkpoint_of, contents, rows
 
 pq = pytest.importorskip("pyarrow.parquet")
@@ -72,7 +74,9 @@ def test_a_ragged_row_is_named(checkpoint, tmp_path):
     lists = rows().tolist()
     lists[70] = lists[70][:5]
     pq.write_table(pa.table({"f": pa.array(lists, pa.list_(pa.float32()))}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: column f, row 70: got a list of 5; it takes 16"):
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: rows .* cannot be read: column f, row 70: got a list of 5; it takes 16"
+    ):
         predict(checkpoint, tmp_path / "out", SMALL, features=tmp_path / "a.parquet", device="cpu")
     assert len(list((tmp_path / "out/shards").iterdir())) == 3  # those before it, whole
 
@@ -128,6 +132,19 @@ def test_a_shard_that_changes_while_the_run_goes_on_is_named(checkpoint, feature
         predict_to_folder(predictor, shards, tmp_path / "out", SMALL)
 
 
+def test_a_file_cut_off_while_it_is_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("rada.inference.files.PIECE_BYTES", 1)
+    path = tmp_path / "a.npy"
+    np.save(path, rows())
+    blocks = FeatureFile(path, tmp_path).blocks(0, 150, 8, None)
+    assert len(next(blocks).features) == 8
+    os.truncate(path, 1000)
+    with pytest.raises(
+        ValueError, match=r"a\.npy: rows 0 to 150 cannot be read: mmap length is greater than file size"
+    ):
+        list(blocks)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -156,7 +173,9 @@ def test_a_run_of_another_checkpoint_is_not_continued(checkpoint, features, tmp_
         predict(checkpoint, tmp_path / "out", SMALL, features=features, device="cpu", backend="torch")
 
 
-@pytest.mark.parametrize("entry", [{"name": "../evil"}, {"file": "../../etc/passwd"}, {"file": "/etc/passwd"}])
+@pytest.mark.parametrize(
+    "entry", [{"name": "../evil"}, {"name": ".."}, {"file": "../../etc/passwd"}, {"file": "/etc/passwd"}]
+)
 def test_a_manifest_that_leaves_its_folder_is_refused(checkpoint, features, tmp_path, entry):
     stopped(checkpoint, features, tmp_path / "out")
     path = tmp_path / "out" / "predict.json"

@@ -167,6 +167,19 @@ def test_unreadable_images_are_no_items_of_a_run(run, photos, tmp_path):
     assert f"1 unreadable images left out, the first {source.test.names[1]}" in " ".join(done.stdout.split())
 
 
+def test_an_unreadable_image_of_a_target_is_no_other_image_of_its_name(photos, tmp_path):
+    target = shutil.copytree(photos, tmp_path / "target")
+    name = load_source(f"folder:{photos}", seed=5).test.names[0]
+    (target / name).write_bytes(b"no image")
+    (tmp_path / "suite.txt").write_text(f"folder:{target}\n")
+    settings = Settings(data=f"folder:{photos}", model="demo", protocol="cross", shots=2, seeds=(1,), seed=5,
+                        targets=str(tmp_path / "suite.txt"), skip_bad=True, device="cpu")  # fmt: skip
+    problem = prepare(settings)
+    assert problem.skipped == (name,)
+    assert len(problem.groups["target"].features) == 39
+    assert name in {item for items in problem.records[1].test.values() for item in items}
+
+
 def test_other_data_are_tested_without_what_was_trained_on(run, photos, sides, tmp_path):
     other = tmp_path / "other"
     write_photos(other, 4, 2)
