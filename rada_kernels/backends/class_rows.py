@@ -215,7 +215,7 @@ def backward(
     """
     call, layers = Call(image, text, params, options, share), LayerGradients()
     dtype = accumulation_dtype(image.dtype)
-    sums = [torch.zeros_like(of, dtype=dtype) for of in [image] * wanted.image + [text] * wanted.text]
+    sums = [of.new_zeros(of.shape, dtype=dtype) for of in [image] * wanted.image + [text] * wanted.text]
     for b, rows in zip(call.chunks(), saved, strict=True):
         deviation = None if grad_deviation is None else grad_deviation[b]
         for part, features, grads, masked in call.backward(b, rows, grad_sums[b], deviation, layers, wanted):

@@ -169,6 +169,19 @@ def check_autocast(rank, processes):
         assert (mine - theirs).abs().max() <= 0.02 * theirs.abs().max()
 
 
+def check_strides(rank, processes):
+    """Features of any strides, in 16 bit, with layers that are not in use."""
+    image, text, _ = (t.bfloat16() if t.is_floating_point() else t for t in _features())
+    sharded = _head(torch.bfloat16, queries=("text",), penalty="mse").shard_classes()
+    found = []
+    for order in (lambda rows: rows.clone(), lambda rows: rows.t().contiguous().t()):
+        leaves = [order(rows).requires_grad_() for rows in (image, text)]
+        logits, penalty = sharded(*leaves, 20.0, return_penalty=True)
+        found.append([logits, penalty, *torch.autograd.grad(logits.square().sum() + penalty, leaves)])
+    for dense, strided in zip(*found, strict=True):
+        torch.testing.assert_close(strided, dense)
+
+
 def check_empty_batch(rank, processes):
     _, text, _ = _features()
     logits, penalty = _head().shard_classes()(text[:0], text, 20.0, return_penalty=True)
