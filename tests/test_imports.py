@@ -33,6 +33,7 @@ NEVER = {
     "rada.data": inside("rada", "encoders fused clip tuning experiment evaluate predict report cli demo"),
     "rada.encoders": inside("rada", "fused clip tuning experiment evaluate predict report cli"),
     "rada.fused": inside("rada", "data encoders clip tuning experiment evaluate predict report cli demo"),
+    "rada.graphs": ["rada", "rada_kernels"],
     "rada.clip": inside("rada", "tuning experiment evaluate predict report cli"),
     "rada.tuning": inside("rada", "experiment evaluate predict report cli"),
     "rada.problem": inside("rada", "methods experiment evaluate adapt predict report cli"),
