@@ -155,7 +155,7 @@ class Inputs:
             return []
         return self.params.layers + ([self.image, self.text] if self.mode == "step-features" else [])
 
-    def to(self, dtype: torch.dtype, mode: str, images: slice = slice(None)) -> Inputs:
+    def to(self, dtype: torch.dtype, mode: str, images: slice | Tensor = slice(None)) -> Inputs:
         """The same numbers in another dtype, for another mode, or some of the images only."""
         layers = [layer.detach().to(dtype) for layer in self.params.layers]
         params = Params(*layers, logit_scale=self.params.logit_scale)

@@ -40,6 +40,7 @@ NEVER = {
     "rada.sharded": inside("rada", "data encoders fused clip tuning experiment evaluate inference report cli demo"),
     "rada.shortlist": inside("rada", "data encoders fused clip tuning experiment evaluate inference report cli demo"),
     "rada.fused": inside("rada", "data encoders clip tuning experiment evaluate inference report cli demo"),
+    "rada.graphs": ["rada", "rada_kernels"],
     "rada.clip": inside("rada", "tuning experiment evaluate inference report cli"),
     "rada.tuning": inside("rada", "experiment evaluate inference report cli"),
     "rada.settings": inside("rada", "problem methods experiment evaluate adapt inference report cli"),

@@ -23,6 +23,7 @@ TESTS = Path(__file__).parent
         ("test_triton_bytes.py", "not slow"),
         ("test_triton_races.py", "not slow"),
         ("test_triton_precision.py", "not slow"),
+        ("test_triton_rounding.py", "not slow"),
         ("test_self_check.py", "not slow"),
         pytest.param("test_triton_operator.py", "slow", marks=pytest.mark.slow),
         pytest.param("test_triton_races.py", "slow", marks=pytest.mark.slow),

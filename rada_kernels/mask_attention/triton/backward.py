@@ -189,7 +189,7 @@ def _mask_attention_bwd_queries_kernel(
     projected,  # Projections
     joint,  # Joint
     grads,  # AttentionGrads: text and rational queries are written, unless DELTA
-    parts,  # [matrix kinds, B, H, T] each row tile's part of delta, DELTA
+    parts,  # [2, matrix kinds, B, H, T] each row tile's Σ P dP and Σ P, DELTA
     B,
     K,
     factor,  # log2(e) / (√E τ)
@@ -198,7 +198,9 @@ def _mask_attention_bwd_queries_kernel(
     C: tl.constexpr,  # AttentionConfig
     DELTA: tl.constexpr,
 ):
-    """DELTA: delta from the very P and dP that the gradients are made of: exact where one pair has all the weight."""
+    """DELTA: delta from the very P and dP that the gradients are made of, over the sum of that P: exact where one pair
+    has all the weight, whatever its score was rounded to in another kernel.
+    """
     unit, tile, T, o_r = _row_tile(K, C.BM)
     o_head, _, o_rows, plane = unit_offsets(unit, B, K, S)
     o_d = o_r.to(tl.int64) * S.D
@@ -214,7 +216,7 @@ def _mask_attention_bwd_queries_kernel(
         b_q = load_head(queries[n] + o_d, o_r < K, S.E)
         if DELTA:  # (K / l) / K is 1 where l is
             b_kinds += ((b_q, tl.load(joint.m + o_kind), b_scale / K, 0.0),)
-            b_sums += (tl.zeros([C.BM], tl.float32),)
+            b_sums += ((tl.zeros([C.BM], tl.float32), tl.zeros([C.BM], tl.float32)),)
         else:
             b_kinds += ((b_q, tl.load(joint.m + o_kind), b_scale, tl.load(joint.delta + o_kind)),)
             b_sums += (zero_head(C.BM, S.E),)
@@ -229,14 +231,16 @@ def _mask_attention_bwd_queries_kernel(
             b_q, b_m, b_scale, b_delta = b_kinds[n]
             b_p = _weights(b_q, b_k, b_m, b_scale, start, o_n, K, factor, C.BN, S.PRECISION)
             if DELTA:
-                b_new += (b_sums[n] + tl.sum(b_p * b_dP, 1),)
+                b_new += ((b_sums[n][0] + tl.sum(b_p * b_dP, 1), b_sums[n][1] + tl.sum(b_p, 1)),)
             else:
                 b_dS = (b_p * (b_dP - b_delta)).to(b_k[0].dtype)
                 b_new += (add_dot(b_sums[n], b_dS, b_k, S.PRECISION),)
         b_sums = b_new
     for n in tl.static_range(len(queries)):
         if DELTA:
-            tl.store(parts + (n * B * S.H + unit) * T + tile, tl.sum(tl.where(o_r < K, b_sums[n], 0.0), 0))
+            for i in tl.static_range(2):
+                o_part = ((i * S.MATRIX + n) * B * S.H + unit) * T + tile
+                tl.store(parts + o_part, tl.sum(tl.where(o_r < K, b_sums[n][i], 0.0), 0))
         else:
             b_factor = tl.load(joint.unit + n * B * S.H + unit) * grad_factor
             store_head(grad_queries[n] + o_d, scale_head(b_sums[n], b_factor), o_r < K, S.E)
@@ -326,7 +330,7 @@ def mask_attention_bwd(call: Call, projected: Projections, attended: Attended, d
     joint = mask_attention_bwd_joint(call, attended, grads, arguments)
     if call.shapes.MATRIX:
         if dO.dtype == torch.float32:
-            joint = joint._replace(delta=mask_attention_bwd_queries(call, joint, grads, arguments, delta=True))
+            joint = mask_attention_bwd_queries(call, joint, grads, arguments, delta=True)
         mask_attention_bwd_queries(call, joint, grads, arguments)
     mask_attention_bwd_keys(call, joint, grads, arguments)
     return grads
@@ -363,20 +367,23 @@ def mask_attention_bwd_queries(
     *,
     delta: bool = False,
     config: AttentionConfig | None = None,
-) -> Tensor:
-    """Fills the queries' gradients; or, with `delta`, computes and returns that alone, [matrix kinds, B, H]."""
+) -> Joint:
+    """Fills the queries' gradients; or, with `delta`, returns joint with delta, and scale by the weights' own sum."""
     batch, classes, _ = call.sizes
 
     def blocks(c: AttentionConfig):
         row_tiles = cdiv(classes, c.BM)
-        parts = joint.m.new_empty(call.shapes.MATRIX * delta, batch, call.shapes.H, row_tiles)
+        parts = joint.m.new_empty(2 * delta, call.shapes.MATRIX, batch, call.shapes.H, row_tiles)
         return (batch * call.shapes.H * row_tiles,), {"parts": parts}
 
     launched = call.target.launch(
         _mask_attention_bwd_queries_kernel, config or call.config(queries_bwd_config, classes), blocks,
         joint=joint, grads=grads, DELTA=delta, **arguments,
     )  # fmt: skip
-    return launched["parts"].sum(-1) if delta else joint.delta
+    if delta:
+        weighted, weights = launched["parts"].sum(-1)
+        joint = joint._replace(delta=weighted / weights, scale=joint.scale / weights)
+    return joint
 
 
 def mask_attention_bwd_keys(
