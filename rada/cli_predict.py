@@ -27,6 +27,14 @@ def predict(
     ] = None,
     what: Annotated[str, typer.Option(help=f"To write: {', '.join(WHATS)} (adapted ones).")] = PredictOptions.what,
     top_k: Annotated[int, typer.Option(min=1)] = PredictOptions.top_k,
+    shortlist: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Let the head attend among so many best zero-shot classes of an image alone: another function, whose "
+            "agreement with the full head on a sample is printed. 0: all.",
+        ),
+    ] = PredictOptions.shortlist,
     format: Annotated[str, typer.Option(help=f"Of shards: {', '.join(FORMATS)}.")] = PredictOptions.format,
     rows_per_shard: Annotated[
         int, typer.Option(min=1, help="Rows that are finished, or lost, at a time.")
@@ -38,6 +46,9 @@ def predict(
     precision: Annotated[
         str | None, typer.Option(help=f"Of encoders and head: {', '.join(PRECISIONS)}. [default: the checkpoint's]")
     ] = None,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Replay the head's launches as a CUDA graph; not yet run on hardware.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file, or the run in the folder.")] = False,
     traceback: Traceback = False,
 ) -> None:
@@ -50,7 +61,7 @@ def predict(
     done = run_predict(
         checkpoint,
         output,
-        PredictOptions(what, top_k, format, batch_size, rows_per_shard),
+        PredictOptions(what, top_k, format, batch_size, rows_per_shard, shortlist),
         features=features,
         images=images,
         data=data,
@@ -60,9 +71,13 @@ def predict(
         backend=backend,
         overwrite=overwrite,
         cache=cache,
+        cuda_graph=cuda_graph,
     )
     print(
         f"{done['items']} items to {output} in {done['seconds']:.1f} s, {done['items_per_second']:.0f} images/s "
         f"(device {done['device']}, backend {done['backend']}; the head worked {done['head_busy']:.0%} of the time), "
         f"{done['bad']} bad" + (f"; shards left to other ranks or a later run: {done['left']}" if done["left"] else "")
     )
+    if done["compared"]:
+        same = f"{done['agreed']} of {done['compared']}"
+        print(f"the shortlist of {shortlist} chose the full head's class for {same} sampled images")

@@ -19,6 +19,8 @@ class PredictOptions:
     batch_size: rows per call of the head, counted from a shard's first row. Default 256. A result's last bit may depend
         on its batch, so a run keeps to one size.
     rows_per_shard: rows of a shard at most: what a process that dies loses. Default 65536.
+    shortlist: the head among so many best zero-shot classes of each image alone, which is another function than the
+        head over all K, see `rada.shortlist`; with topk alone. 0 (default): over all.
 
     Raises ValueError naming the field.
     """
@@ -28,6 +30,7 @@ class PredictOptions:
     format: str = "parquet"
     batch_size: int = 256
     rows_per_shard: int = 65536
+    shortlist: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (("what", WHATS), ("format", FORMATS)):
@@ -37,3 +40,7 @@ class PredictOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}; it takes a positive int")
+        if isinstance(self.shortlist, bool) or not isinstance(self.shortlist, int) or self.shortlist < 0:
+            raise ValueError(f"shortlist: got {self.shortlist!r}; it takes a number of classes, or 0 for all")
+        if self.shortlist and self.what != "topk":
+            raise ValueError(f"what: got {self.what!r} with a shortlist; it takes topk")

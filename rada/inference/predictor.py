@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,19 @@ from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.data.classes import prompt_names, read_names
 from rada.encoders import FeatureExtractor
+from rada.graphs import graphed
 from rada.inference.inputs import DIGEST_BYTES, Rows, raw
 from rada.inference.options import PredictOptions
 from rada.losses import LOSSES
 from rada.precision import check_precision
+from rada.shortlist import shortlist_logits
 
 NO_CLASS = -1  # of a row that could not be predicted; its numbers are NaN
 NOT_FINITE = "not finite"  # NaN, infinite or empty
+
+
+# Rows that a shortlist is compared on: of a batch, and of all.
+COMPARED_OF_BATCH, COMPARED = 8, 256
 
 
 class Predictor:
@@ -34,6 +41,11 @@ class Predictor:
     precision: of encoders and head, see `rada.precision`. Default: the checkpoint's.
     device, backend: as for `load_checkpoint`.
     cache: the folder of a cache of frozen encoders' image features, see `rada.cache`. Default: none.
+    cuda_graph: on a CUDA device replay the head's launches as a graph, see `rada.graphs`; not yet run on hardware.
+        Default False.
+
+    compared, agreed: of rows predicted by a shortlist, how many the full head predicted too, and how often both chose
+    the same class.
 
     Raises FileNotFoundError, or ValueError naming the argument.
     """
@@ -47,8 +59,12 @@ class Predictor:
         device: str = "auto",
         backend: str = "auto",
         cache: str | Path | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         self.cache = None if cache is None else FeatureCache(cache)
+        self.cuda_graph = cuda_graph
+        self._full: Callable[[Tensor], Tensor] | None = None
+        self.compared = self.agreed = 0
         stored = checkpoint
         if not isinstance(stored, Checkpoint):
             stored = load_checkpoint(stored, device=device, backend=backend)
@@ -88,6 +104,8 @@ class Predictor:
         if width is None:
             _ = self.encoders  # opened now, not in the first shard
         trained = self.trained
+        if options.shortlist > (count := len(trained.class_names)):
+            raise ValueError(f"shortlist: got {options.shortlist}; it takes at most {count}, the number of classes")
         adapts = isinstance(trained.head, AdaptedHead)
         changes = trained.towers is not None or (trained.prompt is not None and trained.prompt[0]["image_tokens"])
         if options.what == "features" and not adapts and not (width is None and changes):
@@ -137,11 +155,36 @@ class Predictor:
         if options.what == "features":
             adapts = isinstance(trained.head, AdaptedHead)
             return {"features": (trained.head.image_adapter(features) if adapts else features).float()}
-        logits = trained.head(features, *trained.classes).float()
+        places = None
+        if options.shortlist:
+            logits, places = shortlist_logits(trained.head, features, trained.classes, options.shortlist)
+            self._compare(features, places.gather(1, logits.argmax(1, keepdim=True)).squeeze(1))
+        else:
+            logits = self._logits(features)
         if options.what == "logits":
-            return {"logits": logits}
-        probabilities = LOSSES[trained.loss]().probabilities(logits)
+            return {"logits": logits.float()}
+        probabilities = LOSSES[trained.loss]().probabilities(logits.float())
         if options.what == "probabilities":
             return {"probabilities": probabilities}
         best = probabilities.topk(min(options.top_k, probabilities.shape[1]))
-        return {"classes": best.indices.to(torch.int32), "probabilities": best.values}
+        classes = best.indices if places is None else places.gather(1, best.indices)
+        return {"classes": classes.to(torch.int32), "probabilities": best.values}
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """Of the full head [n, K]."""
+        if self._full is None:
+            full = partial(_full_logits, self.trained)
+            self._full = graphed(full, features) if self.cuda_graph else full
+        return self._full(features)
+
+    def _compare(self, features: Tensor, best: Tensor) -> None:
+        """Count how often the shortlist's best class [n] is the full head's, among a few rows of each batch."""
+        count = min(COMPARED_OF_BATCH, COMPARED - self.compared)
+        if count > 0:
+            full = self._logits(features[:count]).argmax(1)
+            self.compared += len(full)
+            self.agreed += int((full == best[:count]).sum())
+
+
+def _full_logits(trained: Checkpoint, features: Tensor) -> Tensor:
+    return trained.head(features, *trained.classes)

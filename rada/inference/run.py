@@ -80,7 +80,7 @@ def predict_to_folder(
 
     Returns items and seconds of this call, items_per_second, head_busy (the head's part of the seconds), shards (of
     this rank), bad (rows of these that could not be predicted), left (shards of all ranks that are not finished),
-    device, backend. Raises as `write_manifest` and `predict_shard`.
+    device, backend, compared and agreed (see `Predictor`). Raises as `write_manifest` and `predict_shard`.
     """
     output = Path(output)
     if overwrite:
@@ -149,6 +149,7 @@ def predict(
     device: str = "auto",
     backend: str = "auto",
     cache: str | Path | None = None,
+    cuda_graph: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Predict an input by a checkpoint into a folder, or into one file ending in .parquet or .jsonl.
@@ -162,7 +163,13 @@ def predict(
     elif output.suffix and not output.is_dir():
         raise ValueError(f"output: got {str(output)!r}; it takes a file ending in {' or '.join(FILES)}, or a folder")
     predictor = Predictor(
-        checkpoint, class_names=class_names, precision=precision, device=device, backend=backend, cache=cache
+        checkpoint,
+        class_names=class_names,
+        precision=precision,
+        device=device,
+        backend=backend,
+        cache=cache,
+        cuda_graph=cuda_graph,
     )
     shards = plan_shards(predictor, options, features=features, images=images, data=data)
     print(f"predict on {predictor.device}, backend {predictor.backend}")
@@ -206,6 +213,8 @@ class _Bar:
             "head_busy": self.head_seconds / seconds,
             "device": str(predictor.device),
             "backend": predictor.backend,
+            "compared": predictor.compared,
+            "agreed": predictor.agreed,
         }
 
 
