@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from rada.cache import FeatureCache, Shelf
@@ -25,8 +23,6 @@ from rada.templates import DEFAULT_TEMPLATES, check_templates, fill
 # Prompts per call of the text tower: large enough to keep a device busy, small enough for any memory.
 PROMPTS_PER_BATCH = 256
 IMAGES_PER_BATCH = 128
-# Fewer images than this are decoded sooner than worker processes start.
-IMAGES_FOR_WORKERS = 512
 
 Extractor = TypeVar("Extractor", bound="FeatureExtractor")
 
@@ -296,12 +292,8 @@ def encode_batches(
         raise ValueError("model: it came without an image transform; it takes one that open_clip knows")
     count = sum(map(len, batches))
     shelf = extractor.open_shelf() if hasattr(images, "content") else None
-    loader = DataLoader(
-        Decoded(images, extractor.preprocess, None if shelf is None else shelf.known),
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences
-        num_workers=_workers(extractor, count),
-        collate_fn=Batch.of,
-    )
+    decoded = Decoded(images, extractor.preprocess, None if shelf is None else shelf.known)
+    loader = decoded.batches(batches, extractor.workers)
     try:
         with tqdm(total=count, desc=description, unit="image", leave=False, disable=quiet) as bar:
             for batch in loader:
@@ -380,14 +372,6 @@ def feature_batches(
 def in_batches(extractor: FeatureExtractor, positions: Sequence[int], batch_size: int | None) -> list[Sequence[int]]:
     size = extractor.batch_size if batch_size is None else batch_size
     return [positions[first : first + size] for first in range(0, len(positions), size)]
-
-
-def _workers(extractor: FeatureExtractor, count: int) -> int:
-    """The number of worker processes for so many images; 0: this process decodes."""
-    if extractor.workers is not None:
-        return extractor.workers
-    cores = os.cpu_count() or 1
-    return min(8, cores - 1) if count >= IMAGES_FOR_WORKERS else 0
 
 
 class Readable(NamedTuple):
