@@ -157,7 +157,7 @@ def measure(folder: Path, given: argparse.Namespace) -> int:
         for ranks, times in seconds.items():
             times.append(together([run(f"{ranks}-{number}", rank, ranks) for rank in range(ranks)])[0])
     one, two = (statistics.median(times) for times in seconds.values())
-    killed = kill_often(run("killed"), given.kills, 2 * one / max(1, given.kills))
+    killed = kill_often(run("killed"), given.kills, 1.2 * one / max(1, given.kills))  # most of a run, in all
     same = contents(folder / "killed") == contents(folder / "1-0") == contents(folder / "2-0")
     large = Run(folder / "head", folder / "all.npy", folder / "large", PredictOptions.rows_per_shard, given.threads)
     whole, busy, peak = together([large])

@@ -41,7 +41,8 @@ NEVER = {
     "rada.tuning": inside("rada", "experiment evaluate inference report cli"),
     "rada.problem": inside("rada", "methods experiment evaluate adapt inference report cli"),
     "rada.methods": inside("rada", "experiment inference report cli"),
-    "rada.experiment": inside("rada", "predict cli"),
+    "rada.experiment": inside("rada", "inference cli"),
+    "rada.inference": inside("rada", "tuning problem methods experiment adapt report cli demo"),
     "rada.report": ["torch", "rada_kernels", *inside("rada", "data encoders fused clip tuning experiment cli")],
 }
 

@@ -160,7 +160,7 @@ def predict(
         _check_file(output, overwrite)
         options = replace(options, format=FILES[output.suffix])
     elif output.suffix and not output.is_dir():
-        raise ValueError(f"output: got {str(output)!r}; it takes a name in {' or '.join(FILES)}, or a folder's, no dot")
+        raise ValueError(f"output: got {str(output)!r}; it takes a file ending in {' or '.join(FILES)}, or a folder")
     predictor = Predictor(
         checkpoint, class_names=class_names, precision=precision, device=device, backend=backend, cache=cache
     )
@@ -232,7 +232,6 @@ def _remove(output: Path) -> None:
         return
     manifest = read_manifest(output)
     options = PredictOptions(**manifest["options"])
-    (output / MANIFEST).unlink()
     for shard in manifest["shards"]:
         path = shard_path(output, shard["name"])
         for file in (record_path(output, shard["name"]), *output_files(path, options.format, options.what)):
@@ -241,6 +240,7 @@ def _remove(output: Path) -> None:
     for folder in (output / "shards", output / "records"):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+    (output / MANIFEST).unlink()  # the last: what was stopped before can be removed again
 
 
 def _remove_partials(output: Path) -> None:
