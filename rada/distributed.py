@@ -157,14 +157,6 @@ def in_shares(count: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
     return gather(compute(own_rows(torch.arange(count))), count)
 
 
-def from_all(value: Any) -> list[Any]:
-    """Every rank's value, any object that can be pickled, on every rank."""
-    values = [value] * ranks()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 def from_first(value: Any) -> Any:
     """Rank 0's value, any object that can be pickled, on every rank."""
     if ranks()[1] == 1:

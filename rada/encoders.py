@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from rada.cache import FeatureCache, Shelf
@@ -26,8 +24,6 @@ from rada.templates import DEFAULT_TEMPLATES, check_templates, fill
 # Prompts per call of the text tower: large enough to keep a device busy, small enough for any memory.
 PROMPTS_PER_BATCH = 256
 IMAGES_PER_BATCH = 128
-# Fewer images than this are decoded sooner than worker processes start.
-IMAGES_FOR_WORKERS = 512
 
 Extractor = TypeVar("Extractor", bound="FeatureExtractor")
 
@@ -298,12 +294,8 @@ def encode_batches(
         raise ValueError("model: it came without an image transform; it takes one that open_clip knows")
     count = sum(map(len, batches))
     shelf = extractor.open_shelf() if hasattr(images, "content") else None
-    loader = DataLoader(
-        Decoded(images, extractor.preprocess, None if shelf is None else shelf.known),
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of sequences
-        num_workers=_workers(extractor, count),
-        collate_fn=Batch.of,
-    )
+    decoded = Decoded(images, extractor.preprocess, None if shelf is None else shelf.known)
+    loader = decoded.batches(batches, extractor.workers)
     try:
         with tqdm(total=count, desc=description, unit="image", leave=False, disable=quiet) as bar:
             for batch in loader:
@@ -384,14 +376,6 @@ def in_batches(extractor: FeatureExtractor, positions: Sequence[int], batch_size
     return [positions[first : first + size] for first in range(0, len(positions), size)]
 
 
-def _workers(extractor: FeatureExtractor, count: int) -> int:
-    """The number of worker processes for so many images; 0: this process decodes."""
-    if extractor.workers is not None:
-        return extractor.workers
-    cores = os.cpu_count() or 1
-    return min(8, cores - 1) if count >= IMAGES_FOR_WORKERS else 0
-
-
 class Readable(NamedTuple):
     """Features of the items of a split that could be read.
 
@@ -406,30 +390,44 @@ class Readable(NamedTuple):
 def readable_features(
     extractor: FeatureExtractor | None, split: Split, indices: Tensor, description: str, *, skip_bad: bool = False
 ) -> Readable:
-    """The features of a split's items at indices [M]: stored ones, or encoded by `extractor`.
+    """The features of a split's items at indices [M], as `split_features` gives them, of those that could be read.
 
-    skip_bad: leave unreadable images out. Default False: raise ValueError for the first.
+    skip_bad: leave unreadable images out. Default False: raise ValueError for the first. Raises where none is left.
+    """
+    features = split_features(extractor, split, indices, description, skip_bad=skip_bad)
+    return readable(split, indices, features) if skip_bad else Readable(indices, features, [])
+
+
+def readable(split: Split, indices: Tensor, features: Tensor) -> Readable:
+    """The rows of features [M, D] that are not NaN, of a split's items at indices [M]."""
+    good = ~features.isnan().any(1)
+    bad = indices[~good].tolist()
+    names = [str(position) if split.names is None else split.names[position] for position in bad]
+    if len(bad) == len(indices):
+        raise ValueError(f"images: none of {len(indices)} could be read, the first is {next(iter(names), None)}")
+    return Readable(indices[good], features[good], names)
+
+
+def split_features(
+    extractor: FeatureExtractor | None, split: Split, indices: Tensor, description: str, *, skip_bad: bool = False
+) -> Tensor:
+    """Features [M, D] of a split's items at indices [M]: stored ones, or encoded by `extractor`. On the CPU.
+
+    skip_bad: give NaN for an unreadable image. Default False: raise ValueError for the first.
     """
     if split.features is not None:
-        return Readable(indices, split.features[indices], [])
+        return split.features[indices]
     if extractor is None or split.images is None:
         raise ValueError("extractor: got None for a split without features; it takes the encoder of its images")
-    positions = indices.tolist()
-    features, bad = [], dict[int, str]()
-    for encoded in encode_batches(
-        extractor, split.images, in_batches(extractor, positions, None), description=description
+    rows = []
+    batches = in_batches(extractor, indices.tolist(), None)
+    for positions, encoded in zip(
+        batches, encode_batches(extractor, split.images, batches, description=description), strict=True
     ):
-        features.append(encoded.features.cpu())
-        bad |= encoded.bad
-        if bad and not skip_bad:
-            raise ValueError(f"images: {next(iter(bad.values()))}; skip_bad (--skip-bad) leaves such files out")
-    kept = torch.tensor([position not in bad for position in positions], dtype=torch.bool)
-    if not kept.any():
-        raise ValueError(f"images: none of {len(positions)} could be read: {next(iter(bad.values()), 'got none')}")
-    names = [str(position) if split.names is None else split.names[position] for position in bad]
-    return Readable(indices[kept], torch.cat(features), names)
-
-
-def split_features(extractor: FeatureExtractor | None, split: Split, indices: Tensor, description: str) -> Tensor:
-    """The features [M, D] alone, on the CPU. Raises as `readable_features`, for an unreadable image too."""
-    return readable_features(extractor, split, indices, description).features
+        if encoded.bad and not skip_bad:
+            reason = next(iter(encoded.bad.values()))
+            raise ValueError(f"images: {reason}; skip_bad (--skip-bad) leaves such files out")
+        whole = encoded.features.new_full((len(positions), encoded.features.shape[1]), float("nan")).cpu()
+        whole[[position not in encoded.bad for position in positions]] = encoded.features.cpu()
+        rows.append(whole)
+    return torch.cat(rows)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,11 +18,11 @@ from rada.checkpoint import Checkpoint
 from rada.classification import Classes, Labelled, logit_batches
 from rada.data import Source, Split, load_source, subset
 from rada.data.classes import limit_classes, name_classes, prompt_names, read_class_names
-from rada.data.record import SplitRecord, content_of, contents, items_of
+from rada.data.record import SplitRecord, split_records
 from rada.data.splits import shots_and_val
 from rada.data.suite import read_suite
-from rada.distributed import from_all, in_shares, ranks
-from rada.encoders import FeatureExtractor, Readable, choose_device, readable_features
+from rada.distributed import in_shares
+from rada.encoders import FeatureExtractor, Readable, choose_device, readable, readable_features, split_features
 from rada.fused import RAdaHead
 from rada.losses import LOSSES, Loss
 from rada.models import DEMO_MODEL, ModelSpec
@@ -194,7 +193,18 @@ def prepare(
         classes=classes,
         samples=samples,
         groups=groups,
-        records=_records(settings, source, origins, train, picks, tested),
+        records=split_records(
+            source,
+            origins,
+            train,
+            {seed: picks[seed, settings.shots] for seed in settings.seeds},
+            tested,
+            data=settings.data,
+            data_seed=settings.seed,
+            skip_bad=settings.skip_bad,
+            max_classes=settings.max_classes,
+            shots=settings.shots,
+        ),
         loss=LOSSES[loss_name](settings.tuning.alpha) if loss is None else loss,
         loss_name=loss_name,
         head_options=replace(settings.head, penalty=penalty),
@@ -315,49 +325,9 @@ def _features(
     encoders: FeatureExtractor | None, split: Split, indices: Tensor, description: str, skip_bad: bool
 ) -> Readable:
     """`readable_features`, of which each rank encodes its share."""
-    rank, size = ranks()
-    own = indices.tensor_split(size)[rank] if split.features is None else indices
-    mine = readable_features(encoders, split, own, description, skip_bad=skip_bad) if len(own) else None
-    if split.features is not None and mine is not None:
-        return mine
-    kept, features, bad = zip(*(part for part in from_all(mine) if part is not None), strict=True)
-    return Readable(torch.cat(kept), torch.cat(features), [name for names in bad for name in names])
-
-
-def _records(
-    settings: Settings, source: Source, origins: Sequence[str], train: Split, picks: Picks, tested: set[str]
-) -> dict[int, SplitRecord]:
-    """The split record of each seed, with the test items of these names.
-
-    Warns of test items that are training items too.
-    """
-    names = source.test.names
-    read = [i for i in range(len(source.test)) if names is None or names[i] in tested]
-    test = items_of(subset(source.test, read), origins)
-    records = {}
-    for seed in settings.seeds:
-        pick = picks[seed, settings.shots]
-        items = {name: items_of(subset(train, index), origins) for name, index in pick.items()}
-        both = contents(items["train"]) & contents(test)
-        # Images with neither digests nor names are numbered in each split: equal numbers say nothing.
-        known = any(part is not None for part in (source.test.features, source.test.digests, source.test.names))
-        if both and known:
-            warnings.warn(
-                f"data: seed {seed} is trained on {len(both)} items that are in the test split too, by other names: "
-                "the accuracies count them",
-                stacklevel=3,
-            )
-        records[seed] = SplitRecord(
-            data=settings.data,
-            data_seed=settings.seed,
-            skip_bad=settings.skip_bad,
-            max_classes=settings.max_classes,
-            shots=settings.shots,
-            seed=seed,
-            content=content_of(source.test),
-            origins=tuple(origins),
-            class_names=source.class_names,
-            test=test,
-            **items,
-        )
-    return records
+    if split.features is not None:
+        return readable_features(encoders, split, indices, description)
+    features = in_shares(
+        len(indices), lambda own: split_features(encoders, split, indices[own], description, skip_bad=skip_bad)
+    )
+    return readable(split, indices, features) if skip_bad else Readable(indices, features, [])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from rada.data.source import Images, digest
+
+# Fewer images than this are decoded sooner than worker processes start.
+IMAGES_FOR_WORKERS = 512
 
 
 class Item(NamedTuple):
@@ -52,6 +56,17 @@ class Decoded(Dataset):
         except Exception as error:  # a decoder may raise anything
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             return Item(position, key, reason=reason)
+
+    def batches(self, positions: Sequence[Sequence[int]], workers: int | None = None) -> DataLoader:
+        """The batches of these positions, as `Batch`.
+
+        workers: processes that decode, a few batches ahead; 0: this one does. Default: as many as are worth it.
+        """
+        if workers is None:
+            cores = os.cpu_count() or 1
+            workers = min(8, cores - 1) if sum(map(len, positions)) >= IMAGES_FOR_WORKERS else 0
+        sampler: Any = positions  # any iterable of sequences
+        return DataLoader(self, batch_sampler=sampler, num_workers=workers, collate_fn=Batch.of)
 
 
 class Batch(NamedTuple):

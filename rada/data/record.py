@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from rada.data.source import Source, Split, digest
 from rada.data.splits import join, subset
@@ -118,6 +121,46 @@ def items_of(split: Split, origins: Sequence[str]) -> Items:
 def contents(items: Items) -> set[str]:
     """All digests of the items."""
     return {content for named in items.values() for content in named.values()}
+
+
+def split_records(
+    source: Source,
+    origins: Sequence[str],
+    train: Split,
+    picks: Mapping[int, Mapping[str, Tensor]],
+    tested: set[str],
+    **settings: Any,
+) -> dict[int, SplitRecord]:
+    """The split record of each seed. Warns of test items that are training items too.
+
+    origins: the classes as the data call them. picks: each seed's indices "train" and "val" in `train`.
+    tested: the names of the test items; of a source without names all are. settings: the record's other entries.
+    """
+    names = source.test.names
+    read = [i for i in range(len(source.test)) if names is None or names[i] in tested]
+    test = items_of(subset(source.test, read), origins)
+    records = {}
+    for seed, pick in picks.items():
+        items: dict[str, Any] = {name: items_of(subset(train, index), origins) for name, index in pick.items()}
+        both = contents(items["train"]) & contents(test)
+        # Images with neither digests nor names are numbered in each split: equal numbers say nothing.
+        known = any(part is not None for part in (source.test.features, source.test.digests, source.test.names))
+        if both and known:
+            warnings.warn(
+                f"data: seed {seed} is trained on {len(both)} items that are in the test split too, by other names: "
+                "the accuracies count them",
+                stacklevel=3,
+            )
+        records[seed] = SplitRecord(
+            seed=seed,
+            content=content_of(source.test),
+            origins=tuple(origins),
+            class_names=source.class_names,
+            test=test,
+            **items,
+            **settings,
+        )
+    return records
 
 
 def _names(split: Split) -> Sequence[str]:
