@@ -1,22 +1,17 @@
-"""The command line: python -m rada encode | train | evaluate | adapt | predict | export | report | info."""
+"""The commands rada train and rada report."""
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback as tracebacks
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rada.cli_encode import encode
-from rada.cli_options import (
+from rada.cli.options import (
     Backend,
     BatchSize,
     Cache,
-    Checkpoint,
     ClassNames,
     Data,
     Device,
@@ -32,54 +27,18 @@ from rada.cli_options import (
     given,
     integers,
 )
-from rada.cli_predict import predict
 from rada.data import Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
 from rada.data.suite import read_suite
-from rada.data.views import VIEWS
-from rada.distributed import leave, rank, world_size
+from rada.distributed import rank
 from rada.encoders import IMAGES_PER_BATCH
 from rada.losses import LOSSES
 from rada.methods import METHODS
 from rada.protocols import PROTOCOLS
 from rada.settings import Settings, full_tuning_for, tuning_for
 from rada.templates import DEFAULT_TEMPLATES
-from rada.tuning import PARALLEL, SCHEDULES, Adaptation, FullTuning, Tuning
+from rada.tuning import PARALLEL, SCHEDULES, FullTuning, Tuning
 from rada_kernels import PENALTIES, QUERIES, Options
-
-USER_ERRORS = (ValueError, TypeError, ImportError, OSError)
-INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
-
-app = typer.Typer(
-    help="Rational Adaptation of vision-language models: train and use RAda heads.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Ends the process: 0, 2 for an error of the user's (one line on stderr), 130 for Ctrl-C."""
-    try:
-        _run(arguments)
-    except SystemExit as ended:
-        leave(ended.code)
-
-
-def _run(arguments: list[str] | None) -> None:
-    warnings.showwarning = lambda message, *_: print(f"rada: warning: {message}", file=sys.stderr)
-    try:
-        app(arguments)
-    except KeyboardInterrupt:
-        print("rada: stopped; what was finished is kept", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except USER_ERRORS as error:
-        if os.environ.get("RADA_TRACEBACK"):
-            tracebacks.print_exc()
-        else:
-            who = f"rank {rank()}: " if world_size() > 1 else ""
-            print(f"rada: error: {who}{' '.join(str(error).split())} (--traceback shows where)", file=sys.stderr)
-        sys.exit(2)
 
 
 def _default(setting: str) -> str:
@@ -94,11 +53,6 @@ def _shots_text() -> str:
     return f"{EMOJI.shots} for emoji, else {Recommended.shots}"
 
 
-app.command()(encode)
-app.command()(predict)
-
-
-@app.command()
 def train(
     data: Data = "emoji",
     model: Model = None,
@@ -258,7 +212,6 @@ def train(
         _draw(output)
 
 
-@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder.")],
     traceback: Traceback = False,
@@ -269,134 +222,6 @@ def report(
 
     print_run(load_results(folder))
     _draw(folder)
-
-
-@app.command()
-def evaluate(
-    checkpoint: Checkpoint,
-    data: Annotated[str | None, typer.Option(help="As for train. [default: what it was trained on]")] = None,
-    class_names: Annotated[
-        Path | None, typer.Option(help="As for train: other names of the data's classes, which the text tower encodes.")
-    ] = None,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    precision: Annotated[str | None, typer.Option(help="Must be the checkpoint's. [default: that one]")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
-    cache: Cache = None,
-    skip_bad: SkipBad = False,
-    traceback: Traceback = False,
-) -> None:
-    """Test a checkpoint: base among base classes, new among new classes, and all among all; zero-shot beside it.
-
-    On its own training data, the test items are those of the training run; other data are tested without the items
-    that the head was trained on, among their own classes.
-    """
-    from rada.evaluate import evaluate_checkpoint
-    from rada.files import write_json
-    from rada.report.tables import print_evaluation
-
-    results = evaluate_checkpoint(
-        checkpoint,
-        data,
-        class_names=class_names,
-        device=device,
-        backend=backend,
-        precision=precision,
-        skip_bad=skip_bad,
-        cache=cache,
-    )
-    print_evaluation(results)
-    if output is not None:
-        write_json(output, results)
-
-
-@app.command()
-def adapt(
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="A head to start from, as for evaluate. [default: zero-shot, by --model]")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="As for train. [default: what the head was trained on]")] = None,
-    model: Model = None,
-    pretrained: Pretrained = None,
-    template: Template = None,
-    views: Annotated[int, typer.Option(help="Of each image, the plain one among them.")] = VIEWS,
-    augmix: Annotated[bool, typer.Option("--augmix", help="Mix views by AugMix too.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Adapt to so many test images, drawn by --seed.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps per image.")] = Adaptation.steps,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = Adaptation.lr,
-    selection: Annotated[float, typer.Option(help="Share of the views that is kept.")] = Adaptation.selection,
-    parameters: Annotated[str, typer.Option(help="Layers that adapt, separated by commas.")] = "out_proj",
-    online: Annotated[bool, typer.Option("--online", help="Carry on from image to image, without a reset.")] = False,
-    heads: Annotated[int, typer.Option(help="Attention heads, without a checkpoint.")] = Options.num_heads,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    seed: Annotated[int, typer.Option(help="Of the views.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
-    skip_bad: SkipBad = False,
-    traceback: Traceback = False,
-) -> None:
-    """Test-time training: adapt to each test image by itself, without its label, and test."""
-    from rada.adapt import adapt_checkpoint, adapt_zero_shot
-    from rada.files import write_json
-    from rada.models import ModelSpec
-    from rada.report.tables import print_adaptation
-
-    if (checkpoint is None) == (model is None):
-        raise ValueError("checkpoint, model: got both or none; it takes exactly one of them")
-    options: dict = {
-        "adaptation": Adaptation(
-            steps=steps, lr=lr, selection=selection, parameters=tuple(parameters.split(",")), online=online
-        ),
-        "device": device,
-        "backend": backend,
-        "skip_bad": skip_bad,
-        "views": views,
-        "augmix": augmix,
-        "seed": seed,
-        "limit": limit,
-    }
-    if checkpoint is not None:
-        results = adapt_checkpoint(checkpoint, data, **options)
-    else:
-        assert model is not None
-        spec = ModelSpec(model, pretrained, tuple(template) if template else DEFAULT_TEMPLATES)
-        results = adapt_zero_shot(spec, data or "emoji", num_heads=heads, **options)
-    print_adaptation(results)
-    if output is not None:
-        write_json(output, results)
-
-
-@app.command()
-@app.command()
-def export(
-    checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option(help="PATH.pt2.")],
-    backend: Annotated[
-        str, typer.Option(help="reference (torch's own operators) or cpu (ours, from a library written beside PATH).")
-    ] = "reference",
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="A compiled package, which C++ loads too; takes a C++ compiler.")
-    ] = False,
-    device: Device = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
-    traceback: Traceback = False,
-) -> None:
-    """Write a head over its classes as a program that torch runs without this library, see docs/serving.md."""
-    from rada.export import export_head
-
-    done = export_head(checkpoint, output, backend=backend, compiled=compiled, device=device, overwrite=overwrite)
-    print(f"image features [B, {done['embed_dim']}] to logits of {len(done['class_names'])} classes: {output}")
-
-
-@app.command()
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    traceback: Traceback = False,
-) -> None:
-    """Print versions, devices, backends and environment variables, for bug reports."""
-    from rada.info import describe
-
-    print(describe(as_json))
 
 
 def _draw(folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rada.cli_options import ClassNames, Device, EncodeBatch, Model, Precision, Pretrained, Template, Traceback, Workers
+from rada.cli.options import ClassNames, Device, EncodeBatch, Model, Precision, Pretrained, Template, Traceback, Workers
 from rada.encode import DTYPES, ROWS_PER_SHARD
 from rada.encoders import IMAGES_PER_BATCH
 from rada.templates import DEFAULT_TEMPLATES, expand_templates

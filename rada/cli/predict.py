@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rada.cli_options import Backend, BatchSize, Cache, Checkpoint, Device, Traceback
+from rada.cli.options import Backend, BatchSize, Cache, Checkpoint, Device, Traceback
 from rada.inference.options import FORMATS, WHATS, PredictOptions
 from rada.precision import PRECISIONS
 
