@@ -126,8 +126,8 @@ def _attended_rows_fake(image, text, *_):
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator's autograd. torch.library.register_autograd does the same with passes over lists of tensors, which
-    at one image and one class are a quarter of a step.
+    """The operator's autograd. torch.library.register_autograd does the same with passes over lists of tensors, three
+    quarters of all Python calls in a step.
     """
 
     @staticmethod
