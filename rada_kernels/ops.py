@@ -132,8 +132,8 @@ def _below_autograd(operator, keyset, *args, **kwargs):
 
 
 class _Similarity(torch.autograd.Function):
-    """Takes layers and gives what is saved one by one: torch.library.register_autograd walks lists as trees, three quarters
-    of all Python calls in a step.
+    """Takes layers and gives what is saved one by one: torch.library.register_autograd walks lists as trees, three
+    quarters of all Python calls in a step.
     """
 
     @staticmethod
