@@ -16,7 +16,8 @@ from rada.huggingface import HuggingFaceEncoder
 from rada.losses import CrossEntropy, PromptSRC, SigmoidLoss
 from rada.models import ModelSpec
 from rada.prompt import PromptedEncoder, PromptedHead, PromptLearner
-from rada.tuning.full import FineTuner, FullTuning, snapshot
+from rada.tuning.full import FineTuner, FullTuning
+from rada.tuning.interpolation import snapshot
 
 transformers = pytest.importorskip("transformers")
 
