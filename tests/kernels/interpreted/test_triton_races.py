@@ -66,7 +66,8 @@ def run_step(case, target):
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_no_launch_has_a_race(classes, device, dtype, monkeypatch):
-    case = make_case(3 if classes < 64 else 1, classes, 48, 2).cast(dtype)
+    width, heads = (48, 2) if classes < 1000 else (16, 1)
+    case = make_case(3 if classes < 64 else 1, classes, width, heads).cast(dtype)
     with monkeypatch.context() as patch:
         target = Recorded(patch, device)
         run_step(case, target)
