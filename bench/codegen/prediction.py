@@ -94,14 +94,17 @@ Left out: the loss and the optimiser, bank conflicts, latencies within a program
 
 
 class Work(NamedTuple):
-    """Of a program: FLOP of its products, padding included; runs of a loop around the one with the products."""
+    """Of all programs together, FLOP of products, padding included. Of one: runs of a loop around the one with the
+    products, and of loops without a product.
+    """
 
     flop: int
     passes: int = 1
+    rounds: int = 1
 
 
 def work_of(launch: Launch) -> Work:
-    """Of all programs together, from shapes and blocks; passes of one."""
+    """From shapes and blocks."""
     a, s, c = launch.arguments, launch.arguments["S"], launch.arguments["C"]
     n, kinds = launch.programs, s.MATRIX
     if launch.name == "rational_projection_fwd":
@@ -111,14 +114,17 @@ def work_of(launch: Launch) -> Work:
     if launch.name == "rational_projection_bwd_weight":
         return Work(n * 2 * a["SPLIT"] * c.BR * c.BC * c.BD)
     if launch.name in ("logit_reduction_fwd", "logit_reduction_bwd"):
-        passes = -(-s.D // c.BC) if launch.name.endswith("fwd") else 1
-        contracted = s.H * -(-s.E // c.BD) * c.BD
-        return Work(n * 2 * c.BR * passes * c.BC * contracted, passes)
+        forward = launch.name.endswith("fwd")
+        passes = -(-s.D // c.BC) if forward else 1
+        contracted = -(-s.D // c.BD) * c.BD
+        rounds = s.H * -(-s.E // a["R"].BD) if forward else 1  # blocks of a head's columns, of which O is formed
+        return Work(n * 2 * c.BR * passes * c.BC * contracted, passes, rounds)
     if launch.name in ("mask_attention_fwd", "mask_attention_bwd_queries"):
         products = 2 * kinds if launch.name.endswith("fwd") else kinds + 1 + kinds * (not a["DELTA"])
         return Work(2 * n * c.BM * -(-a["K"] // c.BN) * c.BN * s.E * products)
     if launch.name == "mask_attention_bwd_joint":  # the image's row is one of 16, in two passes over the classes
-        return Work(2 * n * 16 * -(-a["K"] // c.BN) * c.BN * s.E * 2 * s.IMAGE)
+        blocks = -(-a["K"] // c.BN)
+        return Work(2 * n * 16 * blocks * c.BN * s.E * 2 * s.IMAGE, rounds=blocks)
     if launch.name == "mask_attention_bwd_keys":
         return Work(2 * n * c.BN * -(-a["K"] // c.BM) * c.BM * s.E * (2 * kinds + 2))
     return Work(0)
@@ -228,9 +234,11 @@ def resident_programs(code: Code, architecture: Architecture, arch: str, warps: 
     )
 
 
-def program_clocks(code: Code, part: Part, warps: int, flop: float, passes: int = 1) -> tuple[Clocks, float]:
+def program_clocks(
+    code: Code, part: Part, warps: int, flop: float, passes: int = 1, rounds: int = 1
+) -> tuple[Clocks, float]:
     """What a program takes by its machine code, and the bytes that its instructions move. flop: of its products."""
-    executed = code.way.executed(flop / warps, passes).times(warps)
+    executed = code.way.executed(flop / warps, passes, rounds).times(warps)
     on_registers = executed.mma_flop / executed.flop if executed.flop else 0.0
     by_rate = flop * ((1 - on_registers) / part.tensor + on_registers / part.mma)
     return Clocks(
@@ -246,7 +254,7 @@ def predicted(launch: Launch, arch: str, code: Code) -> Spent:
     part, warps, work = PARTS[arch], launch.arguments["num_warps"], work_of(launch)
     if code.products and not work.flop:
         raise ValueError(f"{launch.name} has products: work_of must know how many")
-    clocks, moved = program_clocks(code, part, warps, work.flop / launch.programs, work.passes)
+    clocks, moved = program_clocks(code, part, warps, work.flop / launch.programs, work.passes, work.rounds)
     resident = max(1, resident_programs(code, ARCHITECTURES[arch], arch, warps))
     return spend(
         part, launch.programs, clocks, resident, work.flop, launch.bytes_but(code.unread), moved * launch.programs

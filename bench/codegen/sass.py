@@ -1,8 +1,9 @@
 """What a program of NVIDIA machine code executes: instructions by the unit they keep busy, per run of each loop.
 
 nvdisasm's listing is cut at labels and branches. Of all ways through a kernel from its start to its end, the one with
-the most products counts, and of several such ways the shortest: masks that only the last block needs, and the rare arm
-of a kernel whose programs differ, stay out.
+the most products counts, of several such ways the one with the most exponentials (a block that is peeled off a loop
+stands behind a guard), and of these the shortest: masks that only the last block needs, and the rare arm of a kernel
+whose programs differ, stay out.
 """
 
 from __future__ import annotations
@@ -38,15 +39,20 @@ class Counts:
 
 @dataclass(frozen=True)
 class Way:
-    """What stands outside the loops that hold products, in loops around them, and in the innermost ones: once each."""
+    """What stands outside of loops, in loops around those that hold products, in the innermost of these, and in loops
+    that hold no product: once each.
+    """
 
     straight: Counts = Counts()
     outer: Counts = Counts()
     inner: Counts = Counts()
+    plain: Counts = Counts()
 
-    def executed(self, flop: float, passes: float) -> Counts:
-        """A warp's counts where its share of the products is so many FLOP, and outer loops run so often."""
-        around = self.straight + self.outer.times(passes)
+    def executed(self, flop: float, passes: float, rounds: float = 1) -> Counts:
+        """A warp's counts where its share of the products is so many FLOP, outer loops run `passes` times, and those
+        without a product `rounds` times.
+        """
+        around = self.straight + self.outer.times(passes) + self.plain.times(rounds)
         if not self.inner.flop:  # unrolled: the code is the work
             return around
         return around + self.inner.times(max(0.0, flop - around.flop) / self.inner.flop)
@@ -106,6 +112,7 @@ def _count(name: str, tcgen05_flop: float, warps: int) -> Counts:
 @dataclass(frozen=True)
 class _Block:
     counts: Counts
+    exponentials: int
     length: int
     after: tuple[int, ...]  # blocks
     ends: bool  # the program may end here
@@ -124,7 +131,8 @@ def _blocks(listing: str, warps: int, tcgen05_flop: float) -> list[_Block]:
         if last.name.startswith("BRA") and labels.get(last.target) in number:
             after.append(number[labels[last.target]])
         counts = sum((_count(i.name, tcgen05_flop, warps) for i in code[start:end]), Counts())
-        blocks.append(_Block(counts, end - start, tuple(after), last.name.startswith("EXIT")))
+        exponentials = sum(i.name.startswith("MUFU.EX2") for i in code[start:end])
+        blocks.append(_Block(counts, exponentials, end - start, tuple(after), last.name.startswith("EXIT")))
     return blocks
 
 
@@ -154,22 +162,26 @@ def _loops(blocks: list[_Block]) -> list[set[int]]:
 def read_way(listing: str, warps: int, tcgen05_flop: float = 0.0) -> Way:
     """tcgen05_flop: of one UTC*MMA instruction, whose shape is not in its name."""
     blocks = _blocks(listing, warps, tcgen05_flop)
-    loops = [loop for loop in _loops(blocks) if any(blocks[b].counts.flop for b in loop)]
+    everywhere = _loops(blocks)
+    loops = [loop for loop in everywhere if any(blocks[b].counts.flop for b in loop)]
     # From the last block to the first, branches back left out: the best way to an end, and the block it goes on to.
-    best: dict[int, tuple[float, int]] = {}
+    best: dict[int, tuple[float, int, int]] = {}  # products, exponentials, length
     goes_on: dict[int, int | None] = {}
     for at in reversed(range(len(blocks))):
         after = max((b for b in blocks[at].after if b > at and b in best), key=best.__getitem__, default=None)
         if after is not None or blocks[at].ends:
-            flop, length = (0.0, 0) if after is None else best[after]
-            best[at] = flop + blocks[at].counts.flop, length - blocks[at].length
+            flop, special, length = (0.0, 0, 0) if after is None else best[after]
+            counts = blocks[at].counts
+            best[at] = flop + counts.flop, special + blocks[at].exponentials, length - blocks[at].length
             goes_on[at] = after
 
-    parts, at = {"straight": Counts(), "outer": Counts(), "inner": Counts()}, 0 if blocks else None
+    parts, at = {part: Counts() for part in ("straight", "outer", "inner", "plain")}, 0 if blocks else None
     while at is not None:
         tightest = min((loop for loop in loops if at in loop), key=len, default=None)
         holds_one = tightest and any(loop < tightest for loop in loops)
-        part = "straight" if tightest is None else "outer" if holds_one else "inner"
+        part = "outer" if holds_one else "inner" if tightest else "straight"
+        if not tightest and any(at in loop for loop in everywhere):
+            part = "plain"
         parts[part] = parts[part] + blocks[at].counts
         at = goes_on[at]
     return Way(**parts)

@@ -27,7 +27,7 @@ from rada_kernels.triton_common.target import Target, target_of
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_WIDTH, MAX_HEADS = 256, 32
 # What is not saved is computed in chunks of images that would save so many bytes; a backward pass takes about thrice
-# that. 100 images of 1000 classes of width 512 in 16 bits: 100,000 rows, programs for every multiprocessor.
+# that. 87 images of 1000 classes of width 512 in 16 bits: 87,000 rows, programs for every multiprocessor.
 CHUNK_BYTES = 512 * MIB
 OLDEST = (8, 0)  # compute capability: bfloat16 tensor cores and asynchronous copies
 
@@ -75,19 +75,21 @@ def interpreted() -> bool:
 
 
 class Saved(NamedTuple):
-    """What the first two steps leave for the backward pass."""
+    """What the steps leave for the backward pass."""
 
     projected: Projections
     attended: Attended
+    rows: Tensor  # [B, K, D] O, of the logit reduction
 
     def tensors(self) -> list[Tensor]:
         """As an operator returns them: without `largest`, which is given out, and results must not share memory."""
-        return [*self.projected[:-1], *self.attended[:-1]]
+        return [*self.projected[:-1], *self.attended[:-1], self.rows]
 
     @staticmethod
     def of(tensors: list[Tensor], tile: int) -> Saved:
         fields = len(Projections._fields) - 1
-        return Saved(Projections._make((*tensors[:fields], None)), Attended._make((*tensors[fields:], tile)))
+        projected = Projections._make((*tensors[:fields], None))
+        return Saved(projected, Attended._make((*tensors[fields:-1], tile)), tensors[-1])
 
 
 def empty_saved(
@@ -98,9 +100,9 @@ def empty_saved(
     if not (save and _fits_budget(image, classes, options)):
         return []
     tile = _row_tile(image, classes, options, target or target_of(image))
-    return Saved(
-        Projections.empty(image, text, options, save=True), Attended.empty(image, classes, options, tile)
-    ).tensors()
+    projected = Projections.empty(image, text, options, save=True)
+    rows = image.new_empty(image.shape[0], classes, image.shape[1])
+    return Saved(projected, Attended.empty(image, classes, options, tile), rows).tensors()
 
 
 def _row_tile(image: Tensor, classes: int, options: Options, target: Target) -> int:
@@ -112,7 +114,7 @@ def _row_tile(image: Tensor, classes: int, options: Options, target: Target) -> 
 def _image_bytes(image: Tensor, classes: int, options: Options) -> int:
     """What the forward pass of one of these images saves."""
     kinds = len(options.queries) - ("image" in options.queries)
-    row_tensors = 2 + ("rational" in options.queries) + kinds
+    row_tensors = 2 + ("rational" in options.queries) + kinds + 1  # keys, values, queries; each kind's rows; O
     return row_tensors * classes * image.shape[1] * image.dtype.itemsize
 
 
@@ -138,19 +140,20 @@ def _on_device(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _attend(call: Call, save: bool) -> Saved:
+def _attend(call: Call, save: bool) -> tuple[Projections, Attended]:
     from rada_kernels.mask_attention.triton.forward import mask_attention_fwd
     from rada_kernels.rational_projection.triton.forward import rational_projection_fwd
 
     projected = rational_projection_fwd(call, save=save)
-    return Saved(projected, mask_attention_fwd(call, projected))
+    return projected, mask_attention_fwd(call, projected)
 
 
 def _forward(call: Call, save: bool) -> tuple[Reduced, Saved]:
     from rada_kernels.logit_reduction.triton.forward import logit_reduction_fwd
 
-    saved = _attend(call, save)
-    return logit_reduction_fwd(call, *saved), saved
+    projected, attended = _attend(call, save)
+    reduced = logit_reduction_fwd(call, projected, attended)
+    return reduced, Saved(projected, attended, reduced.rows)
 
 
 def forward(
@@ -168,8 +171,8 @@ def forward(
     with _on_device(image):
         if save:
             reduced, saved = _forward(call, save)
-            return *reduced, saved.tensors()
-        chunks = [_forward(call.of_images(b), save)[0] for b in _chunks(call)]
+            return reduced.sums, reduced.deviation, saved.tensors()
+        chunks = [_forward(call.of_images(b), save)[0][:2] for b in _chunks(call)]
     sums, deviation = chunks[0] if len(chunks) == 1 else map(torch.cat, zip(*chunks, strict=True))
     return sums, deviation, []
 
@@ -185,7 +188,7 @@ def attended_rows(
     call = _call(image, text, params, options, target)
     with _on_device(image):
         chunks = [call.of_images(b) for b in _chunks(call)]
-        return torch.cat([combine_rows(chunk, _attend(chunk, save=False).attended) for chunk in chunks])
+        return torch.cat([combine_rows(chunk, _attend(chunk, save=False)[1]) for chunk in chunks])
 
 
 def backward(
@@ -219,8 +222,8 @@ def _backward(
     from rada_kernels.mask_attention.triton.backward import mask_attention_bwd
     from rada_kernels.rational_projection.triton.backward import rational_projection_bwd
 
-    reduction = logit_reduction_bwd(call, *saved, grad_sums, grad_deviation, wanted)
-    attention = mask_attention_bwd(call, *saved, reduction.attended)
+    reduction = logit_reduction_bwd(call, saved.projected, saved.rows, grad_sums, grad_deviation, wanted)
+    attention = mask_attention_bwd(call, saved.projected, saved.attended, reduction.attended)
     projection = rational_projection_bwd(call, saved.projected, attention, reduction.masked, wanted)
     grads = [grad for grad in (projection.image, projection.text) if grad is not None]
     return grads + call.params.layer_grads(projection.layers | reduction.layers) if wanted.layers else grads

@@ -7,16 +7,15 @@ from rada_kernels.triton_common.config import GemmConfig, Table, contracted_bloc
 from rada_kernels.triton_common.target import Target
 
 # {family: {bits: ((BR, BC, BD, num_warps, num_stages) of few classes, of many)}}
-# A pass over the columns forms the rows anew: as few passes as registers allow. Each warp of a row forms all of it on
-# NVIDIA: 8 warps as 2 x 4 do half of what 4 do.
+# wgmma takes 64 rows a warp group. Of many classes, 128 rows halve the reads of the weight; twice the columns spill.
 FORWARD = {
-    "wgmma": {16: ((32, 128, 32, 8, 2), (64, 128, 64, 8, 3)), 32: ((32, 64, 32, 8, 2), (64, 64, 32, 8, 2))},
+    "wgmma": {16: ((64, 64, 64, 4, 2), (128, 128, 64, 8, 3)), 32: ((32, 64, 64, 8, 2), (64, 64, 32, 8, 2))},
     "mma": {16: ((32, 128, 32, 8, 2), (64, 128, 64, 8, 2)), 32: ((32, 64, 32, 8, 2), (64, 64, 32, 8, 2))},
     "cdna": {16: ((32, 64, 64, 4, 2), (64, 64, 64, 4, 2)), 32: ((32, 64, 32, 4, 2), (64, 64, 32, 4, 2))},
     "rdna": {16: ((32, 64, 32, 8, 1), (32, 64, 32, 8, 1))},
 }
 BACKWARD = {
-    "wgmma": {16: ((64, 64, 64, 4, 2), (64, 128, 64, 8, 3)), 32: ((32, 64, 32, 8, 2), (32, 64, 32, 8, 2))},
+    "wgmma": {16: ((64, 64, 64, 4, 2), (128, 128, 64, 8, 3)), 32: ((32, 64, 64, 8, 2), (32, 64, 32, 8, 2))},
     "mma": {16: ((32, 64, 64, 8, 2), (64, 64, 64, 8, 2)), 32: ((32, 64, 32, 8, 2), (32, 64, 32, 8, 2))},
     "cdna": {16: ((64, 64, 64, 4, 2), (64, 64, 64, 4, 2)), 32: ((64, 64, 32, 4, 2), (64, 64, 32, 4, 2))},
     "rdna": {16: ((32, 64, 32, 8, 1), (32, 64, 32, 8, 1))},
@@ -37,5 +36,5 @@ def backward_config(target: Target, shapes: Shapes, classes: int) -> GemmConfig:
 def _config(kernel: str, table: Table, target: Target, shapes: Shapes, classes: int) -> GemmConfig:
     many = classes > FEW_CLASSES
     config = GemmConfig(*look_up(table, target.device, shapes.dtype)[many])
-    config = config.changed(BD=contracted_block(shapes.E, config.BD))
-    return target.config(kernel, shapes.dtype, (shapes.D, shapes.E, int(many)), config)
+    config = config.changed(BD=contracted_block(shapes.D, config.BD))
+    return target.config(kernel, shapes.dtype, (shapes.D, int(many)), config)

@@ -67,8 +67,9 @@ def forward_config(target: Target, shapes: Shapes, classes: int) -> AttentionCon
     many = bool(classes > 512)  # of a symbolic K: a guard
     config = _look_up(FORWARD, target, shapes)
     if many and shapes.E <= 64 and shapes.dtype.itemsize == 2 and target.device.family == "wgmma":
-        # Twice the rows halve the reads of keys and values per product; with fewer classes there are too few programs.
-        config = AttentionConfig(128, 64, 8, 2)
+        # Two programs of 4 warps reside, one's softmax beside the other's products; twice the classes halve the
+        # rescaling and the loop's own instructions. With fewer classes the last block would be too empty.
+        config = config.changed(BN=128)
     if shapes.E > 192 and target.device.family == "wgmma" and shapes.dtype.itemsize == 2:
         config = config.changed(BM=config.BM // 2)  # BM x E numbers of two query kinds spill; a row tile is not fitted
     # The image query's row is one more.

@@ -14,7 +14,7 @@ FORWARD = {
     "rdna": {16: (32, 64, 32, 4, 2)},
 }
 WEIGHT_BWD = {
-    "wgmma": {16: (64, 64, 128, 8, 3), 32: (32, 64, 64, 4, 2)},
+    "wgmma": {16: (64, 128, 128, 4, 2), 32: (32, 64, 64, 4, 2)},
     "mma": {16: (32, 64, 64, 4, 2), 32: (32, 64, 64, 4, 2)},
     "cdna": {16: (32, 64, 64, 4, 2), 32: (16, 64, 64, 4, 1)},
 }
@@ -25,15 +25,17 @@ ROWS_BWD = {
 FEATURES = GemmConfig(16, 128, 16, 4, 2)  # it sums: nothing is contracted
 # Of a batch of 32, 128 tiles of 128 rows in each of 2 or 3 layers: programs for every multiprocessor.
 MANY_CLASSES = 512
+SOME_CLASSES = 64  # below, tiles of 128 rows are few, and those of 32 images spill
 
 
 def forward_config(target: Target, shapes: Shapes, classes: int) -> GemmConfig:
-    many = classes >= MANY_CLASSES
+    many, some = classes >= MANY_CLASSES, classes > SOME_CLASSES
     config = GemmConfig(*look_up(FORWARD, target.device, shapes.dtype))
-    if many and shapes.dtype.itemsize == 2 and target.device.family == "wgmma":
-        config = GemmConfig(128, 128, 64, 8, 3)  # twice the rows halve the reads of the weights per product
+    if some and shapes.dtype.itemsize == 2 and target.device.family == "wgmma":
+        # Twice the rows halve the reads of the weights per product; twice the columns what makes X and reads features.
+        config = GemmConfig(128, 256, 128, 8, 2) if many else config.changed(BR=128)
     config = config.changed(BD=contracted_block(shapes.D, config.BD))
-    return target.config("rational_projection_fwd", shapes.dtype, (shapes.D, int(many)), config)
+    return target.config("rational_projection_fwd", shapes.dtype, (shapes.D, some + many), config)
 
 
 def weight_bwd_config(target: Target, shapes: Shapes) -> GemmConfig:

@@ -85,6 +85,7 @@ class Reduced(NamedTuple):
 
     sums: Tensor  # [B, K] float32: Σ_d M R
     deviation: Tensor  # [B] float32: the largest |M - 1| ("linf"), its mean ("l1"), the mean of squares ("mse")
+    rows: Tensor  # [B, K, D] O, the output layer's input, for the backward pass
 
 
 class ReductionGrads(NamedTuple):

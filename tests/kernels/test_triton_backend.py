@@ -383,11 +383,14 @@ def test_every_table_serves_every_case(device):
             attention.keys_bwd_config(*call, classes),
             projection.weight_bwd_config(*call),
         ]
-        contracted = projection.forward_config(*call, classes), projection.rows_bwd_config(*call)
+        contracted = [
+            projection.forward_config(*call, classes),
+            projection.rows_bwd_config(*call),
+            reduction.forward_config(*call, classes),
+            reduction.backward_config(*call, classes),
+        ]
         assert all(-8 * head_width % config.BD <= max(head_width, 15) for config in contracted)
-        reductions = reduction.forward_config(*call, classes), reduction.backward_config(*call, classes)
-        assert all(-head_width % config.BD <= max(head_width // 8, 15) for config in reductions)
-        made += contracted + reductions
+        made += contracted
         for config in made:
             assert all(size in BLOCKS for size in config.blocks.values()), config
 
@@ -465,6 +468,7 @@ def test_the_fake_has_the_shapes_of_what_is_saved(queries, classes, interpreted)
     assert [t.shape for t in again.attended[:-1]] == shape
     expected = Projections.empty(image, text, options, save=True)
     assert [t.shape for t in again.projected[:-1]] == [t.shape for t in expected[:-1]]
+    assert again.rows.shape == (3, classes, 64)
     score_rows = classes * (queries != ("image",)) + ("image" in queries)
     assert again.attended.m.shape[-1] == -(-score_rows // again.attended.tile)
     assert backend.empty_saved(image, text, options, save=False) == []
@@ -505,6 +509,4 @@ def test_shapes_do_not_compile_anew():
         for launch in record_launches(load, "step-features", torch.bfloat16, Recorder(SM_90.device, configs={})):
             compiled.setdefault(launch.name, set()).add(specialisations(launch))
     assert len(compiled) == 10
-    # 100 images of 1000 classes are beyond the budget: their forward pass does not look for where the largest is.
-    of_places = {"logit_reduction_fwd": 4}
-    assert {name: len(variants) for name, variants in compiled.items() if len(variants) > 3} == of_places
+    assert all(len(variants) <= 3 for variants in compiled.values())

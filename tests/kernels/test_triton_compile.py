@@ -55,7 +55,7 @@ def test_forward_kernels(arch, name, dtype):
     [
         ("sm_90", AttentionConfig(64, 64, 4, 2), None),  # spills 112 bytes
         ("sm_80", AttentionConfig(16, 64, 4, 4), 48 << 10),  # four stages are beyond the limit
-        pytest.param("sm_100", AttentionConfig(64, 32, 4, 2), None, marks=pytest.mark.slow),
+        pytest.param("sm_100", AttentionConfig(64, 64, 4, 2), None, marks=pytest.mark.slow),
         pytest.param("gfx1100", AttentionConfig(16, 64, 4, 1), None, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -1,6 +1,6 @@
 """Backward: the output layer again, and the gradients of its input, its weight and bias, and R through the sums.
 
-dsums [B, K], ddeviation [B], Attended, Projections, output layer  →  ReductionGrads
+dsums [B, K], ddeviation [B], O, Projections, output layer  →  ReductionGrads
 """
 
 from __future__ import annotations
@@ -11,23 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from rada_kernels.logit_reduction.config import backward_config
-from rada_kernels.logit_reduction.triton.forward import (
-    RowBlocks,
-    launch_arguments,
-    output_block,
-    place_of,
-    shares_of_kinds,
-)
+from rada_kernels.logit_reduction.triton.forward import launch_arguments, output_block, place_of
 from rada_kernels.options import Wanted
 from rada_kernels.triton_common.call import Call
-from rada_kernels.triton_common.config import GemmConfig, cdiv
+from rada_kernels.triton_common.config import GemmConfig, PairBlock, cdiv
 from rada_kernels.triton_common.dialect import outer, outer_rows, pair_rows, store_rows, unit_features
-from rada_kernels.triton_common.state import Attended, Projections, ReductionGrads
+from rada_kernels.triton_common.state import Projections, ReductionGrads
 
 
-@triton.jit(do_not_specialize=["B", "K", "T"])
+@triton.jit(do_not_specialize=["B", "K"])
 def _logit_reduction_bwd_kernel(
-    attended,  # Attended
+    rows,  # [B, K, D] O, the output layer's input
     weight,  # [D, D]
     bias,  # [D]
     features,  # Features
@@ -36,14 +30,12 @@ def _logit_reduction_bwd_kernel(
     grad_deviation,  # [B]
     grad_out,  # [B, K, D] of the output layer's result
     grad_biases,  # [tiles of rows, D] a tile's part of the output bias's, LAYERS
-    rows,  # [B, K, D] the output layer's input, LAYERS
     masked,  # [B, K, D] of R through the sums: grad_sums M, FEATURES
     B,
     K,
-    T,
     S: tl.constexpr,
     C: tl.constexpr,  # GemmConfig
-    R: tl.constexpr,  # RowBlocks
+    P: tl.constexpr,  # PairBlock
     PENALTY: tl.constexpr,  # "none" without grad_deviation
     LAYERS: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -52,17 +44,14 @@ def _logit_reduction_bwd_kernel(
     columns: tl.constexpr = (D + C.BC - 1) // C.BC
     tile = tl.program_id(0) // columns
     column = tl.program_id(0) % columns
-    pairs = pair_rows(tile, B, K, R.BI, R.BK)
+    pairs = pair_rows(tile, B, K, P.BI, P.BK)
     o_c = column * C.BC + tl.arange(0, C.BC)
-    b_shares = shares_of_kinds(attended, pairs, B, K, T, S, R)
-    b_change = output_block(
-        attended, weight, bias, b_shares, pairs, o_c, B, K, rows, pairs.m_r & (column == 0), S, C, R, LAYERS
-    )
+    b_change = output_block(rows, weight, bias, pairs, o_c, S, C)
     b_upstream = tl.load(grad_sums + pairs.o_r, mask=pairs.m_r, other=0.0)[:, None]  # [BR, 1]
     b_f, b_h = unit_features(features, 1.0, pairs, o_c, D, C.BC)
     b_grad = b_upstream * outer_rows(b_f, b_h)
     if PENALTY != "none":
-        b_ones = tl.full([R.BK], 1.0, tl.float32)
+        b_ones = tl.full([P.BK], 1.0, tl.float32)
         b_deviation = outer(tl.load(grad_deviation + pairs.o_i, mask=pairs.m_i, other=0.0), b_ones)[:, None]
         b_sign = tl.where(b_change > 0.0, 1.0, tl.where(b_change < 0.0, -1.0, 0.0))
         if PENALTY == "linf":
@@ -94,7 +83,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def logit_reduction_bwd(
     call: Call,
     projected: Projections,
-    attended: Attended,
+    rows: Tensor,  # [B, K, D] of the forward pass
     grad_sums: Tensor,  # [B, K]
     grad_deviation: Tensor | None,  # [B]
     wanted: Wanted,
@@ -104,22 +93,21 @@ def logit_reduction_bwd(
     batch, classes, width = call.sizes
     features = wanted.image or wanted.text
     grad_out = call.image.new_empty(batch, classes, width)
-    rows = call.image.new_empty(batch * wanted.layers, classes, width)
     # Gradients of R are as large as the logit scale times the loss scale: beyond float16's range.
     range_dtype = torch.float32 if call.dtype == torch.float16 else call.dtype
     masked = call.image.new_empty(batch * features, classes, width, dtype=range_dtype)
 
     def blocks(c: GemmConfig):
-        pairs = RowBlocks.of(attended, call, c.BR)
-        tiles = cdiv(batch, pairs.BI) * cdiv(classes, pairs.BK)
+        pairs = PairBlock.of(batch, classes, c.BR)
+        tiles = pairs.tiles(batch, classes)
         grad_biases = call.image.new_empty(tiles * wanted.layers, width, dtype=torch.float32)
-        return (tiles * cdiv(width, c.BC),), {"R": pairs, "grad_biases": grad_biases}
+        return (tiles * cdiv(width, c.BC),), {"P": pairs, "grad_biases": grad_biases}
 
     launched = call.target.launch(
         _logit_reduction_bwd_kernel, config or call.config(backward_config, classes), blocks,
-        **launch_arguments(call, projected, attended), peak=projected.peak, grad_sums=grad_sums,
+        **launch_arguments(call, projected), rows=rows, peak=projected.peak, grad_sums=grad_sums,
         grad_deviation=grad_sums if grad_deviation is None else grad_deviation,
-        grad_out=grad_out, rows=rows, masked=masked, LAYERS=wanted.layers, FEATURES=features,
+        grad_out=grad_out, masked=masked, LAYERS=wanted.layers, FEATURES=features,
         PENALTY="none" if grad_deviation is None else call.options.penalty,
     )  # fmt: skip
     flat = grad_out.flatten(0, 1)

@@ -4,6 +4,8 @@
 
 The mask lives in registers only. A tile's rows are all pairs of BI images and BK classes, whatever row tiles the
 attention made of them: one tensor per matrix query kind, weighted by head and row tile, plus the image query's row.
+A program forms the sum of these, O, once and stores it: its own product reads it for every block of columns, and the
+backward pass reads it again.
 
 An image's largest |M - 1| is an integer maximum over its programs' largest, in memory: the bits of numbers that are
 not negative are ordered as the numbers are, and a maximum does not depend on the order in which it is taken.
@@ -19,7 +21,7 @@ import triton.language as tl
 
 from rada_kernels.logit_reduction.config import forward_config
 from rada_kernels.triton_common.call import Call
-from rada_kernels.triton_common.config import GemmConfig, PairBlock, cdiv, next_power
+from rada_kernels.triton_common.config import GemmConfig, PairBlock, cdiv, contracted_block, next_power
 from rada_kernels.triton_common.dialect import (
     load_columns,
     load_rows,
@@ -39,6 +41,7 @@ class RowBlocks:
     TILE: int  # rows of a row tile of the attention
     BT: int  # row tiles whose m and l are read at a time
     BH: int  # heads, padded to a power of two
+    BD: int  # columns of a head at a time
     BI: int
     BK: int
 
@@ -46,7 +49,7 @@ class RowBlocks:
     def of(attended: Attended, call: Call, rows: int) -> RowBlocks:
         pairs, heads = PairBlock.of(*call.sizes[:2], rows), next_power(call.options.num_heads)
         tiles = max(1, min(16, 2048 // (pairs.BI * heads)))  # 2048 numbers at most: 8 for each of 256 threads
-        return RowBlocks(attended.tile, tiles, heads, pairs.BI, pairs.BK)
+        return RowBlocks(attended.tile, tiles, heads, contracted_block(call.shapes.E, 64), pairs.BI, pairs.BK)
 
 
 @triton.jit
@@ -86,52 +89,42 @@ def _of_head(b_shares, h, BH: tl.constexpr):
 
 
 @triton.jit
-def shares_of_kinds(attended, pairs, B, K, T, S: tl.constexpr, R: tl.constexpr):
-    """_row_shares of the matrix query kinds in use: what takes their stored rows to those of O."""
-    b_shares = ()
+def _store_combined(attended, rows, pairs, B, K, T, S: tl.constexpr, R: tl.constexpr):
+    """O of a tile's rows into memory, head by head, for all threads of the program to read."""
     MATRIX: tl.constexpr = S.MATRIX
-    factor = K * (1.0 / S.KINDS)
+    plane = B.to(tl.int64) * K * S.D
+    b_shares = ()
     for n in tl.static_range(MATRIX):
         o_kind = n * B * S.H * T
+        factor = K * (1.0 / S.KINDS)
         b_shares += (_row_shares(attended.m + o_kind, attended.l + o_kind, pairs, T, factor, S, R),)
-    return b_shares
+    blocks: tl.constexpr = (S.E + R.BD - 1) // R.BD  # of a head
+    for block in range(S.H * blocks):
+        head = block // blocks
+        o_e = block % blocks * R.BD + tl.arange(0, R.BD)
+        o_d = head * S.E + o_e
+        m_d = o_e < S.E
+        b_rows = tl.zeros([R.BI * R.BK, R.BD], tl.float32)
+        for n in tl.static_range(MATRIX):
+            b_kind = load_rows(attended.rows + n * plane, pairs.o_r, pairs.m_r, o_d, S.D, R.BD, m_d).to(tl.float32)
+            b_rows += _of_head(b_shares[n], head, R.BH)[:, None] * b_kind
+        if S.IMAGE:
+            b_image = load_rows(attended.image_row, pairs.o_i, pairs.m_i, o_d, S.D, R.BD, m_d).to(tl.float32)
+            b_rows += outer_rows(b_image * (1.0 / S.KINDS), tl.full([R.BK, R.BD], 1.0, tl.float32))
+        store_rows(rows, b_rows, pairs.o_r, pairs.m_r, o_d, S.D, R.BD, m_d)
+    tl.debug_barrier()
 
 
 @triton.jit
-def _attended_rows(attended, b_shares, pairs, head, o_d, m_d, plane, S: tl.constexpr, C: tl.constexpr, R: tl.constexpr):
-    """Columns o_d of O for a tile's rows, all of one head, in float32: [BR, BD]."""
-    b_rows = tl.zeros([C.BR, C.BD], tl.float32)
-    for n in tl.static_range(len(b_shares)):
-        b_kind = load_rows(attended.rows + n * plane, pairs.o_r, pairs.m_r, o_d, S.D, C.BD, m_d).to(tl.float32)
-        b_rows += _of_head(b_shares[n], head, R.BH)[:, None] * b_kind
-    if S.IMAGE:
-        b_image = load_rows(attended.image_row, pairs.o_i, pairs.m_i, o_d, S.D, C.BD, m_d).to(tl.float32)
-        b_rows += outer_rows(b_image * (1.0 / S.KINDS), tl.full([R.BK, C.BD], 1.0, tl.float32))
-    return b_rows
-
-
-@triton.jit
-def output_block(
-    attended, weight, bias, b_shares, pairs, o_c, B, K, rows, m_store,
-    S: tl.constexpr, C: tl.constexpr, R: tl.constexpr, STORE: tl.constexpr,
-):  # fmt: skip
-    """max(O Woᵀ + co, -1) = M - 1 of a tile's rows and columns o_c: [BR, BC]. STORE: O itself in rows where m_store."""
-    D: tl.constexpr = S.D
-    padded: tl.constexpr = (S.E + C.BD - 1) // C.BD * C.BD  # contracted blocks end where a head does
-    plane = B.to(tl.int64) * K * D
+def output_block(rows, weight, bias, pairs, o_c, S: tl.constexpr, C: tl.constexpr):
+    """max(O Woᵀ + co, -1) = M - 1 of a tile's rows and columns o_c: [BR, BC]. rows: O [B, K, D]"""
     b_out = tl.zeros([C.BR, C.BC], tl.float32)
-    for start in range(0, S.H * padded, C.BD):
-        head = start // padded
-        o_d = start - head * (padded - S.E) + tl.arange(0, C.BD)
-        m_d = None
-        if padded != S.E:
-            m_d = o_d < (head + 1) * S.E
-        b_rows = _attended_rows(attended, b_shares, pairs, head, o_d, m_d, plane, S, C, R).to(weight.dtype.element_ty)
-        if STORE:
-            store_rows(rows, b_rows, pairs.o_r, m_store, o_d, D, C.BD, m_d)
-        b_weight = load_transposed(weight, o_c, o_d, D, C.BC, C.BD, m_d)
+    for start in range(0, S.D, C.BD):
+        o_d = start + tl.arange(0, C.BD)
+        b_rows = load_rows(rows, pairs.o_r, pairs.m_r, o_d, S.D, C.BD)
+        b_weight = load_transposed(weight, o_c, o_d, S.D, C.BC, C.BD)
         b_out = tl.dot(b_rows, b_weight, b_out, input_precision=S.PRECISION)
-    b_out += load_columns(bias, o_c, D, C.BC)[None, :]
+    b_out += load_columns(bias, o_c, S.D, C.BC)[None, :]
     return tl.where(b_out < -1.0, -1.0, b_out)  # NaN stays NaN
 
 
@@ -149,6 +142,7 @@ def place_of(b_peak):
 @triton.jit(do_not_specialize=["B", "K", "T"])
 def _logit_reduction_fwd_kernel(
     attended,  # Attended
+    rows,  # [B, K, D] O
     weight,  # [D, D]
     bias,  # [D]
     features,  # Features
@@ -167,13 +161,13 @@ def _logit_reduction_fwd_kernel(
 ):
     D: tl.constexpr = S.D
     pairs = pair_rows(tl.program_id(0), B, K, R.BI, R.BK)
-    b_shares = shares_of_kinds(attended, pairs, B, K, T, S, R)
+    _store_combined(attended, rows, pairs, B, K, T, S, R)
     b_sum = tl.zeros([C.BR], tl.float32)
     b_deviation = tl.zeros([C.BR], tl.float32)
     b_place = tl.zeros([C.BR], tl.int32)
     for start in range(0, D, C.BC):
         o_c = start + tl.arange(0, C.BC)
-        b_change = output_block(attended, weight, bias, b_shares, pairs, o_c, B, K, sums, pairs.m_r, S, C, R, False)
+        b_change = output_block(rows, weight, bias, pairs, o_c, S, C)
         b_f = load_rows(features.image, pairs.o_i, pairs.m_i, o_c, D, C.BC).to(tl.float32)  # [BI, BC]
         b_h = load_rows(features.text, pairs.o_k, pairs.m_k, o_c, D, C.BC).to(tl.float32)  # [BK, BC]
         b_sum += tl.sum((1.0 + b_change) * outer_rows(b_f, b_h), 1)
@@ -213,25 +207,27 @@ def logit_reduction_fwd(
     """Masked sums in float32, and each image's deviation of the mask from one. Raises projected.peak and .largest."""
     batch, classes, _ = call.sizes
     linf = call.options.penalty == "linf"
+    rows = torch.empty_like(projected.projections[0])
     sums = call.image.new_empty(batch, classes, dtype=torch.float32)
     means = sums if linf else torch.empty_like(sums)  # "linf" writes none
 
     def blocks(c: GemmConfig):
-        rows = RowBlocks.of(attended, call, c.BR)
-        return (cdiv(batch, rows.BI) * cdiv(classes, rows.BK),), {"R": rows}
+        tile = RowBlocks.of(attended, call, c.BR)
+        return (cdiv(batch, tile.BI) * cdiv(classes, tile.BK),), {"R": tile}
 
     call.target.launch(
         _logit_reduction_fwd_kernel, config or call.config(forward_config, classes), blocks,
-        **launch_arguments(call, projected, attended), sums=sums, largest=projected.largest, peak=projected.peak,
-        means=means, PENALTY=call.options.penalty, PEAK=len(projected.peak) > 0,
+        **launch_arguments(call, projected), attended=attended.pointers, rows=rows, T=attended.m.shape[-1], sums=sums,
+        largest=projected.largest, peak=projected.peak, means=means,
+        PENALTY=call.options.penalty, PEAK=len(projected.peak) > 0,
     )  # fmt: skip
-    return Reduced(sums, projected.largest.view(torch.float32) if linf else means.mean(1))
+    return Reduced(sums, projected.largest.view(torch.float32) if linf else means.mean(1), rows)
 
 
-def launch_arguments(call: Call, projected: Projections, attended: Attended) -> dict:
+def launch_arguments(call: Call, projected: Projections) -> dict:
     """What the forward and the backward kernel are both launched with."""
     batch, classes, _ = call.sizes
     return {
-        "attended": attended.pointers, "weight": call.params.out_weight, "bias": call.params.out_bias,
-        "features": call.features(projected), "B": batch, "K": classes, "T": attended.m.shape[-1], "S": call.shapes,
+        "weight": call.params.out_weight, "bias": call.params.out_bias, "features": call.features(projected),
+        "B": batch, "K": classes, "S": call.shapes,
     }  # fmt: skip

@@ -172,7 +172,10 @@ def _weights(b_q, b_k, m, scale, start, o_n, K, factor, BN: tl.constexpr, PRECIS
     b_s = dot_transposed(b_q, b_k, PRECISION)
     if start + BN > K:  # the last block alone
         b_s = tl.where((o_n < K)[None, :], b_s, float("-inf"))
-    return tl.exp2(b_s * factor - m) * scale
+    if b_q[0].dtype == tl.float32:
+        return tl.exp2(b_s * factor - m) * scale
+    else:  # rounded at the size of the scores: nothing to what rounding P to 16 bits is
+        return tl.exp2(b_s * factor - (m - tl.log2(scale)))
 
 
 @triton.jit

@@ -50,16 +50,6 @@ def unit_offsets(unit, B, K, S: tl.constexpr):
 
 
 @triton.jit
-def _score_rows(rows, image, o_r, m_class, m_image, n: tl.constexpr, S: tl.constexpr):
-    """Where score rows [BM] begin, and which there are. The image's row goes with the first kind."""
-    p_rows = rows + o_r.to(tl.int64) * S.D
-    if S.IMAGE and n == 0:
-        return tl.where(m_image, image, p_rows), m_class | m_image
-    else:
-        return p_rows, m_class
-
-
-@triton.jit
 def _online_softmax(b_s, b_state, b_v, factor, PRECISION: tl.constexpr):
     """One block of classes more: scores [BM, BN] before the factor; state: m [BM], l [BM], acc [BM, E]."""
     b_m, b_l, b_acc = b_state
@@ -88,13 +78,20 @@ def _mask_attention_fwd_kernel(
     o_head, o_image, o_rows, plane = unit_offsets(unit, B, K, S)
     o_r = tile * C.BM + tl.arange(0, C.BM)
     m_class = o_r < last
+    o_rd = o_r.to(tl.int64) * S.D
     m_image = o_r == last
     keys = projected.projections + o_rows
     queries = of_kinds(projected.query_text + o_head, keys + 2 * plane, S)
     b_qs = ()
     b_states = ()
     for n in tl.static_range(len(queries)):
-        p_q, m_q = _score_rows(queries[n], projected.query_image + o_image, o_r, m_class, m_image, n, S)
+        p_q = queries[n] + o_rd
+        m_q = m_class
+        if S.IMAGE and n == 0:  # the image's row goes with the first kind
+            p_q = tl.where(m_image, projected.query_image + o_image, p_q)
+            if S.E * p_q.dtype.scalar.element_ty.primitive_bitwidth % 128 == 0:  # a choice of pointers forgets it
+                p_q = tl.multiple_of(p_q, 16)
+            m_q = m_class | m_image
         b_qs += (load_head(p_q, m_q, S.E),)
         b_states += ((tl.full([C.BM], float("-inf"), tl.float32), tl.zeros([C.BM], tl.float32), zero_head(C.BM, S.E)),)
     for start in range(0, K, C.BN):
@@ -116,8 +113,10 @@ def _mask_attention_fwd_kernel(
         b_share = tl.where(m_class, tl.exp2(b_m - b_top), 0.0)
         b_sum = tl.sum(b_share * b_l, 0)
         b_weight = tl.where(m_class, b_share / b_sum, 1.0 / b_l)
-        p_row, m_row = _score_rows(out.rows + n * plane + o_rows, out.image_row + o_image, o_r, m_class, m_image, n, S)
-        store_head(p_row, scale_head(b_acc, b_weight[:, None]), m_row, S.E)
+        b_rows = scale_head(b_acc, b_weight[:, None])
+        store_head(out.rows + n * plane + o_rows + o_rd, b_rows, m_class, S.E)
+        if S.IMAGE and n == 0 and tile == last // C.BM:
+            store_head(out.image_row + o_image + o_r * 0, b_rows, m_image, S.E)
         if S.TEXT or S.RATIONAL:
             tl.store(out.m + (n * B * S.H + unit) * T + tile, b_top)
             tl.store(out.l + (n * B * S.H + unit) * T + tile, b_sum)

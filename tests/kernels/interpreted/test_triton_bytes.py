@@ -28,9 +28,16 @@ def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
     assert counted == pytest.approx(by_formula, rel=0.03)
 
     # The least: weights, features and logits once, one write and one read of what is passed between launches.
-    projected, attended = backend.Saved.of(saved, tile=0)
+    projected, attended, rows = backend.Saved.of(saved, tile=0)
     inputs = [case.image, case.text, *params.layers]  # the query projections' weights too
-    between = [projected.projections, projected.query_image, projected.query_text, attended.rows, attended.image_row]
+    between = [
+        projected.projections,
+        projected.query_image,
+        projected.query_text,
+        attended.rows,
+        attended.image_row,
+        rows,
+    ]
     least = sum(t.numel() * t.element_size() for t in inputs) + 4 * batch * classes
     least += 2 * sum(t.numel() * t.element_size() for t in between)
     print(f"counted {counted}, formula {by_formula}, least {least}: {counted / least:.3f}")

@@ -145,7 +145,7 @@ def test_logit_reduction(classes, penalty, poisoned_empty):
     upstream = torch.randn(BATCH, classes), torch.randn(BATCH)
     loss = (sums_truth * upstream[0].double()).sum() + (deviation_truth * upstream[1].double()).sum()
     grads = torch.autograd.grad(loss, (truth, weight, bias))
-    mine = logit_reduction_bwd(call, projected, attended, *upstream, EVERYTHING)
+    mine = logit_reduction_bwd(call, projected, reduced.rows, *upstream, EVERYTHING)
     for grad, true in zip((mine.attended, *mine.layers["out"]), grads, strict=True):
         close(grad, true)
     close(mine.masked, upstream[0].double()[..., None] * mask)
