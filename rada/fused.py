@@ -145,6 +145,11 @@ class RAdaHead(nn.Module):
         logits, penalty = rada_logits(*call, self.backend) if group is None else sharded.sharded_logits(*call, group)
         return (logits, penalty) if return_penalty else logits
 
+    @property
+    def shares_classes(self) -> bool:
+        """Whether it is what `shard_classes` returned."""
+        return self._process_group is not None
+
     def shard_classes(self, process_group: ProcessGroup | None = None) -> RAdaHead:
         """This head as all processes of a group compute it together, each for its share of the classes.
 

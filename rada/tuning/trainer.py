@@ -48,13 +48,15 @@ def tune_head(
     precision: see `rada.precision`; parameters stay as they are. fp16 scales the loss's gradients.
 
     Under a process group (`rada.distributed.processes`, or one's own) each rank takes its share of every batch, and all
-    end with the weights of one process up to rounding: the loss is that of the whole batch, whatever it is.
+    end with the weights of one process up to rounding: the loss is that of the whole batch, whatever it is. A head that
+    shares its classes (`RAdaHead.shard_classes`) has the whole batch on every rank.
 
     Raises ValueError for labels outside 0..K-1, and where the loss is no longer finite, naming the step; the head then
     has the weights of the step before.
     """
     count, device = len(train.features), classes.text.device
-    size = ranks()[1]
+    whole = any(getattr(module, "shares_classes", False) for module in head.modules())
+    size = 1 if whole else ranks()[1]
     _check(train, len(classes.text))
     loss_of = loss or CrossEntropy(tuning.alpha)
     report = on_epoch or (lambda numbers: None)
@@ -62,7 +64,7 @@ def tune_head(
     steps_per_epoch = math.ceil(count / tuning.batch_size)
     optimizer, rates = tuning.optimizer(head.parameters(), steps_per_epoch)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(precision, device) is torch.float16)
-    model = replicated(head)
+    model = head if whole else replicated(head)
     step = 0
 
     def measured(items: Labelled | None) -> float | None:
@@ -75,12 +77,13 @@ def tune_head(
         nonlocal step
         losses, penalties, hits = 0.0, 0.0, 0
         for batch in torch.randperm(count, generator=rng).split(tuning.batch_size):
-            images = train.features[own_rows(batch)].to(device, classes.text.dtype)
+            images = train.features[batch if whole else own_rows(batch)].to(device, classes.text.dtype)
             labels = train.labels[batch].to(device)
             with autocast(precision, device):
                 logits, *penalties_of = model(images, *classes, return_penalty=True)
-                logits = gather(logits, len(batch))
-                penalties_of = [gather_mean(penalty, len(batch)) for penalty in penalties_of]
+                if not whole:
+                    logits = gather(logits, len(batch))
+                    penalties_of = [gather_mean(penalty, len(batch)) for penalty in penalties_of]
                 value = loss_of(logits, labels, *penalties_of)
             if not math.isfinite(number := value.item()):
                 raise ValueError(

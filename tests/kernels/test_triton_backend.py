@@ -219,7 +219,7 @@ def tuned_file(tmp_path, monkeypatch):
 
 
 SM_90 = Target(Device("sm_90", 227 * KIB))
-KEY = "rational_projection_fwd sm_90 bfloat16 512 1"
+KEY = "rational_projection_fwd sm_90 bfloat16 512 2"
 GOOD = {"BR": 128, "BC": 128, "BD": 32, "num_warps": 4, "num_stages": 2}
 
 
@@ -509,4 +509,6 @@ def test_shapes_do_not_compile_anew():
         for launch in record_launches(load, "step-features", torch.bfloat16, Recorder(SM_90.device, configs={})):
             compiled.setdefault(launch.name, set()).add(specialisations(launch))
     assert len(compiled) == 10
-    assert all(len(variants) <= 3 for variants in compiled.values())
+    # 100 images of 1000 classes are beyond the budget: their forward pass does not look for where the largest is.
+    of_places = {"rational_projection_fwd": 4}
+    assert {name: len(variants) for name, variants in compiled.items() if len(variants) > 3} == of_places
