@@ -8,6 +8,7 @@ import torch
 SMALL = ["--workload", "b2-k41-d16", "--methods", "torch"]
 
 
+@pytest.mark.slow
 def test_processes_share_a_step(capsys):
     assert class_shards.main([*SMALL, "--modes", "step"]) == 0
     head, alone, shared = capsys.readouterr().out.splitlines()

@@ -93,6 +93,7 @@ def train(images, model_dir, output) -> list:
     return ["rada", "train", *(part for option in options.items() for part in option)]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_is_that_of_one(images, model_dir, tmp_path):
     """Written and printed once."""
     done = torchrun("-m", *train(images, model_dir, tmp_path / "two"))

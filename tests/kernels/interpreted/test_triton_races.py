@@ -55,11 +55,12 @@ def run_step(case, target):
 @pytest.mark.parametrize(
     ("classes", "device", "dtype"),
     [
-        *[(classes, INTERPRETER, torch.float32) for classes in (1, 5, 17, 65, 129, 300)],
+        *[(classes, INTERPRETER, torch.float32) for classes in (1, 5, 17, 65)],
+        *[pytest.param(classes, INTERPRETER, torch.float32, marks=pytest.mark.slow) for classes in (129, 300)],
         (17, INTERPRETER, torch.float16),  # whose backward pass takes delta from the stored rows
-        (129, INTERPRETER, torch.float16),
+        pytest.param(129, INTERPRETER, torch.float16, marks=pytest.mark.slow),
         (65, SM_90, torch.float16),
-        (65, GFX942, torch.float32),
+        pytest.param(65, GFX942, torch.float32, marks=pytest.mark.slow),
         pytest.param(1000, SM_90, torch.float16, marks=pytest.mark.slow),
         pytest.param(1000, SM_90, torch.float32, marks=pytest.mark.slow),
     ],
