@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import class_shards
+import pytest
 import torch
 
 SMALL = ["--workload", "b2-k41-d16", "--methods", "torch"]
