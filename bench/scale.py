@@ -1,7 +1,7 @@
 """What very many images or classes take: bytes, FLOP, machines, cost, and a run with slow and failing machines.
 
     python bench/scale.py
-    python bench/scale.py --images 1e9 --classes 1000 --hours 24 --gpu-share 0.27
+    python bench/scale.py --images 1e9 --classes 1000 --hours 24 --gpu-share 0.40
 
 The rate of a core is measured here, one thread on a small call of the same classes; that of a GPU is the floor's FLOP
 at a share (a score, see bench/README.md) of its library's rate: a prediction. docs/scale.md reads the tables.
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--classes", type=int, default=1000, help="with --images; default: %(default)s")
     add("--width", type=int, default=512, help="with --images; default: %(default)s")
     add("--hours", type=float, default=24.0, help="that the run may take; default: %(default)s")
-    add("--gpu-share", type=float, default=0.27, help="of the library's rate, predicted; default: %(default)s")
+    add("--gpu-share", type=float, default=0.40, help="of the library's rate, predicted; default: %(default)s")
     add("--core-price", type=float, default=0.04, help="per hour; default: %(default)s")
     add("--gpu-price", type=float, default=3.0, help="per hour; default: %(default)s")
     add("--shards", type=int, default=10_000, help="of the simulation; default: %(default)s")
