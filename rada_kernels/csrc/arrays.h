@@ -43,8 +43,9 @@ inline std::unique_ptr<void, Free> allocate(size_t bytes) {
   return memory;
 }
 
-// What a call works in. A large piece is kept for the next call, since fresh memory is mapped and cleared page by page;
-// smaller ones the allocator keeps itself, and more of the tensors' memory with them.
+// What a call works in, kept for the next call. Given back to malloc, a piece would leave holes in its heap that the
+// caller's results fill, and the heap would grow by a piece with every call; a large one would be mapped and cleared page
+// by page each time. Of a large one the system may take the pages meanwhile.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) : piece(kept.exchange(nullptr)) {
@@ -54,14 +55,14 @@ class Workspace {
     advise_huge_pages(at(), bytes);
   }
   ~Workspace() {
-    if (piece->bytes <= SMALL_BYTES || piece->bytes > KEPT_BYTES) return;
-    advise_free(at(), piece->bytes);
+    if (piece->bytes < LEAST_KEPT || piece->bytes > MOST_KEPT) return;
+    if (piece->bytes > LARGE) advise_free(at(), piece->bytes);
     piece.reset(kept.exchange(piece.release()));
   }
   void* at() const { return piece->memory.get(); }
 
  private:
-  static constexpr size_t SMALL_BYTES = size_t(32) << 20, KEPT_BYTES = size_t(512) << 20;
+  static constexpr size_t LEAST_KEPT = size_t(64) << 10, LARGE = size_t(32) << 20, MOST_KEPT = size_t(512) << 20;
   struct Piece {
     std::unique_ptr<void, Free> memory;
     size_t bytes;
