@@ -56,6 +56,7 @@ def test_16_bits_in_every_shape(dtype, batch, classes, width, heads, poisoned_em
     assert_as_good_as_reference(case, "triton", dtype)
 
 
+@pytest.mark.slow
 def test_a_loss_scale_is_borne_in_float16():
     assert_loss_scale_is_borne("triton")
 
@@ -113,7 +114,7 @@ def test_configurations_of_other_devices(device, dtype, width, classes, poisoned
     assert_as_good_as_reference(case, on_target(Target(device)), dtype)
 
 
-@pytest.mark.parametrize("classes", [11, 50, 131], ids=TILES)
+@pytest.mark.parametrize("classes", [11, 50, pytest.param(131, marks=pytest.mark.slow)], ids=TILES)
 @pytest.mark.parametrize("queries", SUBSETS, ids="+".join)
 def test_query_subsets(queries, classes, poisoned_empty):
     penalty = ("linf", "l1", "mse")[len(queries) % 3]
@@ -154,7 +155,7 @@ def test_images_in_chunks(features, monkeypatch, poisoned_empty):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("classes", [5, 50, 130], ids=TILES)
+@pytest.mark.parametrize("classes", [5, 50, pytest.param(130, marks=pytest.mark.slow)], ids=TILES)
 def test_zero_rows_are_finite_with_zero_gradient(dtype, classes, poisoned_empty):
     case = make_case(3, classes, 32, 2)
     case.image[1] = 0
