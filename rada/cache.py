@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rada.files import write_bytes
+from rada.files import json_text, write_bytes
 
 # Features that are lost at most where a process is killed.
 ROWS_PER_FILE = 4096
@@ -42,7 +42,7 @@ class FeatureCache:
         folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         about = folder / "model.json"
         if not about.exists():
-            _write(about, (json.dumps(dict(identity), indent=2, ensure_ascii=False) + "\n").encode())
+            _write(about, json_text(dict(identity)).encode())
         return Shelf(folder)
 
 

@@ -14,7 +14,6 @@ pair, and leaves the rest alone. All of it is safetensors, JSON and NumPy: a fol
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -31,7 +30,7 @@ from rada.classification import Classes
 from rada.clip import RAdaCLIP
 from rada.data.record import RECORD, SplitRecord
 from rada.encoders import FeatureExtractor, choose_device
-from rada.files import read_json, replacing, write_bytes
+from rada.files import json_text, read_json, replacing, write_bytes
 from rada.fused import RAdaHead
 from rada.models import ModelSpec
 from rada.precision import autocast
@@ -58,9 +57,9 @@ def write_part(weights: Path, part: str, tensors: Mapping[str, Tensor], entries:
     data = safetensors.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     header = {"format": f"rada-{part}", "format_version": FORMAT_VERSION, "rada_version": __version__}
     config = {**header, **entries, "sha256": hashlib.sha256(data).hexdigest()}
-    text = json.dumps(config, indent=2, ensure_ascii=False)
+    text = json_text(config)  # before anything is written: it may not be JSON
     write_bytes(weights, data)
-    write_bytes(weights.with_suffix(".json"), f"{text}\n".encode())
+    write_bytes(weights.with_suffix(".json"), text.encode())
 
 
 def read_config(weights: Path, part: str, entries: Sequence[str] = ()) -> dict:

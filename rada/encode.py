@@ -35,7 +35,7 @@ from rada.data.listing import Listing
 from rada.distributed import rank, world_size
 from rada.encoders import Encoded, FeatureExtractor, encode_batches, in_batches
 from rada.extras import require
-from rada.files import read_json, write_bytes
+from rada.files import json_text, read_json, write_bytes
 from rada.version import __version__
 
 FORMAT, FORMAT_VERSION = "rada-encoding", 1
@@ -178,7 +178,7 @@ def _claim(shards: _Shards, entries: dict[str, Any], mine: range, resume: bool) 
     if not path.exists():
         if any((output / "img_emb").glob("img_emb_*")):
             raise FileExistsError(f"output: {output} holds shards without {ENCODING}; take another folder")
-        _write(path, (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode())
+        _write(path, json_text(entries).encode())
     stored = read_json(path, "what made an encoding", FORMAT, FORMAT_VERSION, entries)
     for name, value in entries.items():
         if name not in NOT_COMPARED and stored[name] != value:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rada.extras import require
-from rada.files import replacing, write_bytes
+from rada.files import json_text, replacing, write_bytes
 from rada.inference.predictor import NO_CLASS
 
 GROUP_BYTES = 16 << 20  # of numbers in a row group of Parquet: what a writer holds
@@ -73,7 +73,7 @@ def writing(path: Path, format: str, class_names: Sequence[str], rows: int) -> I
 def write_object(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file, flushed to the disk before it takes its place. Raises OSError naming it."""
     with naming(path):
-        write_bytes(path, f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode())
+        write_bytes(path, json_text(value).encode())
 
 
 @contextmanager
