@@ -9,8 +9,6 @@ status 1 where they differ by more than TOLERANCE of a result's root mean square
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from implementations import Method, all_methods, result_names, why_unusable, work
-from memory import M_MMAP_THRESHOLD, MAPPED_BYTES, peak_above
+from memory import give_back_freed_blocks, peak_above
 from torch import Tensor
 from workloads import DTYPES, Cell, make_inputs, workload
 
@@ -41,8 +39,7 @@ def measure(cell: Cell, method: str, processes: int) -> tuple[int, float, dict[s
 
 
 def _child(rank: int, cell: Cell, name: str, processes: int, folder: Path) -> None:
-    with contextlib.suppress(AttributeError):  # as in `memory`: freed blocks go back at once
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    give_back_freed_blocks()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     inputs = make_inputs(cell.workload, cell.mode, DTYPES[cell.dtype], torch.device("cpu"))

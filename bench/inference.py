@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from memory import SELF
+from memory import peak_above
 from numpy.lib.format import open_memmap
 
 from rada import RAdaHead
@@ -73,12 +73,6 @@ def write_checkpoint(folder: Path, classes: int, width: int) -> None:
     Checkpoint(head, Classes(text, 100.0), tuple(f"class {i}" for i in range(classes)), "random").save(folder)
 
 
-def status(field: str) -> int:
-    """Bytes of this process's memory."""
-    (line,) = (line for line in (SELF / "status").read_text().splitlines() if line.startswith(f"{field}:"))
-    return 1024 * int(line.split()[1])
-
-
 def predict(run: Run, ready: Any, results: Any) -> None:
     """A run, in the process that this is. Puts begin and end in seconds, busy and bytes into `results`."""
     os.environ |= {"RANK": str(run.rank), "WORLD_SIZE": str(run.ranks)}
@@ -87,10 +81,9 @@ def predict(run: Run, ready: Any, results: Any) -> None:
     predictor(torch.zeros(options.batch_size, predictor.trained.rada.embed_dim), options)
     shards = plan_shards(predictor, options, features=run.features)
     ready.wait()
-    before, begin = status("VmRSS"), time.time()
-    (SELF / "clear_refs").write_text("5")  # the high-water mark starts again from here
-    done = predict_to_folder(predictor, shards, run.output, options)
-    results.put((begin, time.time(), done["head_busy"], status("VmHWM") - before))
+    begin, done = time.time(), {}
+    peak = peak_above(lambda: done.update(predict_to_folder(predictor, shards, run.output, options)))
+    results.put((begin, time.time(), done["head_busy"], peak))
 
 
 def together(runs: Sequence[Run]) -> tuple[float, float, int]:

@@ -80,8 +80,7 @@ def probe_cpu(cell: Cell, method: Method, threads: int, allowed: int | None) -> 
 
 def _child(sender, cell: Cell, method_name: str, threads: int, allowed: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is the parent's to tell of
-    with contextlib.suppress(AttributeError):  # glibc's allocator, not every C library's
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    give_back_freed_blocks()
     torch.set_num_threads(threads)
     try:
         sender.send(_measure(cell, all_methods()[method_name], allowed))
@@ -111,6 +110,12 @@ def _measure(cell: Cell, method: Method, allowed: int | None) -> Probe:
         run = work(method, inputs)
     with limited(allowed):
         return Probe(peak_above(run), compile_s)
+
+
+def give_back_freed_blocks() -> None:
+    """Have this process's allocator give freed blocks of MAPPED_BYTES and more back at once."""
+    with contextlib.suppress(AttributeError):  # glibc's allocator, not every C library's
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def peak_above(run: Callable) -> int:
