@@ -114,13 +114,19 @@ def replicated(module: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module) if ranks()[1] > 1 else module
 
 
+def share_of(count: int, rank: int, size: int) -> slice:
+    """A rank's share of `count` rows: consecutive ones, as many as any other's, or one more."""
+    least, more = divmod(count, size)
+    start = rank * least + min(rank, more)
+    return slice(start, start + least + (rank < more))
+
+
 def own_rows(rows: Tensor) -> Tensor:
     """This rank's share of rows [N, ...]: consecutive ones, as many as any other's or one less.
 
     Where that is none, one row that is another's: what every rank must run has something to run on. See `gather`.
     """
-    number, size = ranks()
-    own = rows.tensor_split(size)[number]
+    own = rows[share_of(len(rows), *ranks())]
     return own if len(own) else rows[:1]
 
 
@@ -133,14 +139,25 @@ def gather(own: Tensor, count: int) -> Tensor:
     number, size = ranks()
     if size == 1:
         return own
-    shares = [len(part) for part in torch.arange(count).tensor_split(size)]
-    padded = own.new_zeros(max(shares), *own.shape[1:])
-    padded[: shares[number]] = own.detach()[: shares[number]]
-    everyone = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(everyone, padded)
-    rows = [part[:share] for part, share in zip(everyone, shares, strict=True)]
-    rows[number] = own[: shares[number]]
+    rows = gather_shares(own.detach(), count)
+    rows[number] = own[: len(rows[number])]
     return torch.cat(rows)
+
+
+def gather_shares(own: Tensor, count: int, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The rows of every rank's `share_of` count, by rank, without gradients. own: this rank's, and any after them.
+
+    group: of the ranks. Default: the default group.
+    """
+    size = dist.get_world_size(group)
+    shares = [share_of(count, rank, size) for rank in range(size)]
+    counts = [share.stop - share.start for share in shares]
+    mine = counts[dist.get_rank(group)]
+    padded = own.new_zeros(counts[0], *own.shape[1:])
+    padded[:mine] = own[:mine]
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return [part[:length] for part, length in zip(parts, counts, strict=True)]
 
 
 def gather_mean(own: Tensor, count: int) -> Tensor:
@@ -148,8 +165,8 @@ def gather_mean(own: Tensor, count: int) -> Tensor:
     number, size = ranks()
     if size == 1:
         return own
-    share = len(torch.arange(count).tensor_split(size)[number])
-    return gather((own * (share / count)).reshape(1), size).sum()
+    share = share_of(count, number, size)
+    return gather((own * ((share.stop - share.start) / count)).reshape(1), size).sum()
 
 
 def in_shares(count: int, compute: Callable[[Tensor], Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rada.distributed import gather_shares, share_of
 from rada_kernels.api import logits_and_penalty, on_device
 from rada_kernels.backends import class_rows
 from rada_kernels.backends.class_rows import Share
@@ -30,13 +31,6 @@ def check_group(group: ProcessGroup | None) -> ProcessGroup:
     if group is None or dist.get_rank(group) < 0:
         raise ValueError("process_group: got one without this process; it takes one that this process belongs to")
     return group
-
-
-def class_slice(classes: int, rank: int, processes: int) -> slice:
-    """The class rows of a process: as many as any other's, or one more."""
-    least, more = divmod(classes, processes)
-    start = rank * least + min(rank, more)
-    return slice(start, start + least + (rank < more))
 
 
 def sharded_logits(
@@ -63,7 +57,7 @@ class _Call(NamedTuple):
     @property
     def share(self) -> Share:
         rank = dist.get_rank(self.group)
-        rows = class_slice(self.classes, rank, dist.get_world_size(self.group))
+        rows = share_of(self.classes, rank, dist.get_world_size(self.group))
         return Share(rows, rank, lambda tensor: torch.stack(_gather(tensor, self.group)))
 
     def params(self, layers: Sequence[Tensor]) -> Params:
@@ -120,11 +114,7 @@ def _gather_columns(own: Tensor, call: _Call) -> Tensor:
     """The own columns [B, R] -> those of all classes [B, K]."""
     if not own.numel():
         return own.new_empty(len(own), call.classes)
-    processes = dist.get_world_size(call.group)
-    widest = -(-call.classes // processes)
-    parts = _gather(torch.nn.functional.pad(own, (0, widest - own.shape[1])), call.group)
-    counts = (rows.stop - rows.start for rows in (class_slice(call.classes, r, processes) for r in range(processes)))
-    return torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], 1)
+    return torch.cat(gather_shares(own.mT, call.classes, call.group)).mT.contiguous()
 
 
 def _follow_autocast(*tensors: Tensor) -> list[Tensor]:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from tolerance import Expected, judge
 
 from rada.classification import Classes, Labelled
+from rada.distributed import share_of
 from rada.fused import RAdaHead
-from rada.sharded import class_slice, sharded_logits
+from rada.sharded import sharded_logits
 from rada.tuning import tune_head
 from rada.tuning.schedule import Tuning
 from rada_kernels import PENALTIES, QUERIES, rada_logits
@@ -298,7 +299,7 @@ def test_the_deviation_of_all_rows(penalty):
 
 def test_slices_cover_the_classes_evenly():
     for classes, processes in (5, 5), (7, 3), (21841, 2), (21841, 8):
-        slices = [class_slice(classes, rank, processes) for rank in range(processes)]
+        slices = [share_of(classes, rank, processes) for rank in range(processes)]
         assert [i for rows in slices for i in range(classes)[rows]] == list(range(classes))
         counts = [rows.stop - rows.start for rows in slices]
         assert max(counts) - min(counts) <= 1
