@@ -143,20 +143,25 @@ def _parquet(path: Path, class_names: Sequence[str], rows: int) -> Iterator[Writ
     pq = require("pyarrow.parquet", "parquet", "a Parquet file")
     names = pa.array(class_names, pa.string())
     held: list[Any] = []
+    held_bytes = 0
     with _new_file(path.with_name(f"{path.name}.parquet")) as file, ExitStack() as stack:
         writers: list[Any] = []
 
         def flush() -> None:
+            nonlocal held_bytes
             if held:
                 table = pa.concat_tables(held)
                 if not writers:
                     writers.append(stack.enter_context(pq.ParquetWriter(file, table.schema)))
                 writers[0].write_table(table, row_group_size=table.num_rows)
                 held.clear()
+                held_bytes = 0
 
         def write(batch: Batch) -> None:
+            nonlocal held_bytes
             held.append(_table(pa, batch, names))
-            if sum(table.nbytes for table in held) >= GROUP_BYTES:
+            held_bytes += held[-1].nbytes
+            if held_bytes >= GROUP_BYTES:
                 flush()
 
         yield write
