@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -207,9 +207,7 @@ class FeatureExtractor(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the names, shapes and values of the model's parameters and buffers, in hexadecimal."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype};".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        hash_tensors(digest, self.model.state_dict())
         return digest.hexdigest()
 
     def identity(self) -> dict[str, str]:
@@ -236,6 +234,18 @@ class FeatureExtractor(nn.Module):
         """The dtype that the image tower takes: its first layer's. (Norms may keep float32 beside half precision.)"""
         layers = (module for module in self.model.visual.modules() if isinstance(module, nn.Conv2d | nn.Linear))
         return next(layers).weight.dtype
+
+
+def hash_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Update a digest by the names, shapes, dtypes and values of tensors, by name."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(raw(tensor))
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def vocabulary_size(model: Any) -> int | None:

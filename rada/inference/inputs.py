@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from rada.data.folder import EXTENSIONS
 from rada.data.images import ImageFiles
 from rada.data.source import Images, Source
-from rada.encoders import FeatureExtractor, encoded_batches
+from rada.encoders import FeatureExtractor, encoded_batches, raw
 
 Columns = dict[str, Sequence[Any]]  # of equal length, by name
 DIGEST_BYTES = 16  # of a BLAKE2b digest
@@ -193,11 +192,6 @@ def _sizes(files: Sequence[Path]) -> list[int]:
 
 def blake2b(data: bytes | memoryview) -> str:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest()
-
-
-def raw(rows: Tensor) -> memoryview:
-    """The bytes of a tensor."""
-    return rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _columns(names: Sequence[str] | None, labels: Sequence[str] | None, start: int, stop: int) -> Columns:

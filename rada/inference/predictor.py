@@ -16,9 +16,9 @@ from rada.adapter import AdaptedHead
 from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.data.classes import prompt_names, read_names
-from rada.encoders import FeatureExtractor
+from rada.encoders import FeatureExtractor, hash_tensors
 from rada.graphs import graphed
-from rada.inference.inputs import DIGEST_BYTES, Rows, raw
+from rada.inference.inputs import DIGEST_BYTES, Rows
 from rada.inference.options import PredictOptions
 from rada.losses import LOSSES
 from rada.precision import check_precision
@@ -123,9 +123,7 @@ class Predictor:
         tensors["text"] = stored.classes.text
         for part, of in (("prompt", stored.prompt and stored.prompt[1]), ("towers", stored.towers)):
             tensors |= {f"{part}.{name}": tensor for name, tensor in (of or {}).items()}
-        for name, tensor in sorted(tensors.items()):
-            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype};".encode())
-            digest.update(raw(tensor))
+        hash_tensors(digest, tensors)
         options = None if stored.prompt is None else sorted(stored.prompt[0].items())
         rest = stored.class_names, stored.classes[1:], stored.rada.options, stored.loss, stored.fingerprint, options
         digest.update(repr(rest).encode())
