@@ -184,6 +184,11 @@ class FineTuner:
             raise ValueError(
                 f"labels: got {len(labels)} for {len(images)} images; it takes one per image, at least one"
             )
+        if model.head.shares_classes:
+            raise ValueError(
+                "model: got a head that shares its classes (shard_classes); fine-tuning splits a batch over the "
+                "processes, and takes a head without"
+            )
         self.model, self.labels, self.tuning, self.seed = model, labels, tuning, seed
         self.folder, self.save_every, self.workers = folder, save_every, workers
         self.on_epoch = on_epoch or (lambda numbers: None)
