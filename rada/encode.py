@@ -35,7 +35,7 @@ from rada.data.listing import Listing
 from rada.distributed import rank, world_size
 from rada.encoders import Encoded, FeatureExtractor, encode_batches, in_batches
 from rada.extras import require
-from rada.files import json_text, read_json, write_bytes
+from rada.files import naming, read_json, write_bytes, write_json
 from rada.version import __version__
 
 FORMAT, FORMAT_VERSION = "rada-encoding", 1
@@ -86,7 +86,7 @@ def encode_to_shards(
         _write_classes(output, extractor, names)
     missing = [shard for shard in mine if not shards.whole(shard)]
     parts = {shard: range(len(listing))[shard * rows_per_shard :][:rows_per_shard] for shard in missing}
-    batches = {shard: in_batches(extractor, part, None) for shard, part in parts.items()}
+    batches = {shard: in_batches(part, extractor.batch_size) for shard, part in parts.items()}
     start = time.perf_counter()
     stream = encode_batches(
         extractor, listing.images, [batch for of in batches.values() for batch in of], quiet=rank() > 0
@@ -114,13 +114,11 @@ def encode_to_shards(
 
 def check_folder(output: Path) -> None:
     """Make the folder. Raises OSError where nothing can be written there."""
-    try:
+    with naming(output):
         for folder in ("img_emb", "metadata"):
             (output / folder).mkdir(parents=True, exist_ok=True)
             if not os.access(output / folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise OSError(f"output: {output} cannot be written to ({error.strerror}); take another folder") from error
 
 
 def read_bad(output: Path) -> dict[str, str]:
@@ -178,7 +176,7 @@ def _claim(shards: _Shards, entries: dict[str, Any], mine: range, resume: bool) 
     if not path.exists():
         if any((output / "img_emb").glob("img_emb_*")):
             raise FileExistsError(f"output: {output} holds shards without {ENCODING}; take another folder")
-        _write(path, json_text(entries).encode())
+        write_json(path, entries)
     stored = read_json(path, "what made an encoding", FORMAT, FORMAT_VERSION, entries)
     for name, value in entries.items():
         if name not in NOT_COMPARED and stored[name] != value:
@@ -211,28 +209,28 @@ def _write_shard(files: tuple[Path, Path, Path], listing: Listing, found: list[E
     bad = {listing.names[row]: reason for batch in found for row, reason in batch.bad.items()}
     if bad:
         lines = (json.dumps({"image_path": name, "reason": reason}, ensure_ascii=False) for name, reason in bad.items())
-        _write(bad_file, "".join(f"{line}\n" for line in lines).encode())
+        write_bytes(bad_file, "".join(f"{line}\n" for line in lines).encode())
     else:
         bad_file.unlink(missing_ok=True)  # of a run that was killed, and could not read what can be read now
     columns = {"image_path": listing.names, **listing.columns}
     text = {name: pa.array([values[row] for row in rows], pa.string()) for name, values in columns.items()}
     table = pa.BufferOutputStream()
     pq.write_table(pa.table(text), table)
-    _write(metadata_file, table.getvalue().to_pybytes())
+    write_bytes(metadata_file, table.getvalue().to_pybytes())
     if features_file.suffix == ".safetensors":
         content = safetensors.torch.save({"image_features": features})
     else:
         array = io.BytesIO()
         np.save(array, features.numpy())
         content = array.getvalue()
-    _write(features_file, content)
+    write_bytes(features_file, content)
 
 
 def _write_classes(output: Path, extractor: FeatureExtractor, names: list[str]) -> None:
     classes, file = extractor.classes(prompt_names(names)), io.BytesIO()
     text = classes.text.float().cpu().numpy()
     np.savez(file, text_features=text, class_names=np.array(names), logit_scale=np.float32(classes.logit_scale))
-    _write(output / CLASSES, file.getvalue())
+    write_bytes(output / CLASSES, file.getvalue())
 
 
 class _Shards(NamedTuple):
@@ -251,12 +249,3 @@ class _Shards(NamedTuple):
 
     def whole(self, shard: int) -> bool:
         return self.files(shard)[-1].is_file()
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        write_bytes(path, content)
-    except OSError as error:
-        raise OSError(
-            f"output: {path}: cannot be written ({error.strerror}); whole shards are kept: make room, then --resume"
-        ) from error

@@ -95,7 +95,7 @@ def evaluate_checkpoint(
     source = load_test(trained, data)
     if class_names is not None:
         source = name_classes(source, read_class_names(class_names, source.class_names))
-    test, names = _select(trained, source)
+    test, names = select_test(trained, source)
     encoders = trained.open_model() if test.features is None or names != trained.class_names else None
     store = None if cache is None else FeatureCache(cache)
     if encoders is not None and not trained.changes_encoders:
@@ -104,7 +104,7 @@ def evaluate_checkpoint(
     kept, features, skipped = readable_features(encoders, test, everything, "encode test images", skip_bad=skip_bad)
     test = subset(test, kept)
     trained.check_width(features)
-    classes = _classes(trained, names, encoders)
+    classes = classes_of(trained, names, encoders)
     plain, plain_classes = features, classes
     if trained.changes_encoders and test.images is not None:
         frozen = trained.open_frozen()
@@ -141,8 +141,11 @@ def evaluate_checkpoint(
     }
 
 
-def _select(trained: Checkpoint, source: Source) -> tuple[Split, tuple[str, ...]]:
-    """The test items and the classes they are labelled among: the checkpoint's, where the data have them all."""
+def select_test(trained: Checkpoint, source: Source) -> tuple[Split, tuple[str, ...]]:
+    """The test items and the classes they are labelled among: the checkpoint's, where the data have them all.
+
+    Else the data's own, which the text tower encodes. Raises ValueError where there is none and the data have others.
+    """
     position = {name: i for i, name in enumerate(source.class_names)}
     missing = [name for name in trained.class_names if name not in position]
     if not missing:
@@ -156,7 +159,7 @@ def _select(trained: Checkpoint, source: Source) -> tuple[Split, tuple[str, ...]
     return source.test, source.class_names
 
 
-def _classes(trained: Checkpoint, names: tuple[str, ...], encoders: FeatureExtractor | None) -> Classes:
+def classes_of(trained: Checkpoint, names: tuple[str, ...], encoders: FeatureExtractor | None) -> Classes:
     """The classes of these names: the checkpoint's own, or encoded."""
     position = {name: i for i, name in enumerate(trained.class_names)}
     if all(name in position for name in names):

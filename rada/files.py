@@ -33,9 +33,21 @@ def remove_partials(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file, flushed to the disk before it takes its place."""
-    with replacing(path) as partial, open(partial, "wb") as file:
+@contextmanager
+def naming(path: Path, argument: str = "output") -> Iterator[None]:
+    """Raise an OSError of the block as one that names the path, and the argument that chose it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{argument}: {path}: cannot be written ({error.strerror or error}); nothing of it was left, and what was "
+            f"finished is kept: make room, or give another {argument}"
+        ) from error
+
+
+def write_bytes(path: Path, data: bytes, argument: str = "output") -> None:
+    """Write a file, flushed to the disk before it takes its place. Raises OSError as `naming`."""
+    with naming(path, argument), replacing(path) as partial, open(partial, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -46,8 +58,9 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json_text(value))
+def write_json(path: Path, value: Any, argument: str = "output") -> None:
+    """Write a JSON file as `write_bytes` does."""
+    write_bytes(path, json_text(value).encode(), argument)
 
 
 def json_text(value: Any) -> str:

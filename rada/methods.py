@@ -25,6 +25,7 @@ from rada.classification import Labelled
 from rada.clip import RAdaCLIP
 from rada.data import subset
 from rada.data.classes import prompt_names
+from rada.data.splits import draw
 from rada.distributed import in_shares
 from rada.encoders import FeatureExtractor, split_features
 from rada.losses import PromptSRC
@@ -184,7 +185,7 @@ def fit_test_time(trial: Trial) -> Fitted:
 
     def answer(group: str, steps: int = 1) -> Answer:
         of = problem.groups[group]
-        items = drawn_items(len(of.labels), problem.settings.adapt_images)
+        items = draw(len(of.labels), problem.settings.adapt_images, seed=0)
         if group not in views:
             images = subset(of.split, items).images
             assert images is not None
@@ -220,13 +221,6 @@ def fit_baseline(name: str, trial: Trial) -> Fitted:
         return problem.answer(group, trial.seed, model)
 
     return Fitted(answer)
-
-
-def drawn_items(count: int, limit: int) -> Tensor:
-    """The test images [M] int64, ascending, that test-time training takes of `count`: all, or `limit` of them."""
-    if not 0 < limit < count:
-        return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort().values
 
 
 def _tune(trial: Trial, model: nn.Module) -> Any:
@@ -279,7 +273,7 @@ def _encoders(problem: Problem) -> FeatureExtractor:
 
 def _some(problem: Problem, seed: int, group: str) -> Answer:
     """Zero-shot's answer for the images that test-time training takes."""
-    items = drawn_items(len(problem.groups[group].labels), problem.settings.adapt_images)
+    items = draw(len(problem.groups[group].labels), problem.settings.adapt_images, seed=0)
     return Answer(problem.answer(group, seed, None).logits[items], items)
 
 

@@ -22,7 +22,7 @@ from rada.data.record import SplitRecord, split_records
 from rada.data.splits import shots_and_val
 from rada.data.suite import read_suite
 from rada.distributed import in_shares
-from rada.encoders import FeatureExtractor, Readable, choose_device, readable, readable_features, split_features
+from rada.encoders import FeatureExtractor, choose_device, readable_features
 from rada.fused import RAdaHead
 from rada.losses import LOSSES, Loss
 from rada.models import DEMO_MODEL, ModelSpec
@@ -273,7 +273,7 @@ def _encode_samples(
 ) -> dict[tuple[int, int], Sample]:
     """The features of each seed's items, each encoded once. Unreadable ones leave `picks`, and leave a class short."""
     needed = torch.cat([index for pick in picks.values() for index in pick.values()]).unique()
-    kept, features, bad = _features(encoders, train, needed, "encode training images", skip_bad)
+    kept, features, bad = readable_features(encoders, train, needed, "encode training images", skip_bad=skip_bad)
     skipped += bad
     for (seed, shots), pick in picks.items():
         for name, index in pick.items():
@@ -316,18 +316,7 @@ def _encode_groups(
                 f"targets: {name} has classes that {protocol.source.name} lacks; they take a model's text tower"
             )
         every = torch.arange(len(split))
-        kept, features, bad = _features(encoders, split, every, f"encode {name} test images", skip_bad)
+        description = f"encode {name} test images"
+        kept, features, bad = readable_features(encoders, split, every, description, skip_bad=skip_bad)
         skipped += bad
         yield name, TestGroup(group.class_names, among, subset(split, kept), features)
-
-
-def _features(
-    encoders: FeatureExtractor | None, split: Split, indices: Tensor, description: str, skip_bad: bool
-) -> Readable:
-    """`readable_features`, of which each rank encodes its share."""
-    if split.features is not None:
-        return readable_features(encoders, split, indices, description)
-    features = in_shares(
-        len(indices), lambda own: split_features(encoders, split, indices[own], description, skip_bad=skip_bad)
-    )
-    return readable(split, indices, features) if skip_bad else Readable(indices, features, [])

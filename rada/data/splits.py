@@ -55,6 +55,13 @@ def shots_and_val(labels: Tensor, shots: int, seed: int) -> dict[str, Tensor]:
         return {"train": train, "val": rest[few_shot(labels[rest], VAL_SHOTS, seed)]}
 
 
+def draw(count: int, limit: int, seed: int) -> Tensor:
+    """Ascending indices [M] int64 of `limit` of `count` items, drawn at random; 0, or a limit not below: of all."""
+    if not 0 < limit < count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+
+
 def train_test(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Train [N - M] and test [M] indices of a stratified split of labels [N], for data that come without one.
 

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from rada.extras import require
-from rada.files import read_json
+from rada.files import read_json, write_json
 from rada.inference.inputs import Shard, blake2b
 from rada.inference.options import PredictOptions
 from rada.inference.predictor import Predictor
-from rada.inference.writers import output_files, write_object
+from rada.inference.writers import output_files
 from rada.version import __version__
 
 MANIFEST = "predict.json"
@@ -103,7 +103,7 @@ def write_manifest(output: Path, predictor: Predictor, options: PredictOptions, 
         return
     if others:
         raise FileExistsError(f"output: {output} holds {sorted(others)[:3]} and no {MANIFEST}; it takes a new folder")
-    write_object(path, manifest)
+    write_json(path, manifest)
 
 
 def read_manifest(output: str | Path) -> dict[str, Any]:
