@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rada.adapter import AdaptedHead
 from rada.checkpoint import load_checkpoint
+from rada.checks import check_ints
 from rada.classification import Classes
 from rada.data import Source, load_source, subset
 from rada.data.record import names_of
@@ -134,8 +135,8 @@ def _adapt(
         raise ValueError(f"data: {source.name} holds features computed before; views are made of images")
     if not len(items):
         raise ValueError(f"data: {source.name} has no test items of these classes; it takes at least one")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: got {limit}; it takes a positive int")
+    if limit is not None:
+        check_ints(1, limit=limit)
     items = subset(items, draw(len(items), limit or 0, seed))
     skipped: list[int] = []
     adapter = TestTimeAdapter(head, classes, adaptation)

@@ -21,16 +21,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rada.adapter import AdaptedHead, FeatureAdapter
-from rada.classification import Classes
+from rada.classification import Classes, read_classes, write_classes
 from rada.clip import RAdaCLIP
 from rada.data.record import RECORD, SplitRecord
 from rada.encoders import FeatureExtractor, choose_device
-from rada.files import json_text, read_json, replacing, write_bytes
+from rada.files import json_text, read_json, write_bytes
 from rada.fused import RAdaHead
 from rada.models import ModelSpec
 from rada.precision import autocast
@@ -40,7 +39,6 @@ from rada_kernels import Options
 
 WEIGHTS, ADAPTER, PROMPT, TOWERS = (f"{part}.safetensors" for part in ("head", "adapter", "prompt", "towers"))
 PROMPT_OPTIONS = ("context", "text_tokens", "image_tokens", "depth")
-CLASSES = "classes.npz"
 FORMAT_VERSION = 1
 OPTIONS = tuple(field.name for field in fields(Options))
 ENTRIES = ("backbone", "embed_dim", *OPTIONS)  # of head.json
@@ -226,15 +224,7 @@ class Checkpoint:
         """Write the checkpoint into a folder, created if missing. The head comes last and marks it complete."""
         if self.record is not None:
             self.record.write(folder)
-        bias: dict[str, Any] = {} if self.classes.logit_bias is None else {"logit_bias": self.classes.logit_bias}
-        with replacing(folder / CLASSES) as partial, open(partial, "wb") as file:
-            np.savez(
-                file,
-                text_features=self.classes.text.float().cpu().numpy(),
-                class_names=np.array(self.class_names),
-                logit_scale=self.classes.logit_scale,
-                **bias,
-            )
+        write_classes(folder, self.classes, self.class_names)
         parts = []
         if isinstance(self.head, AdaptedHead):
             sides = {"image": self.head.image_adapter, "text": self.head.text_adapter}
@@ -353,15 +343,8 @@ def load_checkpoint(folder: str | os.PathLike, *, device: str = "auto", backend:
     parts = extra.get("parts", [])
     if "adapter" in parts:
         head = _adapted(head, folder)
-    path = folder / CLASSES
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it holds the classes that the head was trained with")
-    with np.load(path) as stored:
-        dtype = next(head.parameters()).dtype
-        text = torch.from_numpy(stored["text_features"]).to(where, dtype)
-        bias = float(stored["logit_bias"]) if "logit_bias" in stored.files else None
-        classes = Classes(text, float(stored["logit_scale"]), bias)
-        names = tuple(stored["class_names"].tolist())
+    classes, names = read_classes(folder)
+    classes = classes._replace(text=classes.text.to(where, next(head.parameters()).dtype))
     model = extra.get("model")
     return Checkpoint(
         head.eval(),
@@ -400,11 +383,12 @@ def checkpoint_folder(run: Path, seed: int, method: str = "rada") -> Path:
 def seed_folders(run: Path) -> list[Path]:
     """The folders of the whole checkpoints in a run's folder, by seed; those of rada before other methods'."""
     folders = [path.parent for kind in ("seed-*", "seed-*/*") for path in run.glob(f"{kind}/head.json")]
-    return sorted(folders, key=lambda folder: (len(folder.relative_to(run).parts), _seed_of(folder, run), folder.name))
 
+    def order(folder: Path) -> tuple[int, int, str]:
+        parts = folder.relative_to(run).parts
+        return len(parts), int(parts[0].removeprefix("seed-")), folder.name
 
-def _seed_of(folder: Path, run: Path) -> int:
-    return int(folder.relative_to(run).parts[0].removeprefix("seed-"))
+    return sorted(folders, key=order)
 
 
 def _weights_path(path: str | os.PathLike) -> Path:

@@ -29,6 +29,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from rada.checks import check_ints, check_one_of, check_same
+from rada.classification import CLASSES, write_classes
 from rada.data.classes import prompt_names, read_class_names, read_names
 from rada.data.features import ENCODING
 from rada.data.listing import Listing
@@ -39,7 +41,6 @@ from rada.files import naming, read_json, write_bytes, write_json
 from rada.version import __version__
 
 FORMAT, FORMAT_VERSION = "rada-encoding", 1
-CLASSES = "classes.npz"
 ROWS_PER_SHARD = 10_000
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # So many images at a stretch are not unreadable by chance: the disk is gone, or the list is of another place.
@@ -72,10 +73,8 @@ def encode_to_shards(
     file that cannot be written.
     """
     output = Path(output).expanduser()
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}; it takes one of {tuple(DTYPES)}")
-    if rows_per_shard < 1:
-        raise ValueError(f"rows_per_shard: got {rows_per_shard}; it takes a positive int")
+    check_one_of(DTYPES, dtype=dtype)
+    check_ints(1, rows_per_shard=rows_per_shard)
     check_folder(output)
     names, listing = _classes(listing, class_names)
     count = -(-len(listing) // rows_per_shard)
@@ -83,7 +82,7 @@ def encode_to_shards(
     shards = _Shards(output, ".safetensors" if dtype == "bfloat16" else ".npy")
     _claim(shards, _identity(extractor, listing, count, rows_per_shard, dtype, names), mine, resume)
     if names and rank() == 0 and not (output / CLASSES).is_file():
-        _write_classes(output, extractor, names)
+        write_classes(output, extractor.classes(prompt_names(names)), names)
     missing = [shard for shard in mine if not shards.whole(shard)]
     parts = {shard: range(len(listing))[shard * rows_per_shard :][:rows_per_shard] for shard in missing}
     batches = {shard: in_batches(part, extractor.batch_size) for shard, part in parts.items()}
@@ -178,11 +177,8 @@ def _claim(shards: _Shards, entries: dict[str, Any], mine: range, resume: bool) 
             raise FileExistsError(f"output: {output} holds shards without {ENCODING}; take another folder")
         write_json(path, entries)
     stored = read_json(path, "what made an encoding", FORMAT, FORMAT_VERSION, entries)
-    for name, value in entries.items():
-        if name not in NOT_COMPARED and stored[name] != value:
-            raise ValueError(
-                f"{name}: got {value!r}; the encoding in {output} takes {stored[name]!r}: take another folder"
-            )
+    compared = {name: value for name, value in entries.items() if name not in NOT_COMPARED}
+    check_same(compared, stored, f"the encoding in {output}", ": take another folder")
     if there and not resume:
         raise FileExistsError(
             f"output: {output} holds {len(there)} of {len(mine)} shards of this encoding; --resume goes on with it"
@@ -224,13 +220,6 @@ def _write_shard(files: tuple[Path, Path, Path], listing: Listing, found: list[E
         np.save(array, features.numpy())
         content = array.getvalue()
     write_bytes(features_file, content)
-
-
-def _write_classes(output: Path, extractor: FeatureExtractor, names: list[str]) -> None:
-    classes, file = extractor.classes(prompt_names(names)), io.BytesIO()
-    text = classes.text.float().cpu().numpy()
-    np.savez(file, text_features=text, class_names=np.array(names), logit_scale=np.float32(classes.logit_scale))
-    write_bytes(output / CLASSES, file.getvalue())
 
 
 class _Shards(NamedTuple):

@@ -86,6 +86,19 @@ class FeatureExtractor(nn.Module):
         self.cache: FeatureCache | None = None
         self.train()
 
+    def _like(self, other: FeatureExtractor, model: nn.Module) -> None:
+        """Set up as another one, over `model` in place of its own, without its cache."""
+        FeatureExtractor.__init__(
+            self,
+            model,
+            tokenizer=other.tokenizer,
+            templates=other.templates,
+            preprocess=other.preprocess,
+            backbone=other.backbone,
+        )
+        for name in ("spec", "amp", "batch_size", "workers"):
+            setattr(self, name, getattr(other, name))
+
     def encode_images(self, images: Tensor) -> Tensor:
         """Unit-length image features [B, D], in the dtype of features, of preprocessed images [B, 3, H, W]."""
         if not isinstance(images, Tensor):

@@ -291,10 +291,9 @@ class _Run:
         protocol, accuracies, errors = self.problem.protocol, {}, []
         for group, answer in answers.items():
             if answer is not None:
-                labels = self.problem.groups[group].labels
-                labels = labels if answer.items is None else labels[answer.items]
-                accuracies[group] = top_k_accuracy(answer.logits, labels)
-                errors.append(expected_calibration_error(answer.logits, labels))
+                judged = self.problem.judged(group, answer)
+                accuracies[group] = top_k_accuracy(*judged)
+                errors.append(expected_calibration_error(*judged))
         if len(accuracies) == len(answers):
             return dict(protocol.scores(accuracies)), fmean(errors)
         together = {"h": protocol.harmonic, "mean": protocol.averaged}

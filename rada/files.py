@@ -68,17 +68,33 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def read_lines(path: str | Path, argument: str) -> list[str]:
+    """The lines of a UTF-8 text file. Raises FileNotFoundError or ValueError naming the argument and the file."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument}: {path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{argument}: {path}: not a UTF-8 text file ({error})") from error
+
+
+def load_json(path: Path, what: str) -> Any:
+    """The value in a JSON file. what: its content in words. Raises FileNotFoundError, or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it holds {what}")
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+
+
 def read_json(path: Path, what: str, format: str, version: int, entries: Iterable[str] = ()) -> dict:
     """The object in one of this library's JSON files, with the entries format, format_version and `entries`.
 
     what: the file's content in words, for errors. Raises FileNotFoundError, or ValueError for any other content.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it holds {what}")
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    value = load_json(path, what)
     if not isinstance(value, dict) or value.get("format") != format:
         raise ValueError(f"{path}: not {what}, which has the entry format = {format!r}")
     if (got := value.get("format_version")) != version:

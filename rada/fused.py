@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rada import sharded
+from rada.checks import check_ints, check_one_of
 from rada.released import NUM_HEADS, head_state, read_checkpoint
 from rada_kernels import BackendChoice, Options, Params, backend_for, rada_logits, rada_mask
 from rada_kernels.dispatch import BACKENDS
@@ -56,14 +57,12 @@ class RAdaHead(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if isinstance(embed_dim, bool) or not isinstance(embed_dim, int) or embed_dim < 1:
-            raise ValueError(f"embed_dim: got {embed_dim!r}; it takes a positive int")
+        check_ints(1, embed_dim=embed_dim)
         self.options = Options(num_heads, temperature, tuple(queries) if isinstance(queries, list) else queries,
                                penalty, normalize)  # fmt: skip
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads}; it takes a divisor of embed_dim {embed_dim}")
-        if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"backend: got {backend!r}; it takes one of {('auto', *BACKENDS)}")
+        check_one_of(("auto", *BACKENDS), backend=backend)
         self.embed_dim = embed_dim
         self.backend = backend
         self._process_group: ProcessGroup | None = None

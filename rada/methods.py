@@ -29,6 +29,7 @@ from rada.data.splits import draw
 from rada.distributed import in_shares
 from rada.encoders import FeatureExtractor, split_features
 from rada.losses import PromptSRC
+from rada.metrics import top_k_accuracy
 from rada.problem import Answer, Problem, Sample
 from rada.prompt import PromptedEncoder, PromptedExtractor, PromptedHead, PromptLearner, gaussian_average
 from rada.templates import expand_templates
@@ -278,13 +279,8 @@ def _some(problem: Problem, seed: int, group: str) -> Answer:
 
 
 def _scores(problem: Problem, answer: Callable[[str], Answer]) -> dict[str, float]:
-    return problem.protocol.scores({name: _accuracy(problem, name, answer(name)) for name in problem.groups})
-
-
-def _accuracy(problem: Problem, group: str, answer: Answer) -> float:
-    labels = problem.groups[group].labels
-    labels = labels if answer.items is None else labels[answer.items]
-    return 100 * (answer.logits.argmax(-1) == labels).double().mean().item()
+    found = {group: top_k_accuracy(*problem.judged(group, answer(group))) for group in problem.groups}
+    return problem.protocol.scores(found)
 
 
 METHODS: dict[str, Method] = {
@@ -294,9 +290,5 @@ METHODS: dict[str, Method] = {
     "full": Method("RAda, full", fit_full, images=True),
     "test-time": Method("RAda, test-time", fit_test_time, images=True),
     "ensemble": Method("zero-shot, 7 templates", fit_ensemble),
-    **{
-        name.lower().replace(" ", "-"): Method(name, partial(fit_baseline, name))
-        for name in BASELINES
-        if name != "zero-shot"
-    },
+    **{name.lower().replace(" ", "-"): Method(name, partial(fit_baseline, name)) for name in BASELINES},
 }

@@ -95,7 +95,7 @@ class Problem:
             return self.classes
         train = self.samples[seed, self.settings.shots].train
         means = class_means(train, len(self.protocol.train_ids)).to(self.device)
-        return Classes(means, self._scale_of_features())
+        return Classes(means, self.source.logit_scale or CLIP_LOGIT_SCALE)
 
     def trained_classes(self, seed: int) -> Classes:
         """The classes that are trained, in the order of the training labels."""
@@ -111,6 +111,11 @@ class Problem:
         """A head's logits of a group's features; head None: zero-shot."""
         features, classes = self.groups[group].features, self.classes_of(group, seed)
         return Answer(in_shares(len(features), lambda index: self.logits(features[index], classes, head)))
+
+    def judged(self, group: str, answer: Answer) -> tuple[Tensor, Tensor]:
+        """An answer's logits [M, K], and the labels [M] of its images."""
+        labels = self.groups[group].labels
+        return answer.logits, labels if answer.items is None else labels[answer.items]
 
     def logits(self, features: Tensor, classes: Classes, head: torch.nn.Module | None) -> Tensor:
         """Logits [N, K] float32, on the CPU, of features [N, D], in the run's precision."""
@@ -141,10 +146,6 @@ class Problem:
         }
         return Checkpoint(head, **(known | parts))
 
-    def _scale_of_features(self) -> float:
-        scale = self.source.logit_scale
-        return CLIP_LOGIT_SCALE if scale is None else scale
-
 
 def prepare(
     settings: Settings,
@@ -159,7 +160,8 @@ def prepare(
     """
     device = choose_device(settings.device) if encoders is None else encoders.logit_scale.device
     source, origins = _load(settings, source)
-    protocol = make_protocol(settings.protocol, source, _targets(settings))
+    lines = [] if settings.targets is None else read_suite(Path(settings.targets))
+    protocol = make_protocol(settings.protocol, source, [line.load(seed=settings.seed) for line in lines])
     if encoders is None:
         spec = model_spec(settings, source)
         encoders = None if spec is None else spec.open(device, settings.precision)
@@ -242,12 +244,6 @@ def _load(settings: Settings, source: Source | None) -> tuple[Source, tuple[str,
     return source, tuple(origin_of[name] for name in source.class_names)
 
 
-def _targets(settings: Settings) -> list[Source]:
-    if settings.targets is None:
-        return []
-    return [line.load(seed=settings.seed) for line in read_suite(Path(settings.targets))]
-
-
 def _classes(
     settings: Settings, protocol: Protocol, encoders: FeatureExtractor | None, device: torch.device
 ) -> Classes | None:
@@ -255,8 +251,7 @@ def _classes(
     if encoders is not None:
         return encoders.classes(prompt_names(source.class_names))
     if source.text_features is not None:
-        scale = CLIP_LOGIT_SCALE if source.logit_scale is None else source.logit_scale
-        return Classes(source.text_features.to(device), scale)
+        return Classes(source.text_features.to(device), source.logit_scale or CLIP_LOGIT_SCALE)
     if protocol.name != "all":
         raise ValueError(
             f"data: {settings.data} holds no 'text_features'; the protocol {protocol.name!r} takes one row per class. "

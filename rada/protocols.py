@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rada.checks import check_one_of
 from rada.data import Source, Split, base_new, harmonic_mean, select_classes
 from rada.data.splits import join
 
@@ -99,8 +100,7 @@ def make_protocol(name: str, source: Source, targets: Sequence[Source] = ()) -> 
     Raises ValueError for an unknown name, targets that are missing or not taken, too few classes, a data set twice, and
     a group without a test image.
     """
-    if name not in PROTOCOLS:
-        raise ValueError(f"protocol: got {name!r}; it takes one of {', '.join(PROTOCOLS)}")
+    check_one_of(PROTOCOLS, protocol=name)
     if bool(targets) != (name == "cross"):
         raise ValueError(
             f"targets: got {len(targets)} with the protocol {name!r}; only 'cross' takes some, at least one"

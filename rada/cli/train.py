@@ -41,16 +41,8 @@ from rada.tuning import PARALLEL, SCHEDULES, FullTuning, Tuning
 from rada_kernels import PENALTIES, QUERIES, Options
 
 
-def _default(setting: str) -> str:
-    return f"{EMOJI.tuning[setting]:g} for emoji, else {getattr(Tuning, setting):g}"
-
-
-def _full_epochs() -> str:
-    return f"{EMOJI.full['epochs']:g} for emoji, else {FullTuning.epochs}"
-
-
-def _shots_text() -> str:
-    return f"{EMOJI.shots} for emoji, else {Recommended.shots}"
+def _default(emoji: object, other: object) -> str:
+    return f"[default: {emoji} for emoji, else {other}]"
 
 
 def train(
@@ -61,15 +53,11 @@ def train(
     class_names: ClassNames = None,
     max_classes: Annotated[
         int | None,
-        typer.Option(
-            help=f"Number of classes, evenly spaced; 0: all. [default: {EMOJI.max_classes} of emoji, else all]"
-        ),
+        typer.Option(help=f"Number of classes, evenly spaced; 0: all. {_default(EMOJI.max_classes, 'all')}"),
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(
-            help=f"{', '.join(PROTOCOLS)}. [default: {EMOJI.protocol} for emoji, else {Recommended.protocol}]"
-        ),
+        typer.Option(help=f"{', '.join(PROTOCOLS)}. {_default(EMOJI.protocol, Recommended.protocol)}"),
     ] = None,
     targets: Annotated[Path | None, typer.Option(help="With cross: a file that lists the other data sets.")] = None,
     suite: Annotated[
@@ -79,22 +67,33 @@ def train(
         list[str] | None,
         typer.Option(
             help=f"May be repeated, or a list with commas; all: every one. {', '.join(METHODS)}. "
-            "[default: all for emoji, else rada]"
+            f"{_default('all', 'rada')}"
         ),
     ] = None,
     setting: Annotated[str | None, typer.Option(help="frozen (--method rada) or full (--method full).")] = None,
     shots: Annotated[
         str | None,
-        typer.Option(help=f"Training images per class; several, as 1,2,4,8,16: a curve. [default: {_shots_text()}]"),
+        typer.Option(
+            help="Training images per class; several, as 1,2,4,8,16: a curve. "
+            f"{_default(EMOJI.shots, Recommended.shots)}"
+        ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="One training run each, separated by commas.")] = "1,2,3",
     epochs: Annotated[
-        int | None, typer.Option(min=1, help=f"[default: {_default('epochs')}; of full {_full_epochs()}]")
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"{_default(EMOJI.tuning['epochs'], Tuning.epochs)}, "
+            f"of full: {_default(EMOJI.full['epochs'], FullTuning.epochs)}",
+        ),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help=f"Learning rate of Adam after warm-up. [default: {_default('lr')}]")
+        float | None,
+        typer.Option(help=f"Learning rate of Adam after warm-up. {_default(EMOJI.tuning['lr'], Tuning.lr)}"),
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help=f"Weight of the penalty. [default: {_default('alpha')}]")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help=f"Weight of the penalty. {_default(EMOJI.tuning['alpha'], Tuning.alpha)}")
+    ] = None,
     schedule: Annotated[
         str, typer.Option(help=f"Of the learning rate: {', '.join(SCHEDULES)} (the released code's, per epoch).")
     ] = Tuning.schedule,

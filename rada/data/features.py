@@ -37,6 +37,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,6 @@ from rada.extras import require
 from rada.files import read_json
 
 ENCODING = "encode.json"  # of a folder that `rada encode` made, see `rada.encode`
-SUFFIXES = (".npz", ".safetensors", ".pt")
 
 
 def load_features(path: str | Path, *, seed: int = 0) -> Source:
@@ -63,8 +63,12 @@ def load_features(path: str | Path, *, seed: int = 0) -> Source:
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    entries = _read_folder(path) if path.is_dir() else _read_file(path)
-    return _source(path, entries, seed)
+    if path.is_dir():
+        return _source(path, _read_folder(path), seed)
+    readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".pt": _read_pt}
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: it takes a folder or a file ending in {', '.join(readers)}")
+    return _source(path, readers[path.suffix](path), seed)
 
 
 def feature_shards(path: str | Path) -> list[Tensor]:
@@ -243,17 +247,6 @@ def _scale(path: Path, value) -> float | None:
     return float(scale.reshape(()))
 
 
-def _read_file(path: Path) -> dict:
-    """The entries of one file by name: arrays or tensors, and class_names as strings."""
-    if path.suffix == ".npz":
-        return _read_npz(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix == ".pt":
-        return _read_pt(path)
-    raise ValueError(f"{path}: it takes a folder or a file ending in {', '.join(SUFFIXES)}")
-
-
 def _read_npz(path: Path) -> dict:
     try:
         with np.load(path) as file:
@@ -290,7 +283,6 @@ def _read_pt(path: Path) -> dict:
 def _read_folder(path: Path) -> dict:
     """clip-retrieval's layout as the entries of one file, with image_features as the list of mapped
     shards."""
-    pq = require("pyarrow.parquet", "parquet", "clip-retrieval's layout")
     shards = feature_shards(path)
     files = _numbered(path / "metadata", "metadata", ".parquet")
     if len(files) != len(shards):
@@ -299,18 +291,10 @@ def _read_folder(path: Path) -> dict:
         )
     columns: dict[str, list] = {}
     for file, shard in zip(files, shards, strict=True):
-        try:
-            stored = pq.read_schema(file).names
-            table = pq.read_table(file, columns=[name for name in ("label", "split") if name in stored])
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
-        if "label" not in stored:
-            raise ValueError(f"{file}: no column 'label'; it holds {stored}")
-        if table.num_rows != len(shard):
-            raise ValueError(f"{file}: got {table.num_rows} rows; it takes {len(shard)}, as its shard in img_emb has")
+        table = read_columns(file, ("label", "split"), len(shard), "its shard in img_emb")
+        if "label" not in table.column_names:
+            raise ValueError(f"{file}: no column 'label'; it takes one of labels")
         for name in table.column_names:
-            if table[name].null_count:
-                raise ValueError(f"{file}: column {name}: got {table[name].null_count} empty rows; it takes none")
             columns.setdefault(name, []).extend(table[name].to_pylist())
     if len(columns.get("split", columns["label"])) != len(columns["label"]):
         raise ValueError(f"{path / 'metadata'}: column split is in some files only; it takes it in all or none")
@@ -327,6 +311,25 @@ def _read_folder(path: Path) -> dict:
             raise ValueError(f"{path}: column label: got {unknown[:8]}; it takes the class_names of {classes.name}")
         labels = np.array([position[label] for label in labels.tolist()])
     return entries | {"labels": labels}
+
+
+def read_columns(file: Path, names: Sequence[str], rows: int, of: str) -> Any:
+    """The pyarrow table of those of the named columns that a Parquet file has, `rows` values each.
+
+    Raises ValueError for a file that is not readable, of another length than what it tells `of`, or with empty values.
+    """
+    pq = require("pyarrow.parquet", "parquet", "a Parquet file")
+    try:
+        stored = pq.read_schema(file).names
+        table = pq.read_table(file, columns=[name for name in names if name in stored])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
+    if table.num_columns and table.num_rows != rows:
+        raise ValueError(f"{file}: got {table.num_rows} rows; it takes {rows}, as {of} has")
+    for name in table.column_names:
+        if table[name].null_count:
+            raise ValueError(f"{file}: column {name}: got {table[name].null_count} empty rows; it takes none")
+    return table
 
 
 def check_whole(path: Path) -> None:

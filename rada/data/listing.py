@@ -31,6 +31,7 @@ import numpy as np
 from rada.data.folder import is_image
 from rada.data.images import ImageFiles, decode_image
 from rada.data.source import Images
+from rada.files import read_lines
 
 LISTS = (".txt", ".tsv")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -114,11 +115,7 @@ def _below(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 
 
 def _list(path: Path) -> Listing:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"images: {path}: not a UTF-8 text file ({error})") from error
-    rows = {number: line.split("\t") for number, line in enumerate(lines, 1) if line.strip()}
+    rows = {i: line.split("\t") for i, line in enumerate(read_lines(path, "images"), 1) if line.strip()}
     width = len(next(iter(rows.values()), ()))
     line_of: dict[str, int] = {}
     for number, (name, *others) in rows.items():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rada.data.images import ImageFiles
 from rada.data.source import Source, Split, digest
 from rada.data.splits import join, subset
 from rada.files import read_json, write_text
@@ -105,6 +106,8 @@ def digests_of(split: Split) -> Sequence[str]:
     """N digests of the items' content; features are rounded to float32 first."""
     if split.digests is not None:
         return split.digests
+    if isinstance(split.images, ImageFiles):
+        return split.images.digests()
     if split.features is None:
         return names_of(split)  # images of a source without digests: known by their names
     return [digest(row.tobytes()) for row in split.features.float().numpy()]

@@ -15,17 +15,17 @@ an error, not a dead process.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rada.data.features import ENCODING, check_whole
+from rada.data.features import ENCODING, check_whole, read_columns
 from rada.encoders import FeatureExtractor
 from rada.extras import require
 from rada.inference.inputs import DIGEST_BYTES, Block, Columns
@@ -33,7 +33,7 @@ from rada.inference.inputs import DIGEST_BYTES, Block, Columns
 PIECE_BYTES = 4 << 20  # large beside a disk's latency, small beside memory
 SAMPLES, SAMPLE_BYTES = 16, 4096
 ENTRY = "image_features"
-ITEM_COLUMNS = ("image_path", "item")
+ITEM_COLUMNS = ("item", "image_path")  # the last that is there
 USER = "a Parquet file"
 
 
@@ -53,18 +53,6 @@ def sample_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-class Reader(Protocol):
-    """The rows [rows, width] of a file, of the dtype of that name."""
-
-    rows: int
-    width: int
-    dtype: str
-
-    def pieces(self, start: int, stop: int, count: int) -> Iterator[Tensor]:
-        """Rows [start, stop), `count` at a time."""
-        ...
-
-
 class FeatureFile:
     """The rows of one file.
 
@@ -79,7 +67,7 @@ class FeatureFile:
         self.path, self.metadata, self.class_names = path, metadata, class_names
         self.where, self.name = str(path), path.relative_to(root).as_posix()
         try:
-            self.reader: Reader = READERS[path.suffix](path)
+            self.reader = READERS[path.suffix](path)
         except FileNotFoundError:
             raise
         except (ValueError, OSError, EOFError, SafetensorError) as error:
@@ -106,19 +94,10 @@ class FeatureFile:
         file = self.path if self.path.suffix == ".parquet" else self.metadata
         if file is None:
             return {}
-        pq = require("pyarrow.parquet", "parquet", USER)
-        stored = pq.read_schema(file).names
-        found = {"item": next((name for name in ITEM_COLUMNS if name in stored), None)}
-        found["label"] = "label" if "label" in stored else None
-        wanted = [name for name in found.values() if name is not None]
-        table = pq.read_table(file, columns=wanted)
-        if wanted and table.num_rows != len(self):
-            raise ValueError(f"{file}: got {table.num_rows} rows; it takes {len(self)}, as {self.path.name} has")
-        table = table.slice(start, stop - start)
-        for name in wanted:
-            if table[name].null_count:
-                raise ValueError(f"{file}: column {name}: got {table[name].null_count} empty rows; it takes none")
-        columns = {name: table[column].to_pylist() for name, column in found.items() if column is not None}
+        names = *ITEM_COLUMNS, "label"
+        table = read_columns(file, names, len(self), self.path.name).slice(start, stop - start)
+        found = {name: table[name].to_pylist() for name in names if name in table.column_names}
+        columns = {"item" if name in ITEM_COLUMNS else name: values for name, values in found.items()}
         if "label" in columns:
             columns["label"] = [self._label(file, label) for label in columns["label"]]
         return {name: [str(value) for value in values] for name, values in columns.items()}
@@ -145,6 +124,8 @@ class FeatureFile:
 
 
 class _Npy:
+    """rows, width, and the dtype's name. pieces: rows [start, stop), `count` at a time. The others are alike."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         rows = np.load(path, mmap_mode="r")
@@ -240,7 +221,7 @@ class _Parquet:
         return rows
 
 
-READERS: dict[str, Callable[[Path], Reader]] = {".npy": _Npy, ".safetensors": _Safetensors, ".parquet": _Parquet}
+READERS: dict[str, Any] = {".npy": _Npy, ".safetensors": _Safetensors, ".parquet": _Parquet}
 
 
 def feature_files(path: Path) -> list[tuple[str, FeatureFile]]:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rada.checks import check_same
 from rada.extras import require
 from rada.files import read_json, write_json
 from rada.inference.inputs import Shard, blake2b
@@ -144,11 +145,7 @@ def finished(output: Path, name: str, entry: dict, settings: str, options: Predi
 
 def _compare(output: Path, stored: dict, now: dict) -> None:
     remedy = "it takes another output, or --overwrite"
-    stored_flat, now_flat = _flat(stored), _flat(now)
-    for name in sorted(stored_flat.keys() | now_flat.keys()):
-        if stored_flat.get(name) != now_flat.get(name):
-            got, takes = (_short(flat.get(name)) for flat in (now_flat, stored_flat))
-            raise ValueError(f"{name}: got {got}; the run in {output} takes {takes}: {remedy}")
+    check_same(_flat(now), _flat(stored), f"the run in {output}", f": {remedy}")
     before = {shard["name"]: shard for shard in stored["shards"]}
     after = {shard["name"]: shard for shard in now["shards"]}
     for name in [*before, *after]:
@@ -166,14 +163,9 @@ def _compare(output: Path, stored: dict, now: dict) -> None:
 def _flat(manifest: dict) -> dict[str, Any]:
     """The entries but the shards, those within an entry as ENTRY.NAME."""
     flat: dict[str, Any] = {}
-    for name, value in manifest.items():
+    for name, value in sorted(manifest.items()):
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": of for inner, of in value.items()}
         elif name != "shards":
             flat[name] = value
     return flat
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(value)})"

@@ -144,17 +144,13 @@ def predict(
     features: str | Path | None = None,
     images: str | Path | None = None,
     data: str | None = None,
-    class_names: str | Path | None = None,
-    precision: str | None = None,
-    device: str = "auto",
-    backend: str = "auto",
-    cache: str | Path | None = None,
-    cuda_graph: bool = False,
     overwrite: bool = False,
+    **predictor_options: Any,
 ) -> dict[str, Any]:
     """Predict an input by a checkpoint into a folder, or into one file ending in .parquet or .jsonl.
 
-    The input is that of `plan_shards`, the rest of `Predictor` and `predict_to_folder`. Returns and raises as these.
+    features, images, data: as for `plan_shards`. overwrite: as for `predict_to_folder`. predictor_options: the keyword
+    arguments of `Predictor`. Returns and raises as these.
     """
     options, output = options or PredictOptions(), Path(output)
     if output.suffix in FILES:
@@ -162,15 +158,7 @@ def predict(
         options = replace(options, format=FILES[output.suffix])
     elif output.suffix and not output.is_dir():
         raise ValueError(f"output: got {str(output)!r}; it takes a file ending in {' or '.join(FILES)}, or a folder")
-    predictor = Predictor(
-        checkpoint,
-        class_names=class_names,
-        precision=precision,
-        device=device,
-        backend=backend,
-        cache=cache,
-        cuda_graph=cuda_graph,
-    )
+    predictor = Predictor(checkpoint, **predictor_options)
     shards = plan_shards(predictor, options, features=features, images=images, data=data)
     print(f"predict on {predictor.device}, backend {predictor.backend}")
     to = predict_to_file if output.suffix in FILES else predict_to_folder

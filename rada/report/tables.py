@@ -135,15 +135,14 @@ def _costs(step: dict, device: str) -> Table:
     table = _table(
         f"one head step (forward, loss, backward): B={step['batch']}, K={step['classes']}, D={step['embed_dim']}, "
         f"H={step['num_heads']}, {step['dtype']}, {device}, {step['threads']} threads",
-        "backend", "median ms", "20-80% ms", "peak MB",
+        "backend", "median ms", "20-80% ms",
     )  # fmt: skip
     for cost in step["costs"]:
         if cost["failure"]:
-            table.add_row(cost["backend"], cost["failure"], "", "")
+            table.add_row(cost["backend"], cost["failure"], "")
         else:
-            peak = "unknown" if cost["peak_mb"] is None else f"{cost['peak_mb']:.0f}"
             spread = f"{cost['q20_ms']:.1f}-{cost['q80_ms']:.1f}"
-            table.add_row(cost["backend"], f"{cost['median_ms']:.1f}", spread, peak)
+            table.add_row(cost["backend"], f"{cost['median_ms']:.1f}", spread)
     return table
 
 

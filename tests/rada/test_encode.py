@@ -318,7 +318,7 @@ def test_a_list_of_unreadable_images_is_refused(encode, tmp_path):
         (("pictures", "--output", "out"), "model: got none"),
         (
             ("pictures", "--model", "demo", "--output", "out", "--dtype", "int8"),
-            "dtype: got 'int8'; it takes one of ('float16', 'bfloat16', 'float32')",
+            "dtype: got 'int8'; it takes one of float16, bfloat16, float32",
         ),
         (("nowhere", "--model", "demo", "--output", "out"), "nowhere: no such file or folder"),
     ],

@@ -267,7 +267,7 @@ def test_bad_metadata_is_named(tmp_path):
     spec = write_clip_retrieval(tmp_path, sizes=(4, 4))
     second = tmp_path / "metadata" / "metadata_1.parquet"
     pq.write_table(pa.table({"caption": ["x"] * 4}), second)
-    with pytest.raises(ValueError, match=r"metadata_1.parquet: no column 'label'; it holds \['caption'\]"):
+    with pytest.raises(ValueError, match=r"metadata_1.parquet: no column 'label'"):
         load_source(spec)
     pq.write_table(pa.table({"label": [0, None, 1, 1]}), second)
     with pytest.raises(ValueError, match=r"metadata_1.parquet: column label: got 1 empty rows"):
