@@ -32,7 +32,7 @@ import torch
 from rada.checks import check_ints, check_one_of, check_same
 from rada.classification import CLASSES, write_classes
 from rada.data.classes import prompt_names, read_class_names, read_names
-from rada.data.features import ENCODING
+from rada.data.feature_files import ENCODING
 from rada.data.listing import Listing
 from rada.distributed import rank, world_size
 from rada.encoders import Encoded, FeatureExtractor, encode_batches, in_batches

@@ -117,18 +117,6 @@ def evaluate_checkpoint(
         if not count:
             raise ValueError(f"data: {source.name} has no test item of the {group} classes; it takes at least one")
 
-    def tested(head: Any, features: Tensor, classes: Classes) -> dict[str, float]:
-        logits, labels = {}, {}
-        for group, ids in groups.items():
-            mine = torch.isin(test.labels, ids)
-            with trained.autocast():
-                batches = [b.float().cpu() for b in logit_batches(features[mine], classes.select(ids), head)]
-            logits[group], labels[group] = torch.cat(batches), torch.searchsorted(ids, test.labels[mine])
-        found = {group: top_k_accuracy(logits[group], labels[group]) for group in groups}
-        if "base" in found:
-            found["h"] = harmonic_mean(found["base"], found["new"])
-        return found | {"ece": expected_calibration_error(logits["all"], labels["all"])}
-
     return {
         "data": source.name,
         "attribution": source.attribution,
@@ -136,9 +124,25 @@ def evaluate_checkpoint(
         "backend": str(trained.rada.backend_for(trained.classes.text)),
         "test_items": counts,
         "skipped": skipped,
-        "zero_shot": tested(None, plain, plain_classes),
-        "rada": tested(trained.head, features, classes),
+        "zero_shot": _accuracies(trained, groups, test.labels, None, plain, plain_classes),
+        "rada": _accuracies(trained, groups, test.labels, trained.head, features, classes),
     }
+
+
+def _accuracies(
+    trained: Checkpoint, groups: dict[str, Tensor], labels: Tensor, head: Any, features: Tensor, classes: Classes
+) -> dict[str, float]:
+    """Of a head, or of zero-shot, on each group of classes; h; and the calibration error of all."""
+    judged = {}
+    for group, ids in groups.items():
+        mine = torch.isin(labels, ids)
+        with trained.autocast():
+            batches = [b.float().cpu() for b in logit_batches(features[mine], classes.select(ids), head)]
+        judged[group] = torch.cat(batches), torch.searchsorted(ids, labels[mine])
+    found = {group: top_k_accuracy(*of) for group, of in judged.items()}
+    if "base" in found:
+        found["h"] = harmonic_mean(found["base"], found["new"])
+    return found | {"ece": expected_calibration_error(*judged["all"])}
 
 
 def select_test(trained: Checkpoint, source: Source) -> tuple[Split, tuple[str, ...]]:

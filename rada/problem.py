@@ -163,8 +163,7 @@ def prepare(
     lines = [] if settings.targets is None else read_suite(Path(settings.targets))
     protocol = make_protocol(settings.protocol, source, [line.load(seed=settings.seed) for line in lines])
     if encoders is None:
-        spec = model_spec(settings, source)
-        encoders = None if spec is None else spec.open(device, settings.precision)
+        encoders = _open_encoders(settings, source, device)
     if encoders is not None:
         encoders.batch_size, encoders.workers = settings.encode_batch, settings.workers
         encoders.cache = None if settings.cache is None else FeatureCache(settings.cache)
@@ -215,8 +214,7 @@ def prepare(
     )
 
 
-def model_spec(settings: Settings, source: Source) -> ModelSpec | None:
-    """The encoders of a run, None for precomputed features."""
+def _open_encoders(settings: Settings, source: Source, device: torch.device) -> FeatureExtractor | None:
     if source.train.features is not None:
         if settings.model is not None:
             raise ValueError(f"model: got {settings.model!r} with features:PATH; it takes none")
@@ -226,7 +224,7 @@ def model_spec(settings: Settings, source: Source) -> ModelSpec | None:
             f"model: got none for {settings.data}; it takes a name of open_clip's, such as ViT-B-16 with a "
             f"pretrained tag or file, transformers:NAME, or {DEMO_MODEL!r}"
         )
-    return ModelSpec(settings.model, settings.pretrained, settings.templates)
+    return ModelSpec(settings.model, settings.pretrained, settings.templates).open(device, settings.precision)
 
 
 def _load(settings: Settings, source: Source | None) -> tuple[Source, tuple[str, ...]]:

@@ -95,6 +95,11 @@ def folder_for(output: Path) -> Iterator[Path]:
     folder.rmdir()
 
 
+def run_name(source: str) -> str:
+    """The name of a run on a data set: photos, of folder:path/to/photos."""
+    return Path(source.partition(":")[2] or source).resolve().stem
+
+
 def free_output(folder: Path) -> Path:
     """`folder`, or the first of folder-2, folder-3, ... that does not exist."""
     candidate, number = folder, 1

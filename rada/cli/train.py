@@ -143,7 +143,7 @@ def train(
     from rada.experiment import run, run_suite
     from rada.loggers import tensorboard_writer, wandb_writer
     from rada.report.tables import print_average, print_run
-    from rada.runs import free_output
+    from rada.runs import free_output, run_name
 
     if suite is not None:
         data = read_suite(suite)[0].source  # whose recommended settings are everyone's
@@ -194,8 +194,7 @@ def train(
         ),
     )
     if output is None:
-        name = str(suite) if suite is not None else data.partition(":")[2] or data
-        output = free_output(Path("runs") / Path(name).resolve().stem)
+        output = free_output(Path("runs") / run_name(data if suite is None else str(suite)))
     writers = [writer() for writer, wanted in ((tensorboard_writer, tensorboard), (wandb_writer, wandb)) if wanted]
     if suite is not None:
         done = run_suite(settings, suite, output, overwrite=overwrite, resume=resume, writers=writers)

@@ -14,7 +14,6 @@ apart.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -145,21 +144,19 @@ def emoji_classes() -> tuple[Emoji, ...]:
     return tuple(sorted(classes.values(), key=lambda emoji: emoji.name))
 
 
+@dataclass(frozen=True)
 class EmojiViews:
     """The images of one split, drawn when indexed: item `label * views + view` is an RGB PIL image.
 
     It holds no image and no open font, so it can be pickled to the workers of a `DataLoader` at no cost.
     """
 
-    def __init__(
-        self, classes: Sequence[Emoji], domain: str, split: str, views: int, image_size: int, seed: int
-    ) -> None:
-        self.classes = tuple(classes)
-        self.domain = domain
-        self.split = split
-        self.views = views
-        self.image_size = image_size
-        self.seed = seed
+    classes: tuple[Emoji, ...]
+    domain: str
+    split: str
+    views: int
+    image_size: int
+    seed: int
 
     def __len__(self) -> int:
         return len(self.classes) * self.views

@@ -108,15 +108,16 @@ def cut(parts: Sequence[tuple[str, Rows]], rows_per_shard: int) -> list[Shard]:
     return shards
 
 
+@dataclass
 class ImageRows:
-    """Images, encoded when their turn comes."""
+    """N images, encoded when their turn comes."""
 
-    where = "images"
+    images: Images
+    names: Sequence[str]  # N
+    signs: Sequence[Any]  # N, what changes with an image's content: a size or a digest
+    labels: Sequence[str] | None = None  # N
+    where: str = "images"
     width: int | None = None
-
-    def __init__(self, images: Images, names: Sequence[str], signs: Sequence[Any], labels: Sequence[str] | None = None):
-        """names: N. signs: N, what changes with an image's content: a size or a digest. labels: N, or None."""
-        self.images, self.names, self.signs, self.labels = images, names, signs, labels
 
     def __len__(self) -> int:
         return len(self.names)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from rada.distributed import rank, world_size
 from rada.evaluate import load_test
 from rada.files import remove_partials
-from rada.inference.files import feature_files
+from rada.inference.files import file_rows
 from rada.inference.inputs import Rows, Shard, cut, image_rows, source_rows
 from rada.inference.manifest import (
     MANIFEST,
@@ -53,7 +53,7 @@ def plan_shards(
     if data is not None and (bare := _bare(data)) is not None:
         features = bare
     if features is not None:
-        parts = feature_files(Path(features).expanduser())
+        parts = file_rows(Path(features).expanduser())
     elif images is not None:
         parts = [("images", image_rows(Path(images).expanduser()))]
     else:

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from rada.data import load_source
-from rada.data.features import feature_shards
 
 
 def entries(**changes):
@@ -181,7 +180,7 @@ def test_bad_feature_paths(tmp_path):
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(ValueError, match=r"a.csv: it takes a folder or a file ending in .npz, .safetensors, .pt"):
         load_source(f"features:{tmp_path / 'a.csv'}")
-    with pytest.raises(FileNotFoundError, match=r"img_emb: no such folder; it takes img_emb_0.npy"):
+    with pytest.raises(ValueError, match="holds no feature file; it takes files ending in"):
         load_source(f"features:{tmp_path}")
 
 
@@ -226,17 +225,14 @@ def test_a_split_entry_is_kept(tmp_path):
     assert torch.equal(source.test.features, torch.from_numpy(entries()["image_features"][1::2]).float())
 
 
-def test_shards_are_mapped_not_read(tmp_path):
-    write_clip_retrieval(tmp_path, sizes=(4, 3))
-    shards = feature_shards(tmp_path)
-    assert [tuple(shard.shape) for shard in shards] == [(4, 4), (3, 4)]
-    assert {shard.dtype for shard in shards} == {torch.float16}
-    file = tmp_path / "img_emb" / "img_emb_1.npy"
-    raw = bytearray(file.read_bytes())
-    raw[-8:-6] = np.float16(7).tobytes()
-    file.write_bytes(raw)
-    assert shards[1][-1, 0] == 7  # read after the file changed
-    assert feature_shards(file)[0].shape == (3, 4)
+def test_shards_may_be_parquet_files_with_their_labels(tmp_path):
+    for number, rows in enumerate((3, 5)):
+        features = np.full((rows, 4), number, np.float32)
+        columns = {"embedding": features.tolist(), "label": ["cat", "dog"] * (rows // 2) + ["cat"] * (rows % 2)}
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+    source = load_source(f"features:{tmp_path}")
+    assert source.class_names == ("cat", "dog")
+    assert sorted(torch.cat([source.train.features, source.test.features])[:, 0].tolist()) == [0] * 3 + [1] * 5
 
 
 def test_bad_shards_are_named(tmp_path):
@@ -247,10 +243,10 @@ def test_bad_shards_are_named(tmp_path):
         np.save(emb / f"img_emb_{i}.npy", rows)
 
     shard(1, np.zeros((3, 5), np.float16))
-    with pytest.raises(ValueError, match=r"img_emb_1.npy: got width 5; it takes 4, the width of img_emb_0.npy"):
+    with pytest.raises(ValueError, match=r"img_emb_1.npy: got features of width 5; it takes 4, the width"):
         load_source(spec)
     shard(1, np.zeros(3, np.float16))
-    with pytest.raises(ValueError, match=r"img_emb_1.npy: got float16 \[3\]; it takes floating \[n, D\]"):
+    with pytest.raises(ValueError, match=r"img_emb_1.npy: .*got float16 \[3\]; it takes floating \[N, D\]"):
         load_source(spec)
     shard(1, np.zeros((2, 4), np.float16))
     with pytest.raises(ValueError, match=r"metadata_1.parquet: got 3 rows; it takes 2"):
@@ -259,7 +255,7 @@ def test_bad_shards_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"img_emb_1.npy: not a readable .npy file"):
         load_source(spec)
     (emb / "img_emb_1.npy").unlink()
-    with pytest.raises(ValueError, match=r"img_emb number 1 is missing of 0..2"):
+    with pytest.raises(ValueError, match=r"img_emb number 1 is missing, as there are 2 files"):
         load_source(spec)
 
 
@@ -279,5 +275,5 @@ def test_bad_metadata_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"metadata_1.parquet: not a readable Parquet file"):
         load_source(spec)
     second.unlink()
-    with pytest.raises(ValueError, match=r"metadata: got 1 files; it takes 2"):
+    with pytest.raises(FileNotFoundError, match=r"metadata_1.parquet: no such file; it holds the names"):
         load_source(spec)

@@ -16,8 +16,8 @@ from rada import RAdaHead
 from rada.adapter import AdaptedHead
 from rada.checkpoint import Checkpoint
 from rada.clip import RAdaCLIP
+from rada.data.feature_files import FeatureFile
 from rada.inference import PredictOptions, Predictor, plan_shards, predict, predict_to_folder, read_manifest
-from rada.inference.files import FeatureFile
 from rada.models import ModelSpec
 from tests.rada.predictions import CLASSES, NAMES, ROWS, SMALL, WIDTH, checkpoint_of, rows, saved, table_of
 
@@ -310,10 +310,10 @@ def test_labels_of_another_list_are_refused(checkpoint, features, tmp_path):
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["predict.json"]
 
 
-def test_pieces_cover_a_file_without_a_gap(tmp_path):
+def test_pieces_cover_a_file_without_a_gap(tmp_path, monkeypatch):
+    monkeypatch.setattr("rada.data.feature_files.PIECE_BYTES", 1)
     values = rows(1000)
     np.save(tmp_path / "a.npy", values)
-    file = FeatureFile(tmp_path / "a.npy", tmp_path)
-    pieces = list(file.reader.pieces(13, 977, 64))
+    pieces = list(FeatureFile(tmp_path / "a.npy").pieces(13, 977, 64))
     assert [len(piece) for piece in pieces] == [64] * 15 + [4]
     assert torch.equal(torch.cat(pieces), torch.from_numpy(values[13:977]))
