@@ -65,16 +65,7 @@ def class_means(train: Labelled, count: int) -> Tensor:
     """Stand-ins for text features [K, D], for features that come without any: each class's mean training image.
 
     Every image is divided by its norm, and so is each mean. It is the classifier of Snell et al. (NeurIPS 2017, arXiv
-    1703.05175), without their training. What it does to a table:
-
-    - There is no zero-shot. Its column is that of the class means, which have seen the training images, and differs
-      from seed to seed.
-    - A class without training images has no mean. That a head carries over to classes known by name alone cannot be
-      shown, so base-to-new takes text features.
-    - The training images lie at their own means: on features of the demo's model the means label 99 to 100 % of them
-      right before training, and a RAda head then changed the test accuracy by 0 to 0.5 points, with 4 shots and with
-      16. Means of one half of the images and training on the other half gave no more.
-    - CLIP's scale of 100 was learnt between images and texts. Between images it is a guess.
+    1703.05175), without their training. docs/protocols.md says what it does to a table.
 
     Raises ValueError for a class without images.
     """

@@ -79,6 +79,11 @@ def logit_batches(
             yield classes.zero_shot(batch) if head is None else head(batch, *classes)
 
 
+def all_logits(features: Tensor, classes: Classes, head: nn.Module | None) -> Tensor:
+    """Logits [N, K] float32, on the CPU, of features [N, D]; head: as in `logit_batches`."""
+    return torch.cat([batch.float().cpu() for batch in logit_batches(features, classes, head)])
+
+
 def predict_labels(
     features: Tensor, classes: Classes, head: nn.Module | None = None, batch_size: int = BATCH_SIZE
 ) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint, load_checkpoint
-from rada.classification import Classes, logit_batches
+from rada.classification import Classes, all_logits
 from rada.data import Source, Split, harmonic_mean, load_source, select_classes, subset
 from rada.data.classes import name_classes, prompt_names, read_class_names
 from rada.data.record import RECORD, content_of
@@ -137,8 +137,8 @@ def _accuracies(
     for group, ids in groups.items():
         mine = torch.isin(labels, ids)
         with trained.autocast():
-            batches = [b.float().cpu() for b in logit_batches(features[mine], classes.select(ids), head)]
-        judged[group] = torch.cat(batches), torch.searchsorted(ids, labels[mine])
+            logits = all_logits(features[mine], classes.select(ids), head)
+        judged[group] = logits, torch.searchsorted(ids, labels[mine])
     found = {group: top_k_accuracy(*of) for group, of in judged.items()}
     if "base" in found:
         found["h"] = harmonic_mean(found["base"], found["new"])

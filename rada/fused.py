@@ -153,20 +153,16 @@ class RAdaHead(nn.Module):
         """This head as all processes of a group compute it together, each for its share of the classes.
 
         For very many classes: of a call's rows [B, K, D] a process holds its own K / P, in forward and backward, and
-        does 1 / P of the work on K². The attention stays joint over all K·K pairs: results are the unsharded head's.
+        does 1 / P of the work on K², in plain PyTorch, on any device. Results are the unsharded head's: the attention
+        stays joint over all K·K pairs. docs/many-classes.md has the cost.
 
         process_group: of torch.distributed; every process calls. Default: the default group.
 
-        Returns a head with the same parameters, and leaves this one as it is: for `mask`, and for a call in one process
-        alone. Its arguments are the same in every process, the whole batch and all K classes, K at least the number of
-        processes; so are its logits [B, K], penalty and gradients, all of them whole, where every process takes the
-        same loss of the logits. An optimizer may step at once. DistributedDataParallel is for further processes, that
-        have other images and a group of their own.
-
-        It computes in plain PyTorch, on any device, eagerly, in tiles of RADA_TILE_BYTES: nearly P times as fast as the
-        unsharded `torch` backend where K is far above D·P, since every process projects all keys and values. The
-        operators of `cpu` and `triton` have no part in it. Communication: a few numbers per image and head, the
-        logits, and the gradients once.
+        Returns a head with the same parameters, and leaves this one as it is. Its arguments are the same in every
+        process, the whole batch and all K classes, K at least the number of processes; so are its logits [B, K],
+        penalty and gradients, all of them whole, where every process takes the same loss of the logits. An optimizer
+        may step at once. DistributedDataParallel is for further processes, that have other images and a group of their
+        own.
 
         Raises ValueError for a backend other than "auto" and "torch", without such a group, and, in every process, for
         a call with a wrong argument in one of them or with other arguments than rank 0's.

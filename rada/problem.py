@@ -15,7 +15,7 @@ from torch import Tensor
 from rada.baselines import class_means
 from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint
-from rada.classification import Classes, Labelled, logit_batches
+from rada.classification import Classes, Labelled, all_logits
 from rada.data import Source, Split, load_source, subset
 from rada.data.classes import limit_classes, name_classes, prompt_names, read_class_names
 from rada.data.record import SplitRecord, split_records
@@ -120,7 +120,7 @@ class Problem:
     def logits(self, features: Tensor, classes: Classes, head: torch.nn.Module | None) -> Tensor:
         """Logits [N, K] float32, on the CPU, of features [N, D], in the run's precision."""
         with self.autocast():
-            return torch.cat([batch.float().cpu() for batch in logit_batches(features, classes, head)])
+            return all_logits(features, classes, head)
 
     def autocast(self) -> AbstractContextManager:
         return autocast(self.settings.precision, self.device)
