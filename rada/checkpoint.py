@@ -253,12 +253,10 @@ class Checkpoint:
             },
         )
 
-    def check_width(self, features: Tensor) -> None:
-        """Raise ValueError for features [N, D] of another width."""
-        if features.shape[1] != self.rada.embed_dim:
-            raise ValueError(
-                f"data: got features of width {features.shape[1]}; the checkpoint takes {self.rada.embed_dim}"
-            )
+    def check_width(self, width: int, where: str) -> None:
+        """Raise ValueError for features of another width. where: they are from."""
+        if width != self.rada.embed_dim:
+            raise ValueError(f"{where}: got features of width {width}; the checkpoint takes {self.rada.embed_dim}")
 
     def open_frozen(self) -> FeatureExtractor:
         """The frozen encoders, checked to be those of the training. Raises ValueError where the checkpoint has none."""

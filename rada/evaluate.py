@@ -14,7 +14,7 @@ from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.classification import Classes, all_logits
 from rada.data import Source, Split, harmonic_mean, load_source, select_classes, subset
-from rada.data.classes import name_classes, prompt_names, read_class_names
+from rada.data.classes import name_classes, places, prompt_names, read_class_names
 from rada.data.record import RECORD, content_of
 from rada.encoders import FeatureExtractor, readable_features, split_features
 from rada.metrics import expected_calibration_error, top_k_accuracy
@@ -103,7 +103,7 @@ def evaluate_checkpoint(
     everything = torch.arange(len(test))
     kept, features, skipped = readable_features(encoders, test, everything, "encode test images", skip_bad=skip_bad)
     test = subset(test, kept)
-    trained.check_width(features)
+    trained.check_width(features.shape[1], "data")
     classes = classes_of(trained, names, encoders)
     plain, plain_classes = features, classes
     if trained.changes_encoders and test.images is not None:
@@ -150,14 +150,13 @@ def select_test(trained: Checkpoint, source: Source) -> tuple[Split, tuple[str, 
 
     Else the data's own, which the text tower encodes. Raises ValueError where there is none and the data have others.
     """
-    position = {name: i for i, name in enumerate(source.class_names)}
-    missing = [name for name in trained.class_names if name not in position]
-    if not missing:
-        return select_classes(source.test, [position[name] for name in trained.class_names]), trained.class_names
-    unknown = set(source.class_names) - set(trained.class_names)
-    if unknown and trained.spec is None:
+    ids = places(trained.class_names, source.class_names)
+    if ids is not None:
+        return select_classes(source.test, ids), trained.class_names
+    if trained.spec is None and places(source.class_names, trained.class_names) is None:
+        missing = next(name for name in trained.class_names if name not in source.class_names)
         raise ValueError(
-            f"data: {source.name} has no class {missing[0]!r}; it takes the checkpoint's classes, as there is no text "
+            f"data: {source.name} has no class {missing!r}; it takes the checkpoint's classes, as there is no text "
             "tower to encode others"
         )
     return source.test, source.class_names
@@ -165,9 +164,9 @@ def select_test(trained: Checkpoint, source: Source) -> tuple[Split, tuple[str, 
 
 def classes_of(trained: Checkpoint, names: tuple[str, ...], encoders: FeatureExtractor | None) -> Classes:
     """The classes of these names: the checkpoint's own, or encoded."""
-    position = {name: i for i, name in enumerate(trained.class_names)}
-    if all(name in position for name in names):
-        return trained.classes.select(torch.tensor([position[name] for name in names]))
+    ids = places(names, trained.class_names)
+    if ids is not None:
+        return trained.classes.select(ids)
     assert encoders is not None
     classes = encoders.classes(prompt_names(names))
     return classes._replace(text=classes.text.to(trained.classes.text.dtype))

@@ -17,7 +17,7 @@ from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint
 from rada.classification import Classes, Labelled, all_logits
 from rada.data import Source, Split, load_source, subset
-from rada.data.classes import limit_classes, name_classes, prompt_names, read_class_names
+from rada.data.classes import limit_classes, name_classes, places, prompt_names, read_class_names
 from rada.data.record import SplitRecord, split_records
 from rada.data.splits import shots_and_val
 from rada.data.suite import read_suite
@@ -298,7 +298,9 @@ def _encode_groups(
 ) -> Iterator[tuple[str, TestGroup]]:
     for name, group in protocol.groups.items():
         split = group.test
-        ids = group.ids if group.source is protocol.source else group.ids_among(protocol.source.class_names)
+        # Of ImageNet's variants all classes are among ImageNet's: their features need no second encoding.
+        own = group.source is protocol.source
+        ids = group.ids if own else places(group.class_names, protocol.source.class_names)
         among = None
         if classes is not None and ids is not None:
             among = classes.select(ids)

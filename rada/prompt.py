@@ -142,9 +142,6 @@ class PromptLearner(nn.Module):
         image_tokens = 0 if self.image_context is None else self.image_context.shape[1]
         return {"context": self.context, "text_tokens": text_tokens, "image_tokens": image_tokens, "depth": depth}
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
 
 class PromptedEncoder(nn.Module):
     """A frozen model under a prompt, with the model's own interface: encode_image, encode_text, scale and bias.

@@ -50,16 +50,6 @@ class Group(NamedTuple):
         """The test images of these classes, with labels in 0..K'-1."""
         return select_classes(self.source.test, self.ids)
 
-    def ids_among(self, class_names: Sequence[str]) -> Tensor | None:
-        """Where the group's classes stand among `class_names`, [K'] int64; None where one is not among them.
-
-        Of ImageNet's variants all are among ImageNet's, so that their features need no second encoding and a classifier
-        of fixed classes can be asked.
-        """
-        position = {name: i for i, name in enumerate(class_names)}
-        found = [position.get(name) for name in self.class_names]
-        return None if None in found else torch.tensor(found)
-
 
 @dataclass(frozen=True)
 class Protocol:

@@ -23,6 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -93,11 +94,17 @@ def read_names(path: str | Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+def places(names: Sequence[str], among: Sequence[str]) -> Tensor | None:
+    """Where names [K'] stand among others, [K'] int64; None where one does not."""
+    position = {name: i for i, name in enumerate(among)}
+    found = [position.get(name) for name in names]
+    return None if None in found else torch.tensor(found)
+
+
 def name_classes(source: Source, names: Mapping[str, str]) -> Source:
     """The source with the classes `names` (origin: name), in that order."""
     if tuple(names) != source.class_names:
-        position = {origin: i for i, origin in enumerate(source.class_names)}
-        source = take_classes(source, torch.tensor([position[origin] for origin in names]))
+        source = take_classes(source, cast(Tensor, places(tuple(names), source.class_names)))
     return replace(source, class_names=tuple(names.values()))
 
 

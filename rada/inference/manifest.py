@@ -146,15 +146,14 @@ def finished(output: Path, name: str, entry: dict, settings: str, options: Predi
 def _compare(output: Path, stored: dict, now: dict) -> None:
     remedy = "it takes another output, or --overwrite"
     check_same(_flat(now), _flat(stored), f"the run in {output}", f": {remedy}")
-    before = {shard["name"]: shard for shard in stored["shards"]}
-    after = {shard["name"]: shard for shard in now["shards"]}
+    before, after = ({shard["name"]: shard for shard in manifest["shards"]} for manifest in (stored, now))
     for name in [*before, *after]:
         if before.get(name) != after.get(name):
-            shard = after.get(name, before.get(name)) or {}
             change = "is gone" if name not in after else "is new" if name not in before else "has changed"
+            file = (before.get(name) or after[name]).get("file", f"shard {name}")
             raise ValueError(
-                f"input: {shard.get('file', f'shard {name}')} {change} since the run in {output} began; it takes the "
-                f"same input: put it back, or give another output, or --overwrite"
+                f"input: {file} {change} since the run in {output} began; it takes the same input: put it back, or "
+                "give another output, or --overwrite"
             )
     if [*before] != [*after]:
         raise ValueError(f"input: got its shards in another order than the run in {output}: {remedy}")

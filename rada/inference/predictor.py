@@ -100,12 +100,11 @@ class Predictor:
         """Raise ValueError for features of another width, for images where there are no encoders or not the
         checkpoint's, and for adapted features where nothing adapts any.
         """
-        embed_dim, width = self.trained.rada.embed_dim, rows.width
-        if width not in (None, embed_dim):
-            raise ValueError(f"{rows.where}: got features of width {width}; the checkpoint takes {embed_dim}")
+        trained, width = self.trained, rows.width
         if width is None:
             _ = self.encoders  # opened now, not in the first shard
-        trained = self.trained
+        else:
+            trained.check_width(width, rows.where)
         if options.shortlist > (count := len(trained.class_names)):
             raise ValueError(f"shortlist: got {options.shortlist}; it takes at most {count}, the number of classes")
         adapts = isinstance(trained.head, AdaptedHead)
