@@ -66,16 +66,14 @@ def adapt_checkpoint(
     checkpoint: Path,
     data: str | None = None,
     *,
-    adaptation: Adaptation | None = None,
     device: str = "auto",
     backend: str = "auto",
-    skip_bad: bool = False,
-    **views: Any,
+    **options: Any,
 ) -> dict:
     """Test-time training from a stored head, on the test items that `rada.evaluate.load_test` gives.
 
-    data: default: what the head was trained on. adaptation: default: `Adaptation()`. skip_bad: leave unreadable images
-        out. Default False: raise, naming the first.
+    data: default: what the head was trained on.
+    adaptation: default: `Adaptation()`. skip_bad: leave unreadable images out. Default False: raise, naming the first.
     views, augmix, seed: as for `view_features`. limit: adapt to so many images alone, drawn by seed. Default: to all.
 
     Returns data, attribution, device, backend, images, skipped (names), views, kept, seconds, images_per_s (with
@@ -90,7 +88,7 @@ def adapt_checkpoint(
         raise ValueError("checkpoint: its head has adapters; test-time training takes a head without")
     encoders = trained.open_model()
     classes = classes_of(trained, names, encoders)
-    return _adapt(encoders, replace(source, test=test), trained.head, classes, adaptation, skip_bad, **views)
+    return _adapt(encoders, replace(source, test=test), trained.head, classes, **options)
 
 
 def adapt_zero_shot(
@@ -98,11 +96,9 @@ def adapt_zero_shot(
     data: str,
     *,
     num_heads: int = 8,
-    adaptation: Adaptation | None = None,
     device: str = "auto",
     backend: str = "auto",
-    skip_bad: bool = False,
-    **views: Any,
+    **options: Any,
 ) -> dict:
     """Test-time training from an untrained head, which predicts as the encoders do, on a data set's test items.
 
@@ -114,7 +110,7 @@ def adapt_zero_shot(
     torch.manual_seed(0)  # of the layers that start at random
     head = RAdaHead(encoders.embed_dim, num_heads, backend=backend, device=where, dtype=encoders.feature_dtype)
     classes = encoders.classes(source.class_names)
-    return _adapt(encoders, source, head.eval(), classes, adaptation, skip_bad, **views)
+    return _adapt(encoders, source, head.eval(), classes, **options)
 
 
 def _adapt(
@@ -122,9 +118,9 @@ def _adapt(
     source: Source,
     head: RAdaHead,
     classes: Classes,
-    adaptation: Adaptation | None,
-    skip_bad: bool,
     *,
+    adaptation: Adaptation | None = None,
+    skip_bad: bool = False,
     views: int = VIEWS,
     augmix: bool = False,
     seed: int = 0,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,14 +48,14 @@ def decode_image(content: bytes):
         return to_rgb(image)
 
 
-def read_image(path: Path):
-    """The RGB PIL image in a file. Raises ValueError naming the file."""
+def read_image(name: Any, read: Callable[[], bytes]):
+    """The RGB PIL image in the bytes that `read` returns. Raises ValueError naming it."""
     try:
-        return decode_image(path.read_bytes())
+        return decode_image(read())
     except ImportError:
         raise
-    except Exception as error:  # a decoder may raise anything; what matters is which file
-        raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+    except Exception as error:  # a decoder may raise anything; what matters is which image
+        raise ValueError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
 
 
 class ImageFiles:
@@ -67,7 +68,7 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, index: int):
-        return read_image(self.paths[index])
+        return read_image(self.paths[index], self.paths[index].read_bytes)
 
     def __add__(self, other: ImageFiles) -> ImageFiles:
         return ImageFiles(self.paths + other.paths)

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from rada.data.folder import is_image
-from rada.data.images import ImageFiles, decode_image
+from rada.data.images import ImageFiles, read_image
 from rada.data.source import Images
 from rada.files import read_lines
 
@@ -164,12 +164,7 @@ class TarImages:
         return self.__dict__ | {"_open": None}
 
     def __getitem__(self, index: int):
-        try:
-            return decode_image(self.content(index))
-        except ImportError:
-            raise
-        except Exception as error:  # a decoder may raise anything; what matters is which image
-            raise ValueError(f"{self.names[index]}: not a readable image ({type(error).__name__}: {error})") from error
+        return read_image(self.names[index], lambda: self.content(index))
 
     def content(self, index: int) -> bytes:
         """The bytes of an image's file."""
