@@ -185,24 +185,6 @@ class Checkpoint:
     precision: str = "fp32"
     fingerprint: str | None = None
 
-    @staticmethod
-    def of(model: RAdaCLIP, *, record: SplitRecord | None = None, loss: str | None = None) -> Checkpoint:
-        """The checkpoint of a model that a user's own loop trained; towers that require a gradient are in it."""
-        bias = model.logit_bias
-        classes = Classes(model.text_features.detach(), model.logit_scale.item(), None if bias is None else bias.item())
-        trains = model.visual_trains or model.text_trains
-        return Checkpoint(
-            model.head,
-            classes,
-            model.class_names,
-            model.backbone,
-            model.spec,
-            record,
-            towers=model.model.state_dict() if trains else None,
-            loss=loss or ("cross-entropy" if classes.logit_bias is None else "sigmoid"),
-            fingerprint=None if trains else model.fingerprint(),
-        )
-
     @property
     def device(self) -> torch.device:
         return self.classes.text.device
@@ -308,20 +290,27 @@ def save_model(
 ) -> Path:
     """Write the checkpoint of what a loop of one's own trained; returns the folder.
 
-    model: a RAdaCLIP; or a head over precomputed features, with their classes, K class_names and backbone, the name of
-        the model whose features they are.
+    model: a RAdaCLIP, whose towers are stored where they require a gradient; or a head over precomputed features, with
+        their classes, K class_names and backbone, the name of the model whose features they are.
     loss: see `rada.losses.LOSSES`. Default: "sigmoid" for classes with a logit bias, else "cross-entropy".
 
     Encoders that were opened by a name are opened again by it; of a model made of objects the checkpoint serves
     features alone, until its encoders are given a name.
     """
+    known: dict[str, Any] = {}
+    head: Any = model
     if isinstance(model, RAdaCLIP):
-        checkpoint = Checkpoint.of(model, loss=loss)
+        head, class_names, backbone = model.head, model.class_names, model.backbone
+        classes = model.among(model.text_features.detach())
+        known["spec"] = model.spec
+        if model.visual_trains or model.text_trains:
+            known["towers"] = model.model.state_dict()
+        else:
+            known["fingerprint"] = model.fingerprint()
     elif classes is None or class_names is None or backbone is None:
         raise ValueError("classes, class_names, backbone: got none with a head alone; it takes all three")
-    else:
-        own = loss or ("cross-entropy" if classes.logit_bias is None else "sigmoid")
-        checkpoint = Checkpoint(model, classes, tuple(class_names), backbone, loss=own)
+    loss = loss or ("cross-entropy" if classes.logit_bias is None else "sigmoid")
+    checkpoint = Checkpoint(head, classes, tuple(class_names), backbone, loss=loss, **known)
     checkpoint.save(Path(folder))
     return Path(folder)
 

@@ -162,9 +162,12 @@ class FeatureExtractor(nn.Module):
 
     def classes(self, class_names: Sequence[str]) -> Classes:
         """The classes of these names, without gradients."""
-        features = self.encode_classes(self.tokenize_classes(class_names)).detach()
+        return self.among(self.encode_classes(self.tokenize_classes(class_names)).detach())
+
+    def among(self, text_features: Tensor) -> Classes:
+        """The classes of these features [K, D], with the encoders' scale and bias."""
         bias = self.logit_bias
-        return Classes(features, self.logit_scale.item(), None if bias is None else bias.item())
+        return Classes(text_features, self.logit_scale.item(), None if bias is None else bias.item())
 
     @property
     def logit_scale(self) -> Tensor:

@@ -112,21 +112,25 @@ def evaluate_checkpoint(
         plain = split_features(frozen, test, torch.arange(len(test)), "encode test images")
         plain_classes = frozen.classes(prompt_names(names))
     groups = _groups(trained, names)
-    counts = {group: int(torch.isin(test.labels, ids).sum()) for group, ids in groups.items()}
-    for group, count in counts.items():
-        if not count:
-            raise ValueError(f"data: {source.name} has no test item of the {group} classes; it takes at least one")
-
     return {
         "data": source.name,
         "attribution": source.attribution,
         "device": str(trained.device),
         "backend": str(trained.rada.backend_for(trained.classes.text)),
-        "test_items": counts,
+        "test_items": _counts(groups, test.labels, source.name),
         "skipped": skipped,
         "zero_shot": _accuracies(trained, groups, test.labels, None, plain, plain_classes),
         "rada": _accuracies(trained, groups, test.labels, trained.head, features, classes),
     }
+
+
+def _counts(groups: dict[str, Tensor], labels: Tensor, name: str) -> dict[str, int]:
+    """The test items of each group. Raises ValueError for none."""
+    counts = {group: int(torch.isin(labels, ids).sum()) for group, ids in groups.items()}
+    for group, count in counts.items():
+        if not count:
+            raise ValueError(f"data: {name} has no test item of the {group} classes; it takes at least one")
+    return counts
 
 
 def _accuracies(

@@ -121,11 +121,7 @@ def open_model(
         if tokenizer is None:
             tokenizer = require("open_clip", "clip", USER).get_tokenizer(model_or_name)
     else:
-        for name, value in (("pretrained", pretrained), ("precision", None if precision == "fp32" else precision)):
-            if value is not None:
-                raise ValueError(
-                    f"{name}: got {value!r} with a model given as an object; it goes with a model's name only"
-                )
+        _refuse(pretrained=pretrained, precision=None if precision == "fp32" else precision)
         model, own_backbone = model_or_name, type(model_or_name).__name__
         own_preprocess = _transform_of(model) if preprocess is None else None
         tokenizer = tokenizer or _tokenizer_of(model)
@@ -144,6 +140,12 @@ def open_model(
     )
     encoders.spec = spec
     return encoders
+
+
+def _refuse(**of_names: Any) -> None:
+    for name, value in of_names.items():
+        if value is not None:
+            raise ValueError(f"{name}: got {value!r} with a model given as an object; it goes with a model's name only")
 
 
 def _create(name: str, pretrained, precision: str, device) -> tuple[nn.Module, Callable, str]:

@@ -181,8 +181,6 @@ def prepare(
     penalty = settings.penalty or ("mse" if sigmoid else settings.head.penalty)
     samples = _encode_samples(encoders, train, picks, settings.skip_bad, skipped)
     groups = dict(_encode_groups(protocol, encoders, classes, settings.skip_bad, skipped))
-    own = [name for name, group in protocol.groups.items() if group.source is protocol.source]
-    tested = {item for name in own for item in groups[name].split.names or ()}
     return Problem(
         settings=settings,
         device=device,
@@ -194,18 +192,7 @@ def prepare(
         classes=classes,
         samples=samples,
         groups=groups,
-        records=split_records(
-            source,
-            origins,
-            train,
-            {seed: picks[seed, settings.shots] for seed in settings.seeds},
-            tested,
-            data=settings.data,
-            data_seed=settings.seed,
-            skip_bad=settings.skip_bad,
-            max_classes=settings.max_classes,
-            shots=settings.shots,
-        ),
+        records=_records(settings, protocol, origins, train, picks, groups),
         loss=LOSSES[loss_name](settings.tuning.alpha) if loss is None else loss,
         loss_name=loss_name,
         head_options=replace(settings.head, penalty=penalty),
@@ -259,6 +246,29 @@ def _classes(
 
 
 Picks = dict[tuple[int, int], dict[str, Tensor]]
+
+
+def _records(
+    settings: Settings,
+    protocol: Protocol,
+    origins: tuple[str, ...],
+    train: Split,
+    picks: Picks,
+    groups: dict[str, TestGroup],
+) -> dict[int, SplitRecord]:
+    own = [name for name, group in protocol.groups.items() if group.source is protocol.source]
+    return split_records(
+        protocol.source,
+        origins,
+        train,
+        {seed: picks[seed, settings.shots] for seed in settings.seeds},
+        {item for name in own for item in groups[name].split.names or ()},
+        data=settings.data,
+        data_seed=settings.seed,
+        skip_bad=settings.skip_bad,
+        max_classes=settings.max_classes,
+        shots=settings.shots,
+    )
 
 
 def _encode_samples(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rada import RAdaHead
 from rada.adapter import AdaptedHead
-from rada.checkpoint import Checkpoint
+from rada.checkpoint import save_model
 from rada.clip import RAdaCLIP
 from rada.data.feature_files import FeatureFile
 from rada.inference import PredictOptions, Predictor, plan_shards, predict, predict_to_folder, read_manifest
@@ -138,7 +138,7 @@ def image_checkpoint(model_dir, folder):
     torch.manual_seed(0)
     head = RAdaHead(WIDTH, 4)
     torch.nn.init.normal_(head.out_proj.weight, std=0.5)
-    Checkpoint.of(RAdaCLIP(encoders, head.eval(), ("red", "green", "blue"))).save(folder)
+    save_model(folder, RAdaCLIP(encoders, head.eval(), ("red", "green", "blue")))
     return encoders, head
 
 
@@ -210,7 +210,7 @@ def test_features_of_an_image_are_what_fine_tuned_towers_make(images, model_dir,
     encoders.model.requires_grad_(True)
     with torch.no_grad():
         next(encoders.model.visual.parameters()).mul_(1.1)
-    Checkpoint.of(RAdaCLIP(encoders, head, ("red", "green", "blue"))).save(tmp_path / "tuned")
+    save_model(tmp_path / "tuned", RAdaCLIP(encoders, head, ("red", "green", "blue")))
     predict(tmp_path / "tuned", tmp_path / "out", options, images=folder, device="cpu")
     with torch.no_grad():
         pixels = torch.stack([encoders.preprocess(_open(folder / f"{i}.png")) for i in range(10)])
