@@ -142,7 +142,7 @@ def train(
     """
     from rada.experiment import run, run_suite
     from rada.loggers import tensorboard_writer, wandb_writer
-    from rada.report.tables import print_average, print_run
+    from rada.report.tables import print_average
     from rada.runs import free_output, run_name
 
     if suite is not None:
@@ -196,18 +196,15 @@ def train(
     if output is None:
         output = free_output(Path("runs") / run_name(data if suite is None else str(suite)))
     writers = [writer() for writer, wanted in ((tensorboard_writer, tensorboard), (wandb_writer, wandb)) if wanted]
-    if suite is not None:
-        done = run_suite(settings, suite, output, overwrite=overwrite, resume=resume, writers=writers)
-        if rank() == 0:
-            for name, results in done["runs"].items():
-                print_run(results)
-                _draw(output / name)
-            print_average(done)
+    options: dict = {"overwrite": overwrite, "resume": resume, "writers": writers}
+    if suite is None:
+        _show(output, run(settings, output, **options))
         return
-    results = run(settings, output, overwrite=overwrite, resume=resume, writers=writers)
+    done = run_suite(settings, suite, output, **options)
+    for name, results in done["runs"].items():
+        _show(output / name, results)
     if rank() == 0:
-        print_run(results)
-        _draw(output)
+        print_average(done)
 
 
 def report(
@@ -215,16 +212,19 @@ def report(
     traceback: Traceback = False,
 ) -> None:
     """Print a run's tables and draw its figures and page again, from its stored results."""
-    from rada.report.tables import print_run
     from rada.runs import load_results
 
-    print_run(load_results(folder))
-    _draw(folder)
+    _show(folder, load_results(folder))
 
 
-def _draw(folder: Path) -> None:
+def _show(folder: Path, results: dict) -> None:
+    """Print a run's tables, and draw its figures and page; by rank 0."""
     from rada.report import write_report
+    from rada.report.tables import print_run
 
+    if rank() > 0:
+        return
+    print_run(results)
     try:
         print(f"report: {write_report(folder)}")
     except ModuleNotFoundError as error:  # the results are there; only the pictures are not
