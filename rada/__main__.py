@@ -22,5 +22,5 @@ def main() -> None:
         run()
 
 
-if __name__ == "__main__":  # a process that measures memory imports this module again
+if __name__ == "__main__":
     main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from rada.adapter import AdaptedHead
 from rada.checkpoint import load_checkpoint
+from rada.checks import check_ints
 from rada.classification import Classes
-from rada.data import Split, load_source, select_classes, subset
+from rada.data import Source, load_source, subset
+from rada.data.record import names_of
 from rada.data.source import Images
+from rada.data.splits import draw
 from rada.data.views import VIEWS, ImageViews
-from rada.encoders import IMAGES_PER_BATCH, FeatureExtractor, choose_device, feature_batches
-from rada.evaluate import load_test
+from rada.encoders import IMAGES_PER_BATCH, FeatureExtractor, choose_device, encode_batches, in_batches
+from rada.evaluate import classes_of, load_test, select_test
 from rada.fused import RAdaHead
 from rada.metrics import score
 from rada.models import ModelSpec
@@ -28,18 +32,29 @@ IMAGES_PER_CALL = 16
 
 
 def view_features(
-    encoders: FeatureExtractor, images: Images, views: int = VIEWS, *, augmix: bool = False, seed: int = 0
+    encoders: FeatureExtractor,
+    images: Images,
+    views: int = VIEWS,
+    *,
+    augmix: bool = False,
+    seed: int = 0,
+    skipped: list[int] | None = None,
 ) -> Iterator[Tensor]:
     """Yield unit-length features [n, V, D] of the images' views, the plain one first, with a bar.
 
     views: V. augmix, seed: as for `rada.data.views.ImageViews`.
+    skipped: receives the positions of unreadable images, which are left out. Default None: raise for the first.
     """
     size = encoders.model.visual.image_size
     items = ImageViews(images, (size, size) if isinstance(size, int) else tuple(size), views, augmix=augmix, seed=seed)
-    batch_size = views * max(1, IMAGES_PER_BATCH // views)
+    batches = in_batches(range(len(items)), views * max(1, IMAGES_PER_BATCH // views))
     pending: list[Tensor] = []  # each [n, V, D]
-    for features in feature_batches(encoders, items, description="encode views", batch_size=batch_size):
-        pending.append(features.unflatten(0, (-1, views)))
+    for encoded in encode_batches(encoders, items, batches, description="encode views"):
+        if skipped is None:
+            encoded.check()
+        else:
+            skipped += sorted({position // views for position in encoded.bad})
+        pending.append(encoded.features.unflatten(0, (-1, views)))
         if sum(map(len, pending)) >= IMAGES_PER_CALL:
             yield torch.cat(pending)
             pending = []
@@ -51,35 +66,29 @@ def adapt_checkpoint(
     checkpoint: Path,
     data: str | None = None,
     *,
-    adaptation: Adaptation | None = None,
     device: str = "auto",
     backend: str = "auto",
-    skip_bad: bool = False,
-    **views: Any,
+    **options: Any,
 ) -> dict:
     """Test-time training from a stored head, on the test items that `rada.evaluate.load_test` gives.
 
-    data: default: what the head was trained on. adaptation: default: `Adaptation()`. skip_bad: leave unreadable images
-        out. Default False: raise, naming the first.
+    data: default: what the head was trained on.
+    adaptation: default: `Adaptation()`. skip_bad: leave unreadable images out. Default False: raise, naming the first.
     views, augmix, seed: as for `view_features`. limit: adapt to so many images alone, drawn by seed. Default: to all.
 
     Returns data, attribution, device, backend, images, skipped (names), views, kept, seconds, images_per_s (with
     encoding), adapted_per_s (without), and under zero_shot, rada and adapted the accuracies top1 and top5 and the
     calibration error ece in percent: without the head, by the head as it is, and after adaptation.
-    Raises as `load_test`, and ValueError for data without images or without a class of the checkpoint.
+    Raises as `load_test` and `select_test`, and ValueError for data without images.
     """
     trained = load_checkpoint(checkpoint, device=device, backend=backend)
-    data_set = load_test(trained, data)
-    position = {name: i for i, name in enumerate(data_set.class_names)}
-    missing = [name for name in trained.class_names if name not in position]
-    if missing:
-        raise ValueError(f"data: {data_set.name} has no class {missing[0]!r}; it takes the checkpoint's classes")
-    items = select_classes(data_set.test, [position[name] for name in trained.class_names])
+    source = load_test(trained, data)
+    test, names = select_test(trained, source)
     if isinstance(trained.head, AdaptedHead):
         raise ValueError("checkpoint: its head has adapters; test-time training takes a head without")
     encoders = trained.open_model()
-    found = _adapt(encoders, data_set.name, items, trained.head, trained.classes, adaptation, skip_bad, **views)
-    return {"data": data_set.name, "attribution": data_set.attribution, **found}
+    classes = classes_of(trained, names, encoders)
+    return _adapt(encoders, replace(source, test=test), trained.head, classes, **options)
 
 
 def adapt_zero_shot(
@@ -87,11 +96,9 @@ def adapt_zero_shot(
     data: str,
     *,
     num_heads: int = 8,
-    adaptation: Adaptation | None = None,
     device: str = "auto",
     backend: str = "auto",
-    skip_bad: bool = False,
-    **views: Any,
+    **options: Any,
 ) -> dict:
     """Test-time training from an untrained head, which predicts as the encoders do, on a data set's test items.
 
@@ -103,43 +110,37 @@ def adapt_zero_shot(
     torch.manual_seed(0)  # of the layers that start at random
     head = RAdaHead(encoders.embed_dim, num_heads, backend=backend, device=where, dtype=encoders.feature_dtype)
     classes = encoders.classes(source.class_names)
-    found = _adapt(encoders, source.name, source.test, head.eval(), classes, adaptation, skip_bad, **views)
-    return {"data": source.name, "attribution": source.attribution, **found}
+    return _adapt(encoders, source, head.eval(), classes, **options)
 
 
 def _adapt(
     encoders: FeatureExtractor,
-    name: str,
-    items: Split,
+    source: Source,
     head: RAdaHead,
     classes: Classes,
-    adaptation: Adaptation | None,
-    skip_bad: bool,
     *,
+    adaptation: Adaptation | None = None,
+    skip_bad: bool = False,
     views: int = VIEWS,
     augmix: bool = False,
     seed: int = 0,
     limit: int | None = None,
 ) -> dict:
+    items = source.test
     if items.images is None:
-        raise ValueError(f"data: {name} holds features computed before; views are made of images")
+        raise ValueError(f"data: {source.name} holds features computed before; views are made of images")
     if not len(items):
-        raise ValueError(f"data: {name} has no test items of these classes; it takes at least one")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: got {limit}; it takes a positive int")
-    if limit is not None and limit < len(items):
-        drawn = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[:limit]
-        items = subset(items, drawn.sort().values)
-    names = items.names or [str(i) for i in range(len(items))]
-    skipped = _unreadable(cast(Images, items.images)) if skip_bad else []
-    if skipped:
-        items = subset(items, [i for i in range(len(items)) if i not in skipped])
-        if not len(items):
-            raise ValueError(f"data: {name}: none of {len(names)} images could be read, the first is {names[0]}")
-    images, adapter = cast(Images, items.images), TestTimeAdapter(head, classes, adaptation)
+        raise ValueError(f"data: {source.name} has no test items of these classes; it takes at least one")
+    if limit is not None:
+        check_ints(1, limit=limit)
+    items = subset(items, draw(len(items), limit or 0, seed))
+    skipped: list[int] = []
+    adapter = TestTimeAdapter(head, classes, adaptation)
     logits: dict[str, list[Tensor]] = {"zero_shot": [], "rada": [], "adapted": []}
     started, adapting = time.perf_counter(), 0.0
-    for features in view_features(encoders, images, views, augmix=augmix, seed=seed):
+    for features in view_features(
+        encoders, cast(Images, items.images), views, augmix=augmix, seed=seed, skipped=skipped if skip_bad else None
+    ):
         features = features.to(classes.text.dtype)
         begun = time.perf_counter()
         adapted = adapter(features)
@@ -148,27 +149,22 @@ def _adapt(
         logits["zero_shot"].append(adapted.zero_shot.cpu())
         with torch.no_grad():
             logits["rada"].append(head(features[:, 0], *classes).float().cpu())
-    seconds = time.perf_counter() - started
+    seconds, read = time.perf_counter() - started, torch.ones(len(items), dtype=torch.bool)
+    read[skipped] = False
+    count, names = int(read.sum()), names_of(items)
+    if not count:
+        raise ValueError(f"data: {source.name}: none of {len(items)} images could be read, the first is {names[0]}")
     return {
+        "data": source.name,
+        "attribution": source.attribution,
         "device": str(classes.text.device),
         "backend": str(head.backend_for(classes.text)),
-        "images": len(items),
+        "images": count,
         "skipped": [names[i] for i in skipped],
         "views": views,
         "kept": adapter.adaptation.kept(views),
         "seconds": seconds,
-        "images_per_s": len(items) / seconds,
-        "adapted_per_s": len(items) / adapting,
-        **{name: score(torch.cat(rows), items.labels) for name, rows in logits.items()},
+        "images_per_s": count / seconds,
+        "adapted_per_s": count / adapting,
+        **{name: score(torch.cat(rows), items.labels[read]) for name, rows in logits.items()},
     }
-
-
-def _unreadable(images: Images) -> list[int]:
-    """The positions of the images that do not decode: little work beside the encoding of their views."""
-    bad = []
-    for i in range(len(images)):
-        try:
-            images[i]
-        except ValueError:
-            bad.append(i)
-    return bad

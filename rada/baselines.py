@@ -8,8 +8,8 @@ model(image_features [B, D], text_features [K, D], logit_scale, logit_bias) -> l
 their norm first. What a method must choose, it chooses by the accuracy on `val`, images of the training split; without
 them it takes the setting that its paper gives. Nothing is chosen by test images, and no iterate but the last is kept.
 
-zero-shot, and CLIP-Adapter, compare images with any text features. The others know the classes they were fitted on:
-they answer for these, in any order and number, and of no other class. `compare` leaves such an answer out.
+CLIP-Adapter compares images with any text features. The others know the classes they were fitted on: they answer for
+these, in any order and number, and of no other class.
 
 The published numbers of Tip-Adapter-F and CLIP-Adapter come from a new random crop of each image in every epoch. On
 features computed once there is none.
@@ -18,7 +18,6 @@ features computed once there is none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -55,36 +54,6 @@ class Baseline(NamedTuple):
     source: str
 
 
-def compare(
-    train: Labelled,
-    classes: Classes,
-    groups: Mapping[str, tuple[Classes, Labelled]],
-    *,
-    seed: int,
-    val: Labelled | None = None,
-    names: Iterable[str] | None = None,
-) -> dict[str, dict[str, float | None]]:
-    """The accuracy in percent of each baseline on each group of test images.
-
-    train, classes, seed, val: as for `Fit`.
-    groups: by name, the classes that the group's images are labelled among, and the images.
-    names: of BASELINES. Default: all.
-
-    None stands for a group with a class that the baseline says nothing about; a table prints it as "–".
-    """
-    table: dict[str, dict[str, float | None]] = {}
-    for name in BASELINES if names is None else names:
-        baseline = BASELINES[name]
-        model = baseline.fit(train, classes, seed=seed, val=val)
-        table[name] = {
-            group: accuracy(predict_labels(test.features, among, model), test.labels)
-            if baseline.unseen or class_rows(among.text, classes.text) is not None
-            else None
-            for group, (among, test) in groups.items()
-        }
-    return table
-
-
 def class_rows(text: Tensor, fitted: Tensor) -> Tensor | None:
     """Where the classes of text features [K', D] stand among `fitted` [K, D]: [K'] int64; None where one does not."""
     rows = (F.normalize(text, dim=-1) @ F.normalize(fitted, dim=-1).T).argmax(-1)
@@ -96,16 +65,7 @@ def class_means(train: Labelled, count: int) -> Tensor:
     """Stand-ins for text features [K, D], for features that come without any: each class's mean training image.
 
     Every image is divided by its norm, and so is each mean. It is the classifier of Snell et al. (NeurIPS 2017, arXiv
-    1703.05175), without their training. What it does to a table:
-
-    - There is no zero-shot. Its column is that of the class means, which have seen the training images, and differs
-      from seed to seed.
-    - A class without training images has no mean. That a head carries over to classes known by name alone cannot be
-      shown, so base-to-new takes text features.
-    - The training images lie at their own means: on features of the demo's model the means label 99 to 100 % of them
-      right before training, and a RAda head then changed the test accuracy by 0 to 0.5 points, with 4 shots and with
-      16. Means of one half of the images and training on the other half gave no more.
-    - CLIP's scale of 100 was learnt between images and texts. Between images it is a guess.
+    1703.05175), without their training. docs/protocols.md says what it does to a table.
 
     Raises ValueError for a class without images.
     """
@@ -115,13 +75,6 @@ def class_means(train: Labelled, count: int) -> Tensor:
     if len(empty):
         raise ValueError(f"train: got no image of {len(empty)} of {count} classes, the first is {int(empty[0])}")
     return F.normalize(sums, dim=-1)
-
-
-class ZeroShot(nn.Module):
-    """CLIP's own classifier: logit_scale · f hᵀ + logit_bias. Templates' ensembles stand in the text features."""
-
-    def forward(self, image: Tensor, text: Tensor, logit_scale: float, logit_bias: float | None = None) -> Tensor:
-        return Classes(text, logit_scale, logit_bias).zero_shot(image)
 
 
 class FittedClasses(nn.Module):
@@ -194,10 +147,6 @@ class ClipAdapter(nn.Module):
         adapted = self.up(self.down(image).relu()).relu()
         mixed = CLIP_ADAPTER_RATIO * adapted + (1 - CLIP_ADAPTER_RATIO) * image
         return Classes(text, logit_scale, logit_bias).zero_shot(mixed)
-
-
-def fit_zero_shot(train: Labelled, classes: Classes, *, seed: int, val: Labelled | None = None) -> ZeroShot:
-    return ZeroShot()
 
 
 def fit_linear_probe(train: Labelled, classes: Classes, *, seed: int, val: Labelled | None = None) -> LinearProbe:
@@ -356,7 +305,6 @@ def _prepare(items: Labelled, classes: Classes) -> tuple[Tensor, Tensor]:
 
 
 BASELINES: dict[str, Baseline] = {
-    "zero-shot": Baseline(fit_zero_shot, True, "Radford et al., ICML 2021, arXiv 2103.00020"),
     "linear probe": Baseline(fit_linear_probe, False, "Radford et al., ICML 2021, arXiv 2103.00020"),
     "LP++": Baseline(fit_lp_plus_plus, False, "Huang et al., CVPR 2024, arXiv 2404.02285"),
     "Tip-Adapter": Baseline(fit_tip_adapter, False, "Zhang et al., ECCV 2022, arXiv 2207.09519"),

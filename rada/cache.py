@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rada.files import json_text, write_bytes
+from rada.files import naming, write_bytes, write_json
 
 # Features that are lost at most where a process is killed.
 ROWS_PER_FILE = 4096
@@ -31,10 +31,8 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
-        try:
+        with naming(self.folder, "cache"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"cache: {self.folder} cannot be made ({error.strerror}); take another folder") from error
 
     def shelf(self, identity: Mapping[str, str]) -> Shelf:
         """The features that these encoders made. identity: what decides them."""
@@ -42,7 +40,7 @@ class FeatureCache:
         folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         about = folder / "model.json"
         if not about.exists():
-            _write(about, json_text(dict(identity)).encode())
+            write_json(about, dict(identity), "cache")
         return Shelf(folder)
 
 
@@ -91,14 +89,5 @@ class Shelf:
         features = torch.stack([self._new[key] for key in digests.tolist()])
         content = safetensors.torch.save({"digests": torch.from_numpy(digests.view(np.int64)), "features": features})
         file = self.folder / f"{hashlib.sha256(digests.tobytes()).hexdigest()[:16]}.safetensors"
-        _write(file, content)
+        write_bytes(file, content, "cache")
         self._new = {}
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        write_bytes(path, content)
-    except OSError as error:
-        raise OSError(
-            f"cache: {path} cannot be written ({error.strerror}); make room, take another folder, or leave --cache out"
-        ) from error

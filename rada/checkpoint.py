@@ -21,16 +21,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rada.adapter import AdaptedHead, FeatureAdapter
-from rada.classification import Classes
+from rada.classification import Classes, read_classes, write_classes
 from rada.clip import RAdaCLIP
 from rada.data.record import RECORD, SplitRecord
 from rada.encoders import FeatureExtractor, choose_device
-from rada.files import json_text, read_json, replacing, write_bytes
+from rada.files import json_text, read_json, write_bytes
 from rada.fused import RAdaHead
 from rada.models import ModelSpec
 from rada.precision import autocast
@@ -40,7 +39,6 @@ from rada_kernels import Options
 
 WEIGHTS, ADAPTER, PROMPT, TOWERS = (f"{part}.safetensors" for part in ("head", "adapter", "prompt", "towers"))
 PROMPT_OPTIONS = ("context", "text_tokens", "image_tokens", "depth")
-CLASSES = "classes.npz"
 FORMAT_VERSION = 1
 OPTIONS = tuple(field.name for field in fields(Options))
 ENTRIES = ("backbone", "embed_dim", *OPTIONS)  # of head.json
@@ -187,24 +185,6 @@ class Checkpoint:
     precision: str = "fp32"
     fingerprint: str | None = None
 
-    @staticmethod
-    def of(model: RAdaCLIP, *, record: SplitRecord | None = None, loss: str | None = None) -> Checkpoint:
-        """The checkpoint of a model that a user's own loop trained; towers that require a gradient are in it."""
-        bias = model.logit_bias
-        classes = Classes(model.text_features.detach(), model.logit_scale.item(), None if bias is None else bias.item())
-        trains = model.visual_trains or model.text_trains
-        return Checkpoint(
-            model.head,
-            classes,
-            model.class_names,
-            model.backbone,
-            model.spec,
-            record,
-            towers=model.model.state_dict() if trains else None,
-            loss=loss or ("cross-entropy" if classes.logit_bias is None else "sigmoid"),
-            fingerprint=None if trains else model.fingerprint(),
-        )
-
     @property
     def device(self) -> torch.device:
         return self.classes.text.device
@@ -226,15 +206,7 @@ class Checkpoint:
         """Write the checkpoint into a folder, created if missing. The head comes last and marks it complete."""
         if self.record is not None:
             self.record.write(folder)
-        bias: dict[str, Any] = {} if self.classes.logit_bias is None else {"logit_bias": self.classes.logit_bias}
-        with replacing(folder / CLASSES) as partial, open(partial, "wb") as file:
-            np.savez(
-                file,
-                text_features=self.classes.text.float().cpu().numpy(),
-                class_names=np.array(self.class_names),
-                logit_scale=self.classes.logit_scale,
-                **bias,
-            )
+        write_classes(folder, self.classes, self.class_names)
         parts = []
         if isinstance(self.head, AdaptedHead):
             sides = {"image": self.head.image_adapter, "text": self.head.text_adapter}
@@ -263,12 +235,10 @@ class Checkpoint:
             },
         )
 
-    def check_width(self, features: Tensor) -> None:
-        """Raise ValueError for features [N, D] of another width."""
-        if features.shape[1] != self.rada.embed_dim:
-            raise ValueError(
-                f"data: got features of width {features.shape[1]}; the checkpoint takes {self.rada.embed_dim}"
-            )
+    def check_width(self, width: int, where: str) -> None:
+        """Raise ValueError for features of another width. where: they are from."""
+        if width != self.rada.embed_dim:
+            raise ValueError(f"{where}: got features of width {width}; the checkpoint takes {self.rada.embed_dim}")
 
     def open_frozen(self) -> FeatureExtractor:
         """The frozen encoders, checked to be those of the training. Raises ValueError where the checkpoint has none."""
@@ -320,20 +290,27 @@ def save_model(
 ) -> Path:
     """Write the checkpoint of what a loop of one's own trained; returns the folder.
 
-    model: a RAdaCLIP; or a head over precomputed features, with their classes, K class_names and backbone, the name of
-        the model whose features they are.
+    model: a RAdaCLIP, whose towers are stored where they require a gradient; or a head over precomputed features, with
+        their classes, K class_names and backbone, the name of the model whose features they are.
     loss: see `rada.losses.LOSSES`. Default: "sigmoid" for classes with a logit bias, else "cross-entropy".
 
     Encoders that were opened by a name are opened again by it; of a model made of objects the checkpoint serves
     features alone, until its encoders are given a name.
     """
+    known: dict[str, Any] = {}
+    head: Any = model
     if isinstance(model, RAdaCLIP):
-        checkpoint = Checkpoint.of(model, loss=loss)
+        head, class_names, backbone = model.head, model.class_names, model.backbone
+        classes = model.among(model.text_features.detach())
+        known["spec"] = model.spec
+        if model.visual_trains or model.text_trains:
+            known["towers"] = model.model.state_dict()
+        else:
+            known["fingerprint"] = model.fingerprint()
     elif classes is None or class_names is None or backbone is None:
         raise ValueError("classes, class_names, backbone: got none with a head alone; it takes all three")
-    else:
-        own = loss or ("cross-entropy" if classes.logit_bias is None else "sigmoid")
-        checkpoint = Checkpoint(model, classes, tuple(class_names), backbone, loss=own)
+    loss = loss or ("cross-entropy" if classes.logit_bias is None else "sigmoid")
+    checkpoint = Checkpoint(head, classes, tuple(class_names), backbone, loss=loss, **known)
     checkpoint.save(Path(folder))
     return Path(folder)
 
@@ -353,15 +330,8 @@ def load_checkpoint(folder: str | os.PathLike, *, device: str = "auto", backend:
     parts = extra.get("parts", [])
     if "adapter" in parts:
         head = _adapted(head, folder)
-    path = folder / CLASSES
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it holds the classes that the head was trained with")
-    with np.load(path) as stored:
-        dtype = next(head.parameters()).dtype
-        text = torch.from_numpy(stored["text_features"]).to(where, dtype)
-        bias = float(stored["logit_bias"]) if "logit_bias" in stored.files else None
-        classes = Classes(text, float(stored["logit_scale"]), bias)
-        names = tuple(stored["class_names"].tolist())
+    classes, names = read_classes(folder)
+    classes = classes._replace(text=classes.text.to(where, next(head.parameters()).dtype))
     model = extra.get("model")
     return Checkpoint(
         head.eval(),
@@ -400,11 +370,12 @@ def checkpoint_folder(run: Path, seed: int, method: str = "rada") -> Path:
 def seed_folders(run: Path) -> list[Path]:
     """The folders of the whole checkpoints in a run's folder, by seed; those of rada before other methods'."""
     folders = [path.parent for kind in ("seed-*", "seed-*/*") for path in run.glob(f"{kind}/head.json")]
-    return sorted(folders, key=lambda folder: (len(folder.relative_to(run).parts), _seed_of(folder, run), folder.name))
 
+    def order(folder: Path) -> tuple[int, int, str]:
+        parts = folder.relative_to(run).parts
+        return len(parts), int(parts[0].removeprefix("seed-")), folder.name
 
-def _seed_of(folder: Path, run: Path) -> int:
-    return int(folder.relative_to(run).parts[0].removeprefix("seed-"))
+    return sorted(folders, key=order)
 
 
 def _weights_path(path: str | os.PathLike) -> Path:

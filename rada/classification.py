@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rada.files import write_bytes
+
 BATCH_SIZE = 256
+CLASSES = "classes.npz"  # text_features [K, D], class_names, logit_scale and, where there is one, logit_bias
 
 
 class Labelled(NamedTuple):
@@ -36,6 +42,30 @@ class Classes(NamedTuple):
         return logits if self.logit_bias is None else logits + self.logit_bias
 
 
+def write_classes(folder: Path, classes: Classes, class_names: Sequence[str]) -> None:
+    """Write classes.npz into a folder."""
+    entries: dict[str, Any] = {
+        "text_features": classes.text.float().cpu().numpy(),
+        "class_names": np.array(class_names),
+        "logit_scale": classes.logit_scale,
+        "logit_bias": classes.logit_bias,
+    }
+    file = io.BytesIO()
+    np.savez(file, **{name: value for name, value in entries.items() if value is not None})
+    write_bytes(folder / CLASSES, file.getvalue())
+
+
+def read_classes(folder: Path) -> tuple[Classes, tuple[str, ...]]:
+    """The classes of a folder's classes.npz, on the CPU, and their names. Raises FileNotFoundError."""
+    path = folder / CLASSES
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it holds the classes that the head was trained with")
+    with np.load(path) as stored:
+        bias = float(stored["logit_bias"]) if "logit_bias" in stored.files else None
+        classes = Classes(torch.from_numpy(stored["text_features"]), float(stored["logit_scale"]), bias)
+        return classes, tuple(stored["class_names"].tolist())
+
+
 def logit_batches(
     features: Tensor, classes: Classes, head: nn.Module | None, batch_size: int = BATCH_SIZE
 ) -> Iterator[Tensor]:
@@ -47,6 +77,11 @@ def logit_batches(
         batch = batch.to(classes.text.device, classes.text.dtype)
         with torch.no_grad():
             yield classes.zero_shot(batch) if head is None else head(batch, *classes)
+
+
+def all_logits(features: Tensor, classes: Classes, head: nn.Module | None) -> Tensor:
+    """Logits [N, K] float32, on the CPU, of features [N, D]; head: as in `logit_batches`."""
+    return torch.cat([batch.float().cpu() for batch in logit_batches(features, classes, head)])
 
 
 def predict_labels(

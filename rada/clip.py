@@ -29,15 +29,7 @@ class RAdaCLIP(FeatureExtractor):
     """
 
     def __init__(self, encoders: FeatureExtractor, head: RAdaHead, class_names: Sequence[str]):
-        super().__init__(
-            encoders.model,
-            tokenizer=encoders.tokenizer,
-            templates=encoders.templates,
-            preprocess=encoders.preprocess,
-            backbone=encoders.backbone,
-        )
-        for name in ("spec", "amp", "batch_size", "workers"):
-            setattr(self, name, getattr(encoders, name))
+        self._like(encoders, encoders.model)
         self.head = head
         self.embed_dim = head.embed_dim
         self.register_buffer("_text_features", None, persistent=False)

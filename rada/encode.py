@@ -29,17 +29,18 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from rada.checks import check_ints, check_one_of, check_same
+from rada.classification import CLASSES, write_classes
 from rada.data.classes import prompt_names, read_class_names, read_names
-from rada.data.features import ENCODING
+from rada.data.feature_files import ENCODING
 from rada.data.listing import Listing
 from rada.distributed import rank, world_size
 from rada.encoders import Encoded, FeatureExtractor, encode_batches, in_batches
 from rada.extras import require
-from rada.files import json_text, read_json, write_bytes
+from rada.files import naming, read_json, write_bytes, write_json
 from rada.version import __version__
 
 FORMAT, FORMAT_VERSION = "rada-encoding", 1
-CLASSES = "classes.npz"
 ROWS_PER_SHARD = 10_000
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # So many images at a stretch are not unreadable by chance: the disk is gone, or the list is of another place.
@@ -72,10 +73,8 @@ def encode_to_shards(
     file that cannot be written.
     """
     output = Path(output).expanduser()
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}; it takes one of {tuple(DTYPES)}")
-    if rows_per_shard < 1:
-        raise ValueError(f"rows_per_shard: got {rows_per_shard}; it takes a positive int")
+    check_one_of(DTYPES, dtype=dtype)
+    check_ints(1, rows_per_shard=rows_per_shard)
     check_folder(output)
     names, listing = _classes(listing, class_names)
     count = -(-len(listing) // rows_per_shard)
@@ -83,10 +82,10 @@ def encode_to_shards(
     shards = _Shards(output, ".safetensors" if dtype == "bfloat16" else ".npy")
     _claim(shards, _identity(extractor, listing, count, rows_per_shard, dtype, names), mine, resume)
     if names and rank() == 0 and not (output / CLASSES).is_file():
-        _write_classes(output, extractor, names)
+        write_classes(output, extractor.classes(prompt_names(names)), names)
     missing = [shard for shard in mine if not shards.whole(shard)]
     parts = {shard: range(len(listing))[shard * rows_per_shard :][:rows_per_shard] for shard in missing}
-    batches = {shard: in_batches(extractor, part, None) for shard, part in parts.items()}
+    batches = {shard: in_batches(part, extractor.batch_size) for shard, part in parts.items()}
     start = time.perf_counter()
     stream = encode_batches(
         extractor, listing.images, [batch for of in batches.values() for batch in of], quiet=rank() > 0
@@ -114,13 +113,11 @@ def encode_to_shards(
 
 def check_folder(output: Path) -> None:
     """Make the folder. Raises OSError where nothing can be written there."""
-    try:
+    with naming(output):
         for folder in ("img_emb", "metadata"):
             (output / folder).mkdir(parents=True, exist_ok=True)
             if not os.access(output / folder, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise OSError(f"output: {output} cannot be written to ({error.strerror}); take another folder") from error
 
 
 def read_bad(output: Path) -> dict[str, str]:
@@ -178,13 +175,10 @@ def _claim(shards: _Shards, entries: dict[str, Any], mine: range, resume: bool) 
     if not path.exists():
         if any((output / "img_emb").glob("img_emb_*")):
             raise FileExistsError(f"output: {output} holds shards without {ENCODING}; take another folder")
-        _write(path, json_text(entries).encode())
+        write_json(path, entries)
     stored = read_json(path, "what made an encoding", FORMAT, FORMAT_VERSION, entries)
-    for name, value in entries.items():
-        if name not in NOT_COMPARED and stored[name] != value:
-            raise ValueError(
-                f"{name}: got {value!r}; the encoding in {output} takes {stored[name]!r}: take another folder"
-            )
+    compared = {name: value for name, value in entries.items() if name not in NOT_COMPARED}
+    check_same(compared, stored, f"the encoding in {output}", ": take another folder")
     if there and not resume:
         raise FileExistsError(
             f"output: {output} holds {len(there)} of {len(mine)} shards of this encoding; --resume goes on with it"
@@ -211,28 +205,21 @@ def _write_shard(files: tuple[Path, Path, Path], listing: Listing, found: list[E
     bad = {listing.names[row]: reason for batch in found for row, reason in batch.bad.items()}
     if bad:
         lines = (json.dumps({"image_path": name, "reason": reason}, ensure_ascii=False) for name, reason in bad.items())
-        _write(bad_file, "".join(f"{line}\n" for line in lines).encode())
+        write_bytes(bad_file, "".join(f"{line}\n" for line in lines).encode())
     else:
         bad_file.unlink(missing_ok=True)  # of a run that was killed, and could not read what can be read now
     columns = {"image_path": listing.names, **listing.columns}
     text = {name: pa.array([values[row] for row in rows], pa.string()) for name, values in columns.items()}
     table = pa.BufferOutputStream()
     pq.write_table(pa.table(text), table)
-    _write(metadata_file, table.getvalue().to_pybytes())
+    write_bytes(metadata_file, table.getvalue().to_pybytes())
     if features_file.suffix == ".safetensors":
         content = safetensors.torch.save({"image_features": features})
     else:
         array = io.BytesIO()
         np.save(array, features.numpy())
         content = array.getvalue()
-    _write(features_file, content)
-
-
-def _write_classes(output: Path, extractor: FeatureExtractor, names: list[str]) -> None:
-    classes, file = extractor.classes(prompt_names(names)), io.BytesIO()
-    text = classes.text.float().cpu().numpy()
-    np.savez(file, text_features=text, class_names=np.array(names), logit_scale=np.float32(classes.logit_scale))
-    _write(output / CLASSES, file.getvalue())
+    write_bytes(features_file, content)
 
 
 class _Shards(NamedTuple):
@@ -251,12 +238,3 @@ class _Shards(NamedTuple):
 
     def whole(self, shard: int) -> bool:
         return self.files(shard)[-1].is_file()
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        write_bytes(path, content)
-    except OSError as error:
-        raise OSError(
-            f"output: {path}: cannot be written ({error.strerror}); whole shards are kept: make room, then --resume"
-        ) from error

@@ -18,7 +18,7 @@ from rada.cache import FeatureCache, Shelf
 from rada.classification import Classes
 from rada.data.decoded import Batch, Decoded
 from rada.data.source import Images, Split
-from rada.distributed import own_device
+from rada.distributed import in_shares, own_device
 from rada.templates import DEFAULT_TEMPLATES, check_templates, fill
 
 # Prompts per call of the text tower: large enough to keep a device busy, small enough for any memory.
@@ -86,6 +86,19 @@ class FeatureExtractor(nn.Module):
         self.cache: FeatureCache | None = None
         self.train()
 
+    def _like(self, other: FeatureExtractor, model: nn.Module) -> None:
+        """Set up as another one, over `model` in place of its own, without its cache."""
+        FeatureExtractor.__init__(
+            self,
+            model,
+            tokenizer=other.tokenizer,
+            templates=other.templates,
+            preprocess=other.preprocess,
+            backbone=other.backbone,
+        )
+        for name in ("spec", "amp", "batch_size", "workers"):
+            setattr(self, name, getattr(other, name))
+
     def encode_images(self, images: Tensor) -> Tensor:
         """Unit-length image features [B, D], in the dtype of features, of preprocessed images [B, 3, H, W]."""
         if not isinstance(images, Tensor):
@@ -149,9 +162,12 @@ class FeatureExtractor(nn.Module):
 
     def classes(self, class_names: Sequence[str]) -> Classes:
         """The classes of these names, without gradients."""
-        features = self.encode_classes(self.tokenize_classes(class_names)).detach()
+        return self.among(self.encode_classes(self.tokenize_classes(class_names)).detach())
+
+    def among(self, text_features: Tensor) -> Classes:
+        """The classes of these features [K, D], with the encoders' scale and bias."""
         bias = self.logit_bias
-        return Classes(features, self.logit_scale.item(), None if bias is None else bias.item())
+        return Classes(text_features, self.logit_scale.item(), None if bias is None else bias.item())
 
     @property
     def logit_scale(self) -> Tensor:
@@ -282,6 +298,11 @@ class Encoded(NamedTuple):
     features: Tensor
     bad: dict[int, str]
 
+    def check(self) -> None:
+        """Raise ValueError for the first unreadable image."""
+        for reason in self.bad.values():
+            raise ValueError(f"images: {reason}; skip_bad (--skip-bad) leaves such files out")
+
 
 def encode_batches(
     extractor: FeatureExtractor,
@@ -341,48 +362,7 @@ def _features(extractor: FeatureExtractor, batch: Batch, shelf: Shelf | None) ->
     return whole
 
 
-def encoded_batches(
-    extractor: FeatureExtractor,
-    images: Images,
-    *,
-    start: int = 0,
-    stop: int | None = None,
-    batch_size: int | None = None,
-    quiet: bool = False,
-) -> Iterator[Encoded]:
-    """Encode images[start:stop] in order, in batches of positions. Unreadable images are recorded.
-
-    stop: default: the number of images. batch_size: default: the extractor's. The rest as for `encode_batches`.
-    """
-    positions = range(len(images))[start:stop]
-    return encode_batches(extractor, images, in_batches(extractor, positions, batch_size), quiet=quiet)
-
-
-def feature_batches(
-    extractor: FeatureExtractor,
-    images: Images,
-    indices: Tensor | None = None,
-    *,
-    description: str = "encode images",
-    batch_size: int | None = None,
-    quiet: bool = False,
-) -> Iterator[Tensor]:
-    """Yield unit-length features [≤ batch_size, D] on the model's device of images[indices], in their order.
-
-    batch_size: default: the extractor's. The rest as for `encode_batches`.
-
-    Raises ValueError for the first unreadable image.
-    """
-    positions = range(len(images)) if indices is None else indices.tolist()
-    batches = in_batches(extractor, positions, batch_size)
-    for encoded in encode_batches(extractor, images, batches, description=description, quiet=quiet):
-        for position, reason in encoded.bad.items():
-            raise ValueError(f"images: item {position}: {reason}")
-        yield encoded.features
-
-
-def in_batches(extractor: FeatureExtractor, positions: Sequence[int], batch_size: int | None) -> list[Sequence[int]]:
-    size = extractor.batch_size if batch_size is None else batch_size
+def in_batches(positions: Sequence[int], size: int) -> list[Sequence[int]]:
     return [positions[first : first + size] for first in range(0, len(positions), size)]
 
 
@@ -400,21 +380,24 @@ class Readable(NamedTuple):
 def readable_features(
     extractor: FeatureExtractor | None, split: Split, indices: Tensor, description: str, *, skip_bad: bool = False
 ) -> Readable:
-    """The features of a split's items at indices [M], as `split_features` gives them, of those that could be read.
+    """The features of a split's items at indices [M], as `split_features` gives them; each rank encodes its share.
 
-    skip_bad: leave unreadable images out. Default False: raise ValueError for the first. Raises where none is left.
+    skip_bad: leave out what cannot be read, and stored features with NaN. Default False: raise ValueError for the first
+        unreadable image. Raises where none is left.
     """
-    features = split_features(extractor, split, indices, description, skip_bad=skip_bad)
-    return readable(split, indices, features) if skip_bad else Readable(indices, features, [])
-
-
-def readable(split: Split, indices: Tensor, features: Tensor) -> Readable:
-    """The rows of features [M, D] that are not NaN, of a split's items at indices [M]."""
+    if split.features is not None:
+        features = split.features[indices]
+    else:
+        features = in_shares(
+            len(indices), lambda own: split_features(extractor, split, indices[own], description, skip_bad=skip_bad)
+        )
+    if not skip_bad:
+        return Readable(indices, features, [])
     good = ~features.isnan().any(1)
     bad = indices[~good].tolist()
     names = [str(position) if split.names is None else split.names[position] for position in bad]
     if len(bad) == len(indices):
-        raise ValueError(f"images: none of {len(indices)} could be read, the first is {next(iter(names), None)}")
+        raise ValueError(f"data: none of {len(indices)} items could be read, the first is {next(iter(names), None)}")
     return Readable(indices[good], features[good], names)
 
 
@@ -429,14 +412,12 @@ def split_features(
         return split.features[indices]
     if extractor is None or split.images is None:
         raise ValueError("extractor: got None for a split without features; it takes the encoder of its images")
-    rows = []
-    batches = in_batches(extractor, indices.tolist(), None)
+    batches, rows = in_batches(indices.tolist(), extractor.batch_size), []
     for positions, encoded in zip(
         batches, encode_batches(extractor, split.images, batches, description=description), strict=True
     ):
-        if encoded.bad and not skip_bad:
-            reason = next(iter(encoded.bad.values()))
-            raise ValueError(f"images: {reason}; skip_bad (--skip-bad) leaves such files out")
+        if not skip_bad:
+            encoded.check()
         whole = encoded.features.new_full((len(positions), encoded.features.shape[1]), float("nan")).cpu()
         whole[[position not in encoded.bad for position in positions]] = encoded.features.cpu()
         rows.append(whole)

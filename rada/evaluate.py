@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint, load_checkpoint
-from rada.classification import Classes, logit_batches
+from rada.classification import Classes, all_logits
 from rada.data import Source, Split, harmonic_mean, load_source, select_classes, subset
-from rada.data.classes import name_classes, prompt_names, read_class_names
+from rada.data.classes import name_classes, places, prompt_names, read_class_names
 from rada.data.record import RECORD, content_of
 from rada.encoders import FeatureExtractor, readable_features, split_features
 from rada.metrics import expected_calibration_error, top_k_accuracy
@@ -95,7 +95,7 @@ def evaluate_checkpoint(
     source = load_test(trained, data)
     if class_names is not None:
         source = name_classes(source, read_class_names(class_names, source.class_names))
-    test, names = _select(trained, source)
+    test, names = select_test(trained, source)
     encoders = trained.open_model() if test.features is None or names != trained.class_names else None
     store = None if cache is None else FeatureCache(cache)
     if encoders is not None and not trained.changes_encoders:
@@ -103,8 +103,8 @@ def evaluate_checkpoint(
     everything = torch.arange(len(test))
     kept, features, skipped = readable_features(encoders, test, everything, "encode test images", skip_bad=skip_bad)
     test = subset(test, kept)
-    trained.check_width(features)
-    classes = _classes(trained, names, encoders)
+    trained.check_width(features.shape[1], "data")
+    classes = classes_of(trained, names, encoders)
     plain, plain_classes = features, classes
     if trained.changes_encoders and test.images is not None:
         frozen = trained.open_frozen()
@@ -112,55 +112,65 @@ def evaluate_checkpoint(
         plain = split_features(frozen, test, torch.arange(len(test)), "encode test images")
         plain_classes = frozen.classes(prompt_names(names))
     groups = _groups(trained, names)
-    counts = {group: int(torch.isin(test.labels, ids).sum()) for group, ids in groups.items()}
-    for group, count in counts.items():
-        if not count:
-            raise ValueError(f"data: {source.name} has no test item of the {group} classes; it takes at least one")
-
-    def tested(head: Any, features: Tensor, classes: Classes) -> dict[str, float]:
-        logits, labels = {}, {}
-        for group, ids in groups.items():
-            mine = torch.isin(test.labels, ids)
-            with trained.autocast():
-                batches = [b.float().cpu() for b in logit_batches(features[mine], classes.select(ids), head)]
-            logits[group], labels[group] = torch.cat(batches), torch.searchsorted(ids, test.labels[mine])
-        found = {group: top_k_accuracy(logits[group], labels[group]) for group in groups}
-        if "base" in found:
-            found["h"] = harmonic_mean(found["base"], found["new"])
-        return found | {"ece": expected_calibration_error(logits["all"], labels["all"])}
-
     return {
         "data": source.name,
         "attribution": source.attribution,
         "device": str(trained.device),
         "backend": str(trained.rada.backend_for(trained.classes.text)),
-        "test_items": counts,
+        "test_items": _counts(groups, test.labels, source.name),
         "skipped": skipped,
-        "zero_shot": tested(None, plain, plain_classes),
-        "rada": tested(trained.head, features, classes),
+        "zero_shot": _accuracies(trained, groups, test.labels, None, plain, plain_classes),
+        "rada": _accuracies(trained, groups, test.labels, trained.head, features, classes),
     }
 
 
-def _select(trained: Checkpoint, source: Source) -> tuple[Split, tuple[str, ...]]:
-    """The test items and the classes they are labelled among: the checkpoint's, where the data have them all."""
-    position = {name: i for i, name in enumerate(source.class_names)}
-    missing = [name for name in trained.class_names if name not in position]
-    if not missing:
-        return select_classes(source.test, [position[name] for name in trained.class_names]), trained.class_names
-    unknown = set(source.class_names) - set(trained.class_names)
-    if unknown and trained.spec is None:
+def _counts(groups: dict[str, Tensor], labels: Tensor, name: str) -> dict[str, int]:
+    """The test items of each group. Raises ValueError for none."""
+    counts = {group: int(torch.isin(labels, ids).sum()) for group, ids in groups.items()}
+    for group, count in counts.items():
+        if not count:
+            raise ValueError(f"data: {name} has no test item of the {group} classes; it takes at least one")
+    return counts
+
+
+def _accuracies(
+    trained: Checkpoint, groups: dict[str, Tensor], labels: Tensor, head: Any, features: Tensor, classes: Classes
+) -> dict[str, float]:
+    """Of a head, or of zero-shot, on each group of classes; h; and the calibration error of all."""
+    judged = {}
+    for group, ids in groups.items():
+        mine = torch.isin(labels, ids)
+        with trained.autocast():
+            logits = all_logits(features[mine], classes.select(ids), head)
+        judged[group] = logits, torch.searchsorted(ids, labels[mine])
+    found = {group: top_k_accuracy(*of) for group, of in judged.items()}
+    if "base" in found:
+        found["h"] = harmonic_mean(found["base"], found["new"])
+    return found | {"ece": expected_calibration_error(*judged["all"])}
+
+
+def select_test(trained: Checkpoint, source: Source) -> tuple[Split, tuple[str, ...]]:
+    """The test items and the classes they are labelled among: the checkpoint's, where the data have them all.
+
+    Else the data's own, which the text tower encodes. Raises ValueError where there is none and the data have others.
+    """
+    ids = places(trained.class_names, source.class_names)
+    if ids is not None:
+        return select_classes(source.test, ids), trained.class_names
+    if trained.spec is None and places(source.class_names, trained.class_names) is None:
+        missing = next(name for name in trained.class_names if name not in source.class_names)
         raise ValueError(
-            f"data: {source.name} has no class {missing[0]!r}; it takes the checkpoint's classes, as there is no text "
+            f"data: {source.name} has no class {missing!r}; it takes the checkpoint's classes, as there is no text "
             "tower to encode others"
         )
     return source.test, source.class_names
 
 
-def _classes(trained: Checkpoint, names: tuple[str, ...], encoders: FeatureExtractor | None) -> Classes:
+def classes_of(trained: Checkpoint, names: tuple[str, ...], encoders: FeatureExtractor | None) -> Classes:
     """The classes of these names: the checkpoint's own, or encoded."""
-    position = {name: i for i, name in enumerate(trained.class_names)}
-    if all(name in position for name in names):
-        return trained.classes.select(torch.tensor([position[name] for name in names]))
+    ids = places(names, trained.class_names)
+    if ids is not None:
+        return trained.classes.select(ids)
     assert encoders is not None
     classes = encoders.classes(prompt_names(names))
     return classes._replace(text=classes.text.to(trained.classes.text.dtype))

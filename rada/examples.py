@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rada.adapter import AdaptedHead
-from rada.classification import Classes, Labelled, logit_batches, predict_labels
+from rada.classification import Classes, Labelled, all_logits, predict_labels
 from rada.problem import TestGroup
 from rada.runs import EXAMPLES
 
@@ -58,7 +58,7 @@ def write_examples(folder: Path, head: nn.Module, classes: Classes, group: TestG
 
 def _by_interest(head: nn.Module, classes: Classes, test: Labelled) -> list[tuple[int, int]]:
     """Positions of the images in this order, each with its most probable wrong class by zero-shot."""
-    logits = torch.cat([batch.cpu() for batch in logit_batches(test.features, classes, None)])
+    logits = all_logits(test.features, classes, None)
     truth = test.labels[:, None]
     margin, confused = logits.gather(1, truth).squeeze(1), logits.scatter(1, truth, -torch.inf).max(1)
     margin = margin - confused.values

@@ -40,6 +40,7 @@ from rada.runs import (
     check_output,
     folder_for,
     free_output,
+    run_name,
     write_epochs,
 )
 from rada.settings import Settings
@@ -134,7 +135,7 @@ def train(
     own_model = model if isinstance(model, FeatureExtractor) else None
     name = source if isinstance(source, str) else source.name
     chosen = Settings(data=name, model=None if own_model is not None else cast(Any, model), **settings)
-    folder = free_output(Path("runs") / Path(name.partition(":")[2] or name).stem) if output is None else Path(output)
+    folder = free_output(Path("runs") / run_name(name)) if output is None else Path(output)
     return run(
         chosen, folder, overwrite=overwrite, source=own_source, encoders=own_model, loss=loss, callbacks=callbacks
     )
@@ -152,7 +153,7 @@ def run_suite(settings: Settings, suite: Path, output: Path, **options: Any) -> 
     for line in read_suite(suite):
         names = settings.class_names if line.class_names is None else str(line.class_names)
         own = replace(settings, data=line.source, class_names=names, templates=line.templates or settings.templates)
-        name = Path(line.source.partition(":")[2] or line.source).stem
+        name = run_name(line.source)
         runs[name] = run(own, output / name, **options)
     labels = [entry["label"] for entry in next(iter(runs.values()))["methods"].values()]
     rows = {"zero-shot": {name: found["zero_shot"] for name, found in runs.items()}}
@@ -291,10 +292,9 @@ class _Run:
         protocol, accuracies, errors = self.problem.protocol, {}, []
         for group, answer in answers.items():
             if answer is not None:
-                labels = self.problem.groups[group].labels
-                labels = labels if answer.items is None else labels[answer.items]
-                accuracies[group] = top_k_accuracy(answer.logits, labels)
-                errors.append(expected_calibration_error(answer.logits, labels))
+                judged = self.problem.judged(group, answer)
+                accuracies[group] = top_k_accuracy(*judged)
+                errors.append(expected_calibration_error(*judged))
         if len(accuracies) == len(answers):
             return dict(protocol.scores(accuracies)), fmean(errors)
         together = {"h": protocol.harmonic, "mean": protocol.averaged}

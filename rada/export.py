@@ -20,21 +20,26 @@ from torch import Tensor, nn
 
 from rada.adapter import AdaptedHead
 from rada.checkpoint import Checkpoint, load_checkpoint
+from rada.checks import check_one_of
 from rada.files import replacing
 from rada.losses import LOSSES, SigmoidLoss
-from rada_kernels import Options, Params
 from rada_kernels.backends import cpu, reference
 
-BACKENDS = ("reference", "cpu")
 METADATA = "rada.json"  # its name in an exported program, and its key in a compiled package
 SUFFIX = ".pt2"
+
+
+SUMS = {
+    "reference": lambda image, text, params, options: reference.masked_similarity(image, text, params, options)[0],
+    "cpu": lambda image, text, params, options: cpu.forward(image, text, params, options, save=False)[0],
+}
 
 
 class ServedHead(nn.Module):
     """Logits [B, K] float32 of image features [B, D] float32, by a checkpoint's head over its classes.
 
     Text features are adapted and the logit scale and bias are numbers: all of it is fixed but the image features.
-    backend: of BACKENDS.
+    backend: of SUMS.
     """
 
     def __init__(self, trained: Checkpoint, backend: str):
@@ -43,7 +48,7 @@ class ServedHead(nn.Module):
         self.adapter: nn.Module = nn.Identity()
         if isinstance(trained.head, AdaptedHead):
             self.adapter, text = trained.head.image_adapter, trained.head.text_adapter(text)
-        self.head, self.sums = trained.rada, {"reference": _reference_sums, "cpu": _cpu_sums}[backend]
+        self.head, self.sums = trained.rada, SUMS[backend]
         self.register_buffer("text", text.detach())
         self.text: Tensor
         self.requires_grad_(False)
@@ -52,14 +57,6 @@ class ServedHead(nn.Module):
         params = self.head.params(torch.tensor(self.scale, device=self.text.device))
         logits = self.scale * self.sums(self.adapter(image_features), self.text, params, self.head.options)
         return logits if self.bias is None else logits + self.bias
-
-
-def _reference_sums(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
-    return reference.masked_similarity(image, text, params, options)[0]
-
-
-def _cpu_sums(image: Tensor, text: Tensor, params: Params, options: Options) -> Tensor:
-    return cpu.forward(image, text, params, options, save=False)[0]
 
 
 def export_head(
@@ -91,8 +88,7 @@ def export_head(
         raise ValueError(f"output: got {str(output)!r}; it takes a file ending in {SUFFIX}")
     if output.exists() and not overwrite:
         raise FileExistsError(f"output: {output} exists; --overwrite replaces it")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}; it takes one of {BACKENDS}")
+    check_one_of(SUMS, backend=backend)
     trained = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint, device=device)
     if trained.classes.text.dtype != torch.float32:
         raise ValueError(f"checkpoint: got a head of {trained.classes.text.dtype}; it takes torch.float32")
@@ -106,8 +102,15 @@ def export_head(
     if backend == "cpu":
         with replacing(output.with_name(cpu.LIBRARY.name)) as partial:
             shutil.copyfile(cpu.LIBRARY, partial)
+    text = json.dumps(metadata, ensure_ascii=False)
     with replacing(output) as partial:
-        (_write_package if compiled else _write_program)(program, partial, json.dumps(metadata, ensure_ascii=False))
+        if compiled:
+            from torch._inductor import aoti_compile_and_package
+
+            options = {"aot_inductor.metadata": {METADATA: text}}
+            aoti_compile_and_package(program, package_path=str(partial), inductor_configs=options)
+        else:
+            torch.export.save(program, partial, extra_files={METADATA: text})
     return metadata
 
 
@@ -131,15 +134,3 @@ def _metadata(trained: Checkpoint, backend: str) -> dict[str, Any]:
         "backend": backend,
         **asdict(trained.rada.options),
     }
-
-
-def _write_program(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
-    torch.export.save(program, path, extra_files={METADATA: metadata})
-
-
-def _write_package(program: torch.export.ExportedProgram, path: Path, metadata: str) -> None:
-    from torch._inductor import aoti_compile_and_package
-
-    aoti_compile_and_package(
-        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {METADATA: metadata}}
-    )

@@ -33,9 +33,21 @@ def remove_partials(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file, flushed to the disk before it takes its place."""
-    with replacing(path) as partial, open(partial, "wb") as file:
+@contextmanager
+def naming(path: Path, argument: str = "output") -> Iterator[None]:
+    """Raise an OSError of the block as one that names the path, and the argument that chose it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{argument}: {path}: cannot be written ({error.strerror or error}); nothing of it was left, and what was "
+            f"finished is kept: make room, or give another {argument}"
+        ) from error
+
+
+def write_bytes(path: Path, data: bytes, argument: str = "output") -> None:
+    """Write a file, flushed to the disk before it takes its place. Raises OSError as `naming`."""
+    with naming(path, argument), replacing(path) as partial, open(partial, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -46,8 +58,9 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json_text(value))
+def write_json(path: Path, value: Any, argument: str = "output") -> None:
+    """Write a JSON file as `write_bytes` does."""
+    write_bytes(path, json_text(value).encode(), argument)
 
 
 def json_text(value: Any) -> str:
@@ -55,17 +68,33 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def read_lines(path: str | Path, argument: str) -> list[str]:
+    """The lines of a UTF-8 text file. Raises FileNotFoundError or ValueError naming the argument and the file."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument}: {path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{argument}: {path}: not a UTF-8 text file ({error})") from error
+
+
+def load_json(path: Path, what: str) -> Any:
+    """The value in a JSON file. what: its content in words. Raises FileNotFoundError, or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it holds {what}")
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+
+
 def read_json(path: Path, what: str, format: str, version: int, entries: Iterable[str] = ()) -> dict:
     """The object in one of this library's JSON files, with the entries format, format_version and `entries`.
 
     what: the file's content in words, for errors. Raises FileNotFoundError, or ValueError for any other content.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it holds {what}")
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    value = load_json(path, what)
     if not isinstance(value, dict) or value.get("format") != format:
         raise ValueError(f"{path}: not {what}, which has the entry format = {format!r}")
     if (got := value.get("format_version")) != version:

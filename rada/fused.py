@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rada import sharded
+from rada.checks import check_ints, check_one_of
 from rada.released import NUM_HEADS, head_state, read_checkpoint
 from rada_kernels import BackendChoice, Options, Params, backend_for, rada_logits, rada_mask
 from rada_kernels.dispatch import BACKENDS
@@ -56,14 +57,12 @@ class RAdaHead(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if isinstance(embed_dim, bool) or not isinstance(embed_dim, int) or embed_dim < 1:
-            raise ValueError(f"embed_dim: got {embed_dim!r}; it takes a positive int")
+        check_ints(1, embed_dim=embed_dim)
         self.options = Options(num_heads, temperature, tuple(queries) if isinstance(queries, list) else queries,
                                penalty, normalize)  # fmt: skip
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads}; it takes a divisor of embed_dim {embed_dim}")
-        if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"backend: got {backend!r}; it takes one of {('auto', *BACKENDS)}")
+        check_one_of(("auto", *BACKENDS), backend=backend)
         self.embed_dim = embed_dim
         self.backend = backend
         self._process_group: ProcessGroup | None = None
@@ -154,20 +153,16 @@ class RAdaHead(nn.Module):
         """This head as all processes of a group compute it together, each for its share of the classes.
 
         For very many classes: of a call's rows [B, K, D] a process holds its own K / P, in forward and backward, and
-        does 1 / P of the work on K². The attention stays joint over all K·K pairs: results are the unsharded head's.
+        does 1 / P of the work on K², in plain PyTorch, on any device. Results are the unsharded head's: the attention
+        stays joint over all K·K pairs. docs/many-classes.md has the cost.
 
         process_group: of torch.distributed; every process calls. Default: the default group.
 
-        Returns a head with the same parameters, and leaves this one as it is: for `mask`, and for a call in one process
-        alone. Its arguments are the same in every process, the whole batch and all K classes, K at least the number of
-        processes; so are its logits [B, K], penalty and gradients, all of them whole, where every process takes the
-        same loss of the logits. An optimizer may step at once. DistributedDataParallel is for further processes, that
-        have other images and a group of their own.
-
-        It computes in plain PyTorch, on any device, eagerly, in tiles of RADA_TILE_BYTES: nearly P times as fast as the
-        unsharded `torch` backend where K is far above D·P, since every process projects all keys and values. The
-        operators of `cpu` and `triton` have no part in it. Communication: a few numbers per image and head, the
-        logits, and the gradients once.
+        Returns a head with the same parameters, and leaves this one as it is. Its arguments are the same in every
+        process, the whole batch and all K classes, K at least the number of processes; so are its logits [B, K],
+        penalty and gradients, all of them whole, where every process takes the same loss of the logits. An optimizer
+        may step at once. DistributedDataParallel is for further processes, that have other images and a group of their
+        own.
 
         Raises ValueError for a backend other than "auto" and "torch", without such a group, and, in every process, for
         a call with a wrong argument in one of them or with other arguments than rank 0's.

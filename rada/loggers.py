@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rada.extras import require
@@ -21,22 +22,12 @@ def wandb_writer(project: str = "rada") -> Any:
     wandb = require("wandb", "wandb", "--wandb")
 
     @contextmanager
-    def writer(folder: Path) -> Iterator[_WandbRun]:
+    def writer(folder: Path) -> Iterator[SimpleNamespace]:
         output, method, seed = folder.parents[2], *folder.parts[-2:]
         run = wandb.init(project=project, name=f"{output.name}/{method}/{seed}", dir=str(output), reinit=True)
         try:
-            yield _WandbRun(run)
+            yield SimpleNamespace(add_scalar=lambda name, value, step: run.log({name: value}, step=step))
         finally:
             run.finish()
 
     return writer
-
-
-class _WandbRun:
-    """A W&B run with tensorboard's call."""
-
-    def __init__(self, run: Any) -> None:
-        self.run = run
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.run.log({name: value}, step=step)

@@ -25,9 +25,11 @@ from rada.classification import Labelled
 from rada.clip import RAdaCLIP
 from rada.data import subset
 from rada.data.classes import prompt_names
+from rada.data.splits import draw
 from rada.distributed import in_shares
 from rada.encoders import FeatureExtractor, split_features
 from rada.losses import PromptSRC
+from rada.metrics import top_k_accuracy
 from rada.problem import Answer, Problem, Sample
 from rada.prompt import PromptedEncoder, PromptedExtractor, PromptedHead, PromptLearner, gaussian_average
 from rada.templates import expand_templates
@@ -184,7 +186,7 @@ def fit_test_time(trial: Trial) -> Fitted:
 
     def answer(group: str, steps: int = 1) -> Answer:
         of = problem.groups[group]
-        items = drawn_items(len(of.labels), problem.settings.adapt_images)
+        items = draw(len(of.labels), problem.settings.adapt_images, seed=0)
         if group not in views:
             images = subset(of.split, items).images
             assert images is not None
@@ -220,13 +222,6 @@ def fit_baseline(name: str, trial: Trial) -> Fitted:
         return problem.answer(group, trial.seed, model)
 
     return Fitted(answer)
-
-
-def drawn_items(count: int, limit: int) -> Tensor:
-    """The test images [M] int64, ascending, that test-time training takes of `count`: all, or `limit` of them."""
-    if not 0 < limit < count:
-        return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort().values
 
 
 def _tune(trial: Trial, model: nn.Module) -> Any:
@@ -279,18 +274,13 @@ def _encoders(problem: Problem) -> FeatureExtractor:
 
 def _some(problem: Problem, seed: int, group: str) -> Answer:
     """Zero-shot's answer for the images that test-time training takes."""
-    items = drawn_items(len(problem.groups[group].labels), problem.settings.adapt_images)
+    items = draw(len(problem.groups[group].labels), problem.settings.adapt_images, seed=0)
     return Answer(problem.answer(group, seed, None).logits[items], items)
 
 
 def _scores(problem: Problem, answer: Callable[[str], Answer]) -> dict[str, float]:
-    return problem.protocol.scores({name: _accuracy(problem, name, answer(name)) for name in problem.groups})
-
-
-def _accuracy(problem: Problem, group: str, answer: Answer) -> float:
-    labels = problem.groups[group].labels
-    labels = labels if answer.items is None else labels[answer.items]
-    return 100 * (answer.logits.argmax(-1) == labels).double().mean().item()
+    found = {group: top_k_accuracy(*problem.judged(group, answer(group))) for group in problem.groups}
+    return problem.protocol.scores(found)
 
 
 METHODS: dict[str, Method] = {
@@ -300,9 +290,5 @@ METHODS: dict[str, Method] = {
     "full": Method("RAda, full", fit_full, images=True),
     "test-time": Method("RAda, test-time", fit_test_time, images=True),
     "ensemble": Method("zero-shot, 7 templates", fit_ensemble),
-    **{
-        name.lower().replace(" ", "-"): Method(name, partial(fit_baseline, name))
-        for name in BASELINES
-        if name != "zero-shot"
-    },
+    **{name.lower().replace(" ", "-"): Method(name, partial(fit_baseline, name)) for name in BASELINES},
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rada.checks import check_ints
+
 CALIBRATION_BINS = 15
 
 
@@ -22,8 +24,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = CALIB
 
     Source: On Calibration of Modern Neural Networks, ICML 2017, arXiv 1706.04599.
     """
-    if bins < 1:
-        raise ValueError(f"bins: got {bins}; it takes a positive int")
+    check_ints(1, bins=bins)
     confidence, predicted = logits.double().softmax(-1).max(-1)
     excess = (predicted == labels).double() - confidence  # its sum over a range: count · (accuracy - confidence)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)[1:-1]

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from rada.checks import check_one_of
 from rada.data.images import to_rgb
 from rada.encoders import FeatureExtractor, vocabulary_size
 from rada.extras import require
-from rada.precision import autocast_dtype, check_precision, lower_weights
+from rada.precision import PRECISIONS, autocast_dtype, lower_weights
 from rada.templates import DEFAULT_TEMPLATES, check_templates
 
 CLIP_VOCABULARY = 49408
-PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
+OPEN_CLIP_PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
 DEMO_MODEL = "demo"
 TRANSFORMERS = "transformers:"
 # An open_clip model: its towers have no annotations.
@@ -44,7 +45,7 @@ class ModelSpec:
 
     def open(self, device: torch.device, precision: str = "fp32") -> FeatureExtractor:
         """The encoders, frozen. precision: see `rada.precision`."""
-        check_precision(precision)
+        check_one_of(PRECISIONS, precision=precision)
         encoders = self._open(device, precision)
         encoders.spec = self
         encoders.amp = autocast_dtype(precision, device) if precision == "amp" else None
@@ -120,11 +121,7 @@ def open_model(
         if tokenizer is None:
             tokenizer = require("open_clip", "clip", USER).get_tokenizer(model_or_name)
     else:
-        for name, value in (("pretrained", pretrained), ("precision", None if precision == "fp32" else precision)):
-            if value is not None:
-                raise ValueError(
-                    f"{name}: got {value!r} with a model given as an object; it goes with a model's name only"
-                )
+        _refuse(pretrained=pretrained, precision=None if precision == "fp32" else precision)
         model, own_backbone = model_or_name, type(model_or_name).__name__
         own_preprocess = _transform_of(model) if preprocess is None else None
         tokenizer = tokenizer or _tokenizer_of(model)
@@ -145,11 +142,16 @@ def open_model(
     return encoders
 
 
+def _refuse(**of_names: Any) -> None:
+    for name, value in of_names.items():
+        if value is not None:
+            raise ValueError(f"{name}: got {value!r} with a model given as an object; it goes with a model's name only")
+
+
 def _create(name: str, pretrained, precision: str, device) -> tuple[nn.Module, Callable, str]:
     """(model, preprocess, backbone) by open_clip's name."""
     open_clip = require("open_clip", "clip", USER)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: got {precision!r}; it takes one of {PRECISIONS}")
+    check_one_of(OPEN_CLIP_PRECISIONS, precision=precision)
     pretrained = None if pretrained is None else os.fspath(pretrained)
     backbone = name
     if name.startswith(("hf-hub:", "local-dir:")):

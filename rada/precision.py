@@ -15,13 +15,6 @@ from torch import nn
 PRECISIONS = ("fp32", "bf16", "fp16", "amp")
 
 
-def check_precision(precision: str) -> str:
-    """The precision. Raises ValueError for another name."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: got {precision!r}; it takes one of {PRECISIONS}")
-    return precision
-
-
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype that operations are cast to; None: no autocast."""
     known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,14 +15,14 @@ from torch import Tensor
 from rada.baselines import class_means
 from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint
-from rada.classification import Classes, Labelled, logit_batches
+from rada.classification import Classes, Labelled, all_logits
 from rada.data import Source, Split, load_source, subset
-from rada.data.classes import limit_classes, name_classes, prompt_names, read_class_names
+from rada.data.classes import limit_classes, name_classes, places, prompt_names, read_class_names
 from rada.data.record import SplitRecord, split_records
 from rada.data.splits import shots_and_val
 from rada.data.suite import read_suite
 from rada.distributed import in_shares
-from rada.encoders import FeatureExtractor, Readable, choose_device, readable, readable_features, split_features
+from rada.encoders import FeatureExtractor, choose_device, readable_features
 from rada.fused import RAdaHead
 from rada.losses import LOSSES, Loss
 from rada.models import DEMO_MODEL, ModelSpec
@@ -95,7 +95,7 @@ class Problem:
             return self.classes
         train = self.samples[seed, self.settings.shots].train
         means = class_means(train, len(self.protocol.train_ids)).to(self.device)
-        return Classes(means, self._scale_of_features())
+        return Classes(means, self.source.logit_scale or CLIP_LOGIT_SCALE)
 
     def trained_classes(self, seed: int) -> Classes:
         """The classes that are trained, in the order of the training labels."""
@@ -112,10 +112,15 @@ class Problem:
         features, classes = self.groups[group].features, self.classes_of(group, seed)
         return Answer(in_shares(len(features), lambda index: self.logits(features[index], classes, head)))
 
+    def judged(self, group: str, answer: Answer) -> tuple[Tensor, Tensor]:
+        """An answer's logits [M, K], and the labels [M] of its images."""
+        labels = self.groups[group].labels
+        return answer.logits, labels if answer.items is None else labels[answer.items]
+
     def logits(self, features: Tensor, classes: Classes, head: torch.nn.Module | None) -> Tensor:
         """Logits [N, K] float32, on the CPU, of features [N, D], in the run's precision."""
         with self.autocast():
-            return torch.cat([batch.float().cpu() for batch in logit_batches(features, classes, head)])
+            return all_logits(features, classes, head)
 
     def autocast(self) -> AbstractContextManager:
         return autocast(self.settings.precision, self.device)
@@ -141,10 +146,6 @@ class Problem:
         }
         return Checkpoint(head, **(known | parts))
 
-    def _scale_of_features(self) -> float:
-        scale = self.source.logit_scale
-        return CLIP_LOGIT_SCALE if scale is None else scale
-
 
 def prepare(
     settings: Settings,
@@ -159,10 +160,10 @@ def prepare(
     """
     device = choose_device(settings.device) if encoders is None else encoders.logit_scale.device
     source, origins = _load(settings, source)
-    protocol = make_protocol(settings.protocol, source, _targets(settings))
+    lines = [] if settings.targets is None else read_suite(Path(settings.targets))
+    protocol = make_protocol(settings.protocol, source, [line.load(seed=settings.seed) for line in lines])
     if encoders is None:
-        spec = model_spec(settings, source)
-        encoders = None if spec is None else spec.open(device, settings.precision)
+        encoders = _open_encoders(settings, source, device)
     if encoders is not None:
         encoders.batch_size, encoders.workers = settings.encode_batch, settings.workers
         encoders.cache = None if settings.cache is None else FeatureCache(settings.cache)
@@ -180,8 +181,6 @@ def prepare(
     penalty = settings.penalty or ("mse" if sigmoid else settings.head.penalty)
     samples = _encode_samples(encoders, train, picks, settings.skip_bad, skipped)
     groups = dict(_encode_groups(protocol, encoders, classes, settings.skip_bad, skipped))
-    own = [name for name, group in protocol.groups.items() if group.source is protocol.source]
-    tested = {item for name in own for item in groups[name].split.names or ()}
     return Problem(
         settings=settings,
         device=device,
@@ -193,18 +192,7 @@ def prepare(
         classes=classes,
         samples=samples,
         groups=groups,
-        records=split_records(
-            source,
-            origins,
-            train,
-            {seed: picks[seed, settings.shots] for seed in settings.seeds},
-            tested,
-            data=settings.data,
-            data_seed=settings.seed,
-            skip_bad=settings.skip_bad,
-            max_classes=settings.max_classes,
-            shots=settings.shots,
-        ),
+        records=_records(settings, protocol, origins, train, picks, groups),
         loss=LOSSES[loss_name](settings.tuning.alpha) if loss is None else loss,
         loss_name=loss_name,
         head_options=replace(settings.head, penalty=penalty),
@@ -213,8 +201,7 @@ def prepare(
     )
 
 
-def model_spec(settings: Settings, source: Source) -> ModelSpec | None:
-    """The encoders of a run, None for precomputed features."""
+def _open_encoders(settings: Settings, source: Source, device: torch.device) -> FeatureExtractor | None:
     if source.train.features is not None:
         if settings.model is not None:
             raise ValueError(f"model: got {settings.model!r} with features:PATH; it takes none")
@@ -224,7 +211,7 @@ def model_spec(settings: Settings, source: Source) -> ModelSpec | None:
             f"model: got none for {settings.data}; it takes a name of open_clip's, such as ViT-B-16 with a "
             f"pretrained tag or file, transformers:NAME, or {DEMO_MODEL!r}"
         )
-    return ModelSpec(settings.model, settings.pretrained, settings.templates)
+    return ModelSpec(settings.model, settings.pretrained, settings.templates).open(device, settings.precision)
 
 
 def _load(settings: Settings, source: Source | None) -> tuple[Source, tuple[str, ...]]:
@@ -242,12 +229,6 @@ def _load(settings: Settings, source: Source | None) -> tuple[Source, tuple[str,
     return source, tuple(origin_of[name] for name in source.class_names)
 
 
-def _targets(settings: Settings) -> list[Source]:
-    if settings.targets is None:
-        return []
-    return [line.load(seed=settings.seed) for line in read_suite(Path(settings.targets))]
-
-
 def _classes(
     settings: Settings, protocol: Protocol, encoders: FeatureExtractor | None, device: torch.device
 ) -> Classes | None:
@@ -255,8 +236,7 @@ def _classes(
     if encoders is not None:
         return encoders.classes(prompt_names(source.class_names))
     if source.text_features is not None:
-        scale = CLIP_LOGIT_SCALE if source.logit_scale is None else source.logit_scale
-        return Classes(source.text_features.to(device), scale)
+        return Classes(source.text_features.to(device), source.logit_scale or CLIP_LOGIT_SCALE)
     if protocol.name != "all":
         raise ValueError(
             f"data: {settings.data} holds no 'text_features'; the protocol {protocol.name!r} takes one row per class. "
@@ -268,12 +248,35 @@ def _classes(
 Picks = dict[tuple[int, int], dict[str, Tensor]]
 
 
+def _records(
+    settings: Settings,
+    protocol: Protocol,
+    origins: tuple[str, ...],
+    train: Split,
+    picks: Picks,
+    groups: dict[str, TestGroup],
+) -> dict[int, SplitRecord]:
+    own = [name for name, group in protocol.groups.items() if group.source is protocol.source]
+    return split_records(
+        protocol.source,
+        origins,
+        train,
+        {seed: picks[seed, settings.shots] for seed in settings.seeds},
+        {item for name in own for item in groups[name].split.names or ()},
+        data=settings.data,
+        data_seed=settings.seed,
+        skip_bad=settings.skip_bad,
+        max_classes=settings.max_classes,
+        shots=settings.shots,
+    )
+
+
 def _encode_samples(
     encoders: FeatureExtractor | None, train: Split, picks: Picks, skip_bad: bool, skipped: list[str]
 ) -> dict[tuple[int, int], Sample]:
     """The features of each seed's items, each encoded once. Unreadable ones leave `picks`, and leave a class short."""
     needed = torch.cat([index for pick in picks.values() for index in pick.values()]).unique()
-    kept, features, bad = _features(encoders, train, needed, "encode training images", skip_bad)
+    kept, features, bad = readable_features(encoders, train, needed, "encode training images", skip_bad=skip_bad)
     skipped += bad
     for (seed, shots), pick in picks.items():
         for name, index in pick.items():
@@ -305,7 +308,9 @@ def _encode_groups(
 ) -> Iterator[tuple[str, TestGroup]]:
     for name, group in protocol.groups.items():
         split = group.test
-        ids = group.ids if group.source is protocol.source else group.ids_among(protocol.source.class_names)
+        # Of ImageNet's variants all classes are among ImageNet's: their features need no second encoding.
+        own = group.source is protocol.source
+        ids = group.ids if own else places(group.class_names, protocol.source.class_names)
         among = None
         if classes is not None and ids is not None:
             among = classes.select(ids)
@@ -316,18 +321,7 @@ def _encode_groups(
                 f"targets: {name} has classes that {protocol.source.name} lacks; they take a model's text tower"
             )
         every = torch.arange(len(split))
-        kept, features, bad = _features(encoders, split, every, f"encode {name} test images", skip_bad)
+        description = f"encode {name} test images"
+        kept, features, bad = readable_features(encoders, split, every, description, skip_bad=skip_bad)
         skipped += bad
         yield name, TestGroup(group.class_names, among, subset(split, kept), features)
-
-
-def _features(
-    encoders: FeatureExtractor | None, split: Split, indices: Tensor, description: str, skip_bad: bool
-) -> Readable:
-    """`readable_features`, of which each rank encodes its share."""
-    if split.features is not None:
-        return readable_features(encoders, split, indices, description)
-    features = in_shares(
-        len(indices), lambda own: split_features(encoders, split, indices[own], description, skip_bad=skip_bad)
-    )
-    return readable(split, indices, features) if skip_bad else Readable(indices, features, [])

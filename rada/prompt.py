@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rada.checks import check_ints
 from rada.classification import Classes
 from rada.encoders import FeatureExtractor
 from rada.losses import PromptSRC, Views
@@ -74,8 +75,7 @@ class PromptLearner(nn.Module):
         depth = min(DEPTH, layers) if depth is None else depth
         if not 1 <= depth <= layers:
             raise ValueError(f"depth: got {depth}; it takes 1..{layers}, the layers of the shallower tower")
-        if image_tokens < 0:
-            raise ValueError(f"image_tokens: got {image_tokens}; it takes a number that is not negative")
+        check_ints(0, image_tokens=image_tokens)
         empty, alone, twice = tokenizer(["", context, f"{context} {context}"])
         self.start = _first_difference(empty, alone)  # behind the start token, where there is one
         words = _first_difference(alone, twice) - self.start
@@ -142,9 +142,6 @@ class PromptLearner(nn.Module):
         image_tokens = 0 if self.image_context is None else self.image_context.shape[1]
         return {"context": self.context, "text_tokens": text_tokens, "image_tokens": image_tokens, "depth": depth}
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
 
 class PromptedEncoder(nn.Module):
     """A frozen model under a prompt, with the model's own interface: encode_image, encode_text, scale and bias.
@@ -197,15 +194,7 @@ class PromptedExtractor(FeatureExtractor):
     """
 
     def __init__(self, encoders: FeatureExtractor, prompt: PromptLearner):
-        super().__init__(
-            PromptedEncoder(encoders.model, prompt.requires_grad_(False)),
-            tokenizer=encoders.tokenizer,
-            templates=encoders.templates,
-            preprocess=encoders.preprocess,
-            backbone=encoders.backbone,
-        )
-        for name in ("spec", "amp", "batch_size", "workers"):
-            setattr(self, name, getattr(encoders, name))
+        self._like(encoders, PromptedEncoder(encoders.model, prompt.requires_grad_(False)))
         self.frozen = encoders
 
     def classes(self, class_names: Sequence[str]) -> Classes:

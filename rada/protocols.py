@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rada.checks import check_one_of
 from rada.data import Source, Split, base_new, harmonic_mean, select_classes
 from rada.data.splits import join
 
@@ -48,16 +49,6 @@ class Group(NamedTuple):
     def test(self) -> Split:
         """The test images of these classes, with labels in 0..K'-1."""
         return select_classes(self.source.test, self.ids)
-
-    def ids_among(self, class_names: Sequence[str]) -> Tensor | None:
-        """Where the group's classes stand among `class_names`, [K'] int64; None where one is not among them.
-
-        Of ImageNet's variants all are among ImageNet's, so that their features need no second encoding and a classifier
-        of fixed classes can be asked.
-        """
-        position = {name: i for i, name in enumerate(class_names)}
-        found = [position.get(name) for name in self.class_names]
-        return None if None in found else torch.tensor(found)
 
 
 @dataclass(frozen=True)
@@ -99,8 +90,7 @@ def make_protocol(name: str, source: Source, targets: Sequence[Source] = ()) -> 
     Raises ValueError for an unknown name, targets that are missing or not taken, too few classes, a data set twice, and
     a group without a test image.
     """
-    if name not in PROTOCOLS:
-        raise ValueError(f"protocol: got {name!r}; it takes one of {', '.join(PROTOCOLS)}")
+    check_one_of(PROTOCOLS, protocol=name)
     if bool(targets) != (name == "cross"):
         raise ValueError(
             f"targets: got {len(targets)} with the protocol {name!r}; only 'cross' takes some, at least one"

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from rada.classification import accuracy
-from rada.data import harmonic_means
+from rada.data import h_of_means
 
 LEVEL = 0.95
 DRAWS = 4000
@@ -33,7 +33,7 @@ def summarise(seeds: Sequence[Mapping], columns: Sequence[str], harmonic: Sequen
         for name, of in values.items()
     }
     if harmonic is not None and all(name in values for name in harmonic):
-        summary["h_of_means"] = harmonic_means(*(values[name] for name in harmonic)).of_means
+        summary["h_of_means"] = h_of_means(*(values[name] for name in harmonic))
     return summary
 
 

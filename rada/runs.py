@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rada.checkpoint import seed_folders
+from rada.checks import check_same
 from rada.files import read_json, write_text
 
 RESULTS, EPOCHS, PAGE = "results.json", "epochs.csv", "index.html"
@@ -52,12 +53,7 @@ def check_output(output: Path, overwrite: bool, resume: bool = False, settings: 
         stored = load_results(output)
         if stored["status"] == "complete":
             raise FileExistsError(f"resume: the run in {output} is complete; it takes one that was stopped")
-        now = json.loads(json.dumps(settings))
-        for name, value in now.items():
-            if stored["settings"].get(name) != value:
-                raise ValueError(
-                    f"{name}: got {value!r}; the run to resume in {output} takes {stored['settings'].get(name)!r}"
-                )
+        check_same(json.loads(json.dumps(settings)), stored["settings"], f"the run to resume in {output}")
         return
     if not output.exists():
         return
@@ -97,6 +93,11 @@ def folder_for(output: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir(), key=lambda path: path.name == RESULTS):  # its mark as a run comes last
         shutil.move(path, whole / path.name)
     folder.rmdir()
+
+
+def run_name(source: str) -> str:
+    """The name of a run on a data set: photos, of folder:path/to/photos."""
+    return Path(source.partition(":")[2] or source).resolve().stem
 
 
 def free_output(folder: Path) -> Path:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from rada.checks import check_ints, check_one_of
 from rada.data import recommended
 from rada.data.splits import LEAST_CLASSES
 from rada.encoders import IMAGES_PER_BATCH
 from rada.losses import LOSSES
-from rada.precision import check_precision
+from rada.precision import PRECISIONS
 from rada.protocols import PROTOCOLS
 from rada.templates import DEFAULT_TEMPLATES, expand_templates
 from rada.tuning import PARALLEL, FullTuning, Tuning
@@ -93,22 +94,18 @@ class Settings:
         counts = (self.shots, *self.curve)
         if min(counts) < 1 or len(set(counts)) != len(counts):
             raise ValueError(f"shots: got {counts}; it takes positive numbers, each once, such as 1,2,4,8,16")
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol: got {self.protocol!r}; it takes one of {', '.join(PROTOCOLS)}")
+        check_one_of(PROTOCOLS, protocol=self.protocol)
         if (self.protocol == "cross") != (self.targets is not None):
             raise ValueError(
                 f"targets: got {self.targets!r} with the protocol {self.protocol!r}; 'cross' takes a suite file, the "
                 "others none"
             )
-        if self.loss is not None and self.loss not in LOSSES:
-            raise ValueError(f"loss: got {self.loss!r}; it takes one of {tuple(LOSSES)}")
-        for name, least in (("image_tokens", 0), ("adapt_images", 0), ("encode_batch", 1), ("workers", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: got {value}; it takes an int of at least {least}")
-        if self.parallel not in PARALLEL:
-            raise ValueError(f"parallel: got {self.parallel!r}; it takes one of {PARALLEL}")
-        check_precision(self.precision)
+        if self.loss is not None:
+            check_one_of(LOSSES, loss=self.loss)
+        check_ints(0, image_tokens=self.image_tokens, adapt_images=self.adapt_images, workers=self.workers or 0)
+        check_ints(1, encode_batch=self.encode_batch)
+        check_one_of(PARALLEL, parallel=self.parallel)
+        check_one_of(PRECISIONS, precision=self.precision)
 
 
 def tuning_for(data: str, **changes: Any) -> Tuning:

@@ -30,6 +30,8 @@ NEVER = {
         for position, step in enumerate(STEPS)
     },
     "rada": ["bench", "tests"],
+    "rada.checks": ["rada", "rada_kernels", "torch"],
+    "rada.files": ["rada", "rada_kernels", "torch"],
     "rada.distributed": ["rada", "rada_kernels"],
     "rada.data": inside("rada", "encoders fused clip tuning experiment evaluate inference report cli demo"),
     "rada.encoders": inside("rada", "fused clip tuning experiment evaluate inference report cli"),
@@ -48,7 +50,10 @@ NEVER = {
     "rada.methods": inside("rada", "experiment inference report cli"),
     "rada.experiment": inside("rada", "inference cli"),
     "rada.inference": inside("rada", "tuning problem methods experiment adapt report cli demo"),
-    "rada.report": ["torch", "rada_kernels", *inside("rada", "data encoders fused clip tuning experiment cli")],
+    **{
+        drawn: ["torch", "rada_kernels", *inside("rada", "data encoders fused clip tuning experiment cli")]
+        for drawn in ("rada.plots", "rada.report")
+    },
 }
 
 

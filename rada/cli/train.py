@@ -41,16 +41,8 @@ from rada.tuning import PARALLEL, SCHEDULES, FullTuning, Tuning
 from rada_kernels import PENALTIES, QUERIES, Options
 
 
-def _default(setting: str) -> str:
-    return f"{EMOJI.tuning[setting]:g} for emoji, else {getattr(Tuning, setting):g}"
-
-
-def _full_epochs() -> str:
-    return f"{EMOJI.full['epochs']:g} for emoji, else {FullTuning.epochs}"
-
-
-def _shots_text() -> str:
-    return f"{EMOJI.shots} for emoji, else {Recommended.shots}"
+def _default(emoji: object, other: object) -> str:
+    return f"[default: {emoji} for emoji, else {other}]"
 
 
 def train(
@@ -61,15 +53,11 @@ def train(
     class_names: ClassNames = None,
     max_classes: Annotated[
         int | None,
-        typer.Option(
-            help=f"Number of classes, evenly spaced; 0: all. [default: {EMOJI.max_classes} of emoji, else all]"
-        ),
+        typer.Option(help=f"Number of classes, evenly spaced; 0: all. {_default(EMOJI.max_classes, 'all')}"),
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(
-            help=f"{', '.join(PROTOCOLS)}. [default: {EMOJI.protocol} for emoji, else {Recommended.protocol}]"
-        ),
+        typer.Option(help=f"{', '.join(PROTOCOLS)}. {_default(EMOJI.protocol, Recommended.protocol)}"),
     ] = None,
     targets: Annotated[Path | None, typer.Option(help="With cross: a file that lists the other data sets.")] = None,
     suite: Annotated[
@@ -79,22 +67,33 @@ def train(
         list[str] | None,
         typer.Option(
             help=f"May be repeated, or a list with commas; all: every one. {', '.join(METHODS)}. "
-            "[default: all for emoji, else rada]"
+            f"{_default('all', 'rada')}"
         ),
     ] = None,
     setting: Annotated[str | None, typer.Option(help="frozen (--method rada) or full (--method full).")] = None,
     shots: Annotated[
         str | None,
-        typer.Option(help=f"Training images per class; several, as 1,2,4,8,16: a curve. [default: {_shots_text()}]"),
+        typer.Option(
+            help="Training images per class; several, as 1,2,4,8,16: a curve. "
+            f"{_default(EMOJI.shots, Recommended.shots)}"
+        ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="One training run each, separated by commas.")] = "1,2,3",
     epochs: Annotated[
-        int | None, typer.Option(min=1, help=f"[default: {_default('epochs')}; of full {_full_epochs()}]")
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"{_default(EMOJI.tuning['epochs'], Tuning.epochs)}, "
+            f"of full: {_default(EMOJI.full['epochs'], FullTuning.epochs)}",
+        ),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help=f"Learning rate of Adam after warm-up. [default: {_default('lr')}]")
+        float | None,
+        typer.Option(help=f"Learning rate of Adam after warm-up. {_default(EMOJI.tuning['lr'], Tuning.lr)}"),
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help=f"Weight of the penalty. [default: {_default('alpha')}]")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help=f"Weight of the penalty. {_default(EMOJI.tuning['alpha'], Tuning.alpha)}")
+    ] = None,
     schedule: Annotated[
         str, typer.Option(help=f"Of the learning rate: {', '.join(SCHEDULES)} (the released code's, per epoch).")
     ] = Tuning.schedule,
@@ -143,8 +142,8 @@ def train(
     """
     from rada.experiment import run, run_suite
     from rada.loggers import tensorboard_writer, wandb_writer
-    from rada.report.tables import print_average, print_run
-    from rada.runs import free_output
+    from rada.report.tables import print_average
+    from rada.runs import free_output, run_name
 
     if suite is not None:
         data = read_suite(suite)[0].source  # whose recommended settings are everyone's
@@ -195,21 +194,17 @@ def train(
         ),
     )
     if output is None:
-        name = str(suite) if suite is not None else data.partition(":")[2] or data
-        output = free_output(Path("runs") / Path(name).resolve().stem)
+        output = free_output(Path("runs") / run_name(data if suite is None else str(suite)))
     writers = [writer() for writer, wanted in ((tensorboard_writer, tensorboard), (wandb_writer, wandb)) if wanted]
-    if suite is not None:
-        done = run_suite(settings, suite, output, overwrite=overwrite, resume=resume, writers=writers)
-        if rank() == 0:
-            for name, results in done["runs"].items():
-                print_run(results)
-                _draw(output / name)
-            print_average(done)
+    options: dict = {"overwrite": overwrite, "resume": resume, "writers": writers}
+    if suite is None:
+        _show(output, run(settings, output, **options))
         return
-    results = run(settings, output, overwrite=overwrite, resume=resume, writers=writers)
+    done = run_suite(settings, suite, output, **options)
+    for name, results in done["runs"].items():
+        _show(output / name, results)
     if rank() == 0:
-        print_run(results)
-        _draw(output)
+        print_average(done)
 
 
 def report(
@@ -217,16 +212,19 @@ def report(
     traceback: Traceback = False,
 ) -> None:
     """Print a run's tables and draw its figures and page again, from its stored results."""
-    from rada.report.tables import print_run
     from rada.runs import load_results
 
-    print_run(load_results(folder))
-    _draw(folder)
+    _show(folder, load_results(folder))
 
 
-def _draw(folder: Path) -> None:
+def _show(folder: Path, results: dict) -> None:
+    """Print a run's tables, and draw its figures and page; by rank 0."""
     from rada.report import write_report
+    from rada.report.tables import print_run
 
+    if rank() > 0:
+        return
+    print_run(results)
     try:
         print(f"report: {write_report(folder)}")
     except ModuleNotFoundError as error:  # the results are there; only the pictures are not

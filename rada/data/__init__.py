@@ -14,25 +14,23 @@ from __future__ import annotations
 
 from rada.data.source import Recommended, Source, Split
 from rada.data.splits import (
-    HarmonicMeans,
     base_new,
     few_shot,
+    h_of_means,
     harmonic_mean,
-    harmonic_means,
     select_classes,
     subset,
 )
 
 __all__ = [
     "SOURCES",
-    "HarmonicMeans",
     "Recommended",
     "Source",
     "Split",
     "base_new",
     "few_shot",
+    "h_of_means",
     "harmonic_mean",
-    "harmonic_means",
     "load_source",
     "recommended",
     "select_classes",

@@ -23,12 +23,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from rada.data.source import Source
 from rada.data.splits import select_classes
+from rada.files import read_lines
 
 WNID = re.compile(r"(n\d{8})\s+([^\t]+)")  # of WordNet's nouns, and a name
 TOLD_APART = re.compile(r" \(n\d{8}\)$")
@@ -39,13 +41,7 @@ def read_class_names(path: str | Path, classes: Sequence[str]) -> dict[str, str]
 
     Raises FileNotFoundError, or ValueError naming the file, and the line that is wrong or the class that is missing.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"class_names: {path}: no such file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"class_names: {path}: not a UTF-8 text file ({error})") from error
+    lines = read_lines(path, "class_names")
     known = set(classes)
     names: dict[str, str] = {}
     line_of: dict[tuple[str, str], int] = {}
@@ -91,21 +87,24 @@ def read_names(path: str | Path) -> tuple[str, ...]:
 
     Raises FileNotFoundError, or ValueError naming the file, and the name that stands there twice.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"class_names: {path}: no such file")
-    names = [name for line in path.read_text(encoding="utf-8-sig").splitlines() if (name := line.strip())]
+    names = [name for line in read_lines(path, "class_names") if (name := line.strip())]
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if twice or not names:
         raise ValueError(f"class_names: {path}: got {twice[:1] or 'no name'}; it takes at least one, each once")
     return tuple(names)
 
 
+def places(names: Sequence[str], among: Sequence[str]) -> Tensor | None:
+    """Where names [K'] stand among others, [K'] int64; None where one does not."""
+    position = {name: i for i, name in enumerate(among)}
+    found = [position.get(name) for name in names]
+    return None if None in found else torch.tensor(found)
+
+
 def name_classes(source: Source, names: Mapping[str, str]) -> Source:
     """The source with the classes `names` (origin: name), in that order."""
     if tuple(names) != source.class_names:
-        position = {origin: i for i, origin in enumerate(source.class_names)}
-        source = take_classes(source, torch.tensor([position[origin] for origin in names]))
+        source = take_classes(source, cast(Tensor, places(tuple(names), source.class_names)))
     return replace(source, class_names=tuple(names.values()))
 
 

@@ -13,14 +13,14 @@ of its eleven data sets, all but FGVCAircraft and ImageNet.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
 import torch
 
-from rada.data.images import FileDigests, ImageFiles
+from rada.data.images import ImageFiles
 from rada.data.source import Source, Split
+from rada.files import load_json
 
 Items = list[tuple[str, int, str]]  # path, label, class name
 
@@ -44,7 +44,6 @@ def load_coop(path: str | Path, *, images: str | Path | None = None) -> Source:
             labels=torch.tensor([label for _, label, _ in items], dtype=torch.int64),
             images=ImageFiles(files),
             names=tuple(file for file, _, _ in items),
-            digests=FileDigests(files),
         )
 
     return Source(
@@ -56,12 +55,7 @@ def load_coop(path: str | Path, *, images: str | Path | None = None) -> Source:
 
 
 def _read(path: Path) -> tuple[Items, Items]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; coop: takes a split_zhou_NAME.json")
-    try:
-        entries = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    entries = load_json(path, "a split of CoOp's, split_zhou_NAME.json")
 
     def items(name: str) -> Items:
         rows = entries.get(name) if isinstance(entries, dict) else None

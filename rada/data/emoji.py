@@ -14,7 +14,6 @@ apart.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -22,6 +21,7 @@ from importlib.resources import files
 import numpy as np
 import torch
 
+from rada.checks import check_ints, check_one_of
 from rada.data.source import Recommended, Source, Split, digest
 from rada.extras import require
 
@@ -93,16 +93,10 @@ def load_emoji(
         ImportError: a package of the extra `demo` is missing.
         ValueError: an unknown domain, or a size out of range.
     """
-    if domain not in ATTRIBUTION:
-        raise ValueError(f"domain: got {domain!r}; it takes one of {tuple(ATTRIBUTION)}")
-    for name, value, least in (
-        ("image_size", image_size, 16),
-        ("train_views", train_views, 1),
-        ("test_views", test_views, 1),
-        ("seed", seed, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name}: got {value!r}; it takes an int of at least {least}")
+    check_one_of(ATTRIBUTION, domain=domain)
+    check_ints(16, image_size=image_size)
+    check_ints(1, train_views=train_views, test_views=test_views)
+    check_ints(0, seed=seed)
     classes = emoji_classes()
 
     def split(name: str, views: int) -> Split:
@@ -131,7 +125,8 @@ def emoji_classes() -> tuple[Emoji, ...]:
     Raises:
         ImportError: a package of the extra `demo` is missing.
     """
-    _require_packages()
+    for module in MODULES:
+        require(module, "emoji", "the emoji data set")
     import emoji
 
     fully_qualified = emoji.STATUS["fully_qualified"]
@@ -149,21 +144,19 @@ def emoji_classes() -> tuple[Emoji, ...]:
     return tuple(sorted(classes.values(), key=lambda emoji: emoji.name))
 
 
+@dataclass(frozen=True)
 class EmojiViews:
     """The images of one split, drawn when indexed: item `label * views + view` is an RGB PIL image.
 
     It holds no image and no open font, so it can be pickled to the workers of a `DataLoader` at no cost.
     """
 
-    def __init__(
-        self, classes: Sequence[Emoji], domain: str, split: str, views: int, image_size: int, seed: int
-    ) -> None:
-        self.classes = tuple(classes)
-        self.domain = domain
-        self.split = split
-        self.views = views
-        self.image_size = image_size
-        self.seed = seed
+    classes: tuple[Emoji, ...]
+    domain: str
+    split: str
+    views: int
+    image_size: int
+    seed: int
 
     def __len__(self) -> int:
         return len(self.classes) * self.views
@@ -240,8 +233,3 @@ def render_svg(svg: str, size: int):
 @lru_cache(maxsize=256)  # the views of one class follow each other
 def _draw_colour(char: str, size: int):
     return render_svg(svg_file(char).read_text(), size)
-
-
-def _require_packages() -> None:
-    for module in MODULES:
-        require(module, "emoji", "the emoji data set")

@@ -12,8 +12,8 @@ One file, `.npz`, `.safetensors` or `.pt` (a dict, read with weights_only=True),
 where train_image_features, train_labels, test_image_features and test_labels may stand for the first three;
 or a folder in clip-retrieval's layout
 
-    img_emb/img_emb_0.npy, ...         [n, D] shards in the order of their numbers, usually float16; or all of them
-                                       .safetensors with the entry image_features, for bfloat16
+    img_emb/img_emb_0.npy, ...         [n, D] shards in the order of their numbers, usually float16; or .safetensors,
+                                       for bfloat16, or .parquet, see `rada.data.feature_files`
     metadata/metadata_0.parquet, ...   as many rows each; column `label` (integers, or class names) and,
                                        if in all of them, column `split`
     classes.npz                        text_features, class_names, logit_scale
@@ -23,16 +23,13 @@ or a folder in clip-retrieval's layout
   names: the classes are then the sorted names that occur. Other entries and columns are ignored.
 - Item names are rows of the file, from 0: "17", or "train/17" and "test/17" of entries that come apart.
 - Labels lie in 0..K-1. Features are the outputs of the towers' projections, normalised or not; the head normalises.
-- Whatever the stored dtype, `load_features` returns float32: the dtype of the head's parameters. Shards are
-  mapped and cast one by one, so that a folder needs no more memory than the result and one shard.
-- `feature_shards` maps the shards of a folder, or one `.npy` file, without labels: for inference over more rows
-  than fit in memory.
+- Whatever the stored dtype, `load_features` returns float32: the dtype of the head's parameters. Shards are read and
+  cast piece by piece, so that a folder needs no more memory than the result.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,13 +39,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rada.data.feature_files import FeatureFile, feature_files
 from rada.data.source import Source, Split
 from rada.data.splits import train_test
-from rada.extras import require
-from rada.files import read_json
 
-ENCODING = "encode.json"  # of a folder that `rada encode` made, see `rada.encode`
-SUFFIXES = (".npz", ".safetensors", ".pt")
+Stored = Sequence[Tensor | FeatureFile]
 
 
 def load_features(path: str | Path, *, seed: int = 0) -> Source:
@@ -63,50 +58,16 @@ def load_features(path: str | Path, *, seed: int = 0) -> Source:
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    entries = _read_folder(path) if path.is_dir() else _read_file(path)
-    return _source(path, entries, seed)
+    if path.is_dir():
+        files = feature_files(path)
+        return _source(path, _read_folder(path, files), seed, files)
+    readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".pt": _read_pt}
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: it takes a folder or a file ending in {', '.join(readers)}")
+    return _source(path, readers[path.suffix](path), seed)
 
 
-def feature_shards(path: str | Path) -> list[Tensor]:
-    """The rows of clip-retrieval's folder `path` (or of one `.npy` file) as mapped tensors [n, D], in order.
-
-    They keep the stored dtype, read from disk what is indexed, and are not to be written to.
-    Raises ValueError for a missing number between the shards, an encoding that is not whole, a shard that is not
-    [n, D], and ragged widths.
-    """
-    path = Path(path).expanduser()
-    check_whole(path)
-    suffix = ".safetensors" if (path / "img_emb" / "img_emb_0.safetensors").is_file() else ".npy"
-    files = [path] if path.suffix == ".npy" else _numbered(path / "img_emb", "img_emb", suffix)
-    shards: list[Tensor] = []
-    for file in files:
-        rows = _mapped(file)
-        if rows.dim() != 2 or not rows.is_floating_point():
-            dtype = str(rows.dtype).removeprefix("torch.")
-            raise ValueError(f"{file}: got {dtype} {list(rows.shape)}; it takes floating [n, D]")
-        if shards and rows.shape[1] != shards[0].shape[1]:
-            raise ValueError(
-                f"{file}: got width {rows.shape[1]}; it takes {shards[0].shape[1]}, the width of {files[0].name}"
-            )
-        shards.append(rows)
-    return shards
-
-
-def _mapped(file: Path) -> Tensor:
-    """The rows of a shard, read from disk when indexed."""
-    if file.suffix == ".safetensors":
-        entries = _read_safetensors(file)
-        if "image_features" not in entries:
-            raise ValueError(f"{file}: no entry 'image_features'; it holds {sorted(entries)}")
-        return entries["image_features"]
-    try:
-        # Copy on write: torch wants writable memory, and the file stays as it is.
-        return torch.from_numpy(np.load(file, mmap_mode="c"))
-    except (TypeError, ValueError, EOFError) as error:
-        raise ValueError(f"{file}: not a readable .npy file ({error})") from error
-
-
-def _source(path: Path, entries: Mapping, seed: int) -> Source:
+def _source(path: Path, entries: Mapping, seed: int, files: Sequence[FeatureFile] = ()) -> Source:
     def need(key: str):
         if key not in entries:
             raise ValueError(f"{path}: no entry {key!r}; it holds {sorted(entries)}")
@@ -121,28 +82,33 @@ def _source(path: Path, entries: Mapping, seed: int) -> Source:
     if text is not None and len(names) != len(text):
         raise ValueError(f"{path}: class_names: got {len(names)}; it takes {len(text)}, one per row of text_features")
 
-    def stored(prefix: str, width: int | None) -> tuple[list[Tensor], Tensor]:
+    def stored(prefix: str, width: int | None) -> tuple[Stored, Tensor]:
         key = f"{prefix}image_features"
-        shards = need(key) if isinstance(need(key), _Shards) else [_rows(path, key, need(key))]
-        if width not in (None, shards[0].shape[1]):
+        parts: Stored = files or [_rows(path, key, need(key))]
+        if width not in (None, parts[0].shape[1]):
             raise ValueError(
-                f"{path}: {key}: got width {shards[0].shape[1]}; it takes {width}, the width of the other features"
+                f"{path}: {key}: got width {parts[0].shape[1]}; it takes {width}, the width of the other features"
             )
-        labels = _labels(path, f"{prefix}labels", need(f"{prefix}labels"), sum(map(len, shards)), len(names))
-        return shards, labels
+        labels = _labels(path, f"{prefix}labels", need(f"{prefix}labels"), sum(map(len, parts)), len(names))
+        return parts, labels
 
     width = None if text is None else text.shape[1]
     apart = any(key.startswith(("train_", "test_")) for key in entries)
     if apart:
-        train_shards, train_labels = stored("train_", width)
-        test_shards, test_labels = stored("test_", train_shards[0].shape[1])
-        train = Split(train_labels, features=torch.cat(train_shards).float(), names=_rows_of("train", train_labels))
-        test = Split(test_labels, features=torch.cat(test_shards).float(), names=_rows_of("test", test_labels))
+        halves = {}
+        for half in ("train", "test"):
+            parts, labels = stored(f"{half}_", width)
+            width = parts[0].shape[1]
+            rows = torch.arange(len(labels))
+            halves[half] = Split(
+                labels, features=_gather(parts, rows), names=tuple(f"{half}/{row}" for row in rows.tolist())
+            )
+        train, test = halves["train"], halves["test"]
     else:
-        shards, labels = stored("", width)
+        parts, labels = stored("", width)
         train, test = (
-            Split(labels[part], features=_gather(shards, part), names=tuple(map(str, part.tolist())))
-            for part in _parts(path, labels, entries.get("split"), seed)
+            Split(labels[half], features=_gather(parts, half), names=tuple(map(str, half.tolist())))
+            for half in _halves(path, labels, entries.get("split"), seed)
         )
     return Source(
         name=path.resolve().stem,
@@ -155,11 +121,7 @@ def _source(path: Path, entries: Mapping, seed: int) -> Source:
     )
 
 
-class _Shards(list):
-    """Mapped shards [n, D] of one width, in place of one array [N, D]."""
-
-
-def _parts(path: Path, labels: Tensor, tags, seed: int) -> Sequence[Tensor]:
+def _halves(path: Path, labels: Tensor, tags, seed: int) -> Sequence[Tensor]:
     """Ascending indices of the train and the test rows: as tagged, or drawn."""
     if tags is None:
         try:
@@ -176,18 +138,15 @@ def _parts(path: Path, labels: Tensor, tags, seed: int) -> Sequence[Tensor]:
     return [torch.from_numpy(np.flatnonzero(tags == tag)) for tag in ("train", "test")]
 
 
-def _rows_of(half: str, labels: Tensor) -> tuple[str, ...]:
-    return tuple(f"{half}/{row}" for row in range(len(labels)))
-
-
-def _gather(shards: list[Tensor], indices: Tensor) -> Tensor:
-    """Rows [M, D], float32, of the concatenated shards at ascending indices [M]."""
-    rows = torch.empty(len(indices), shards[0].shape[1])
+def _gather(stored: Stored, indices: Tensor) -> Tensor:
+    """Rows [M, D], float32, of the concatenated parts at ascending indices [M]."""
+    rows = torch.empty(len(indices), stored[0].shape[1])
     start = 0
-    for shard in shards:
-        first, last = torch.searchsorted(indices, torch.tensor([start, start + len(shard)])).tolist()
-        rows[first:last] = shard[indices[first:last] - start]
-        start += len(shard)
+    for part in stored:
+        for piece in part.pieces(0, len(part)) if isinstance(part, FeatureFile) else (part,):
+            first, last = torch.searchsorted(indices, torch.tensor([start, start + len(piece)])).tolist()
+            rows[first:last] = piece[indices[first:last] - start]
+            start += len(piece)
     return rows
 
 
@@ -243,17 +202,6 @@ def _scale(path: Path, value) -> float | None:
     return float(scale.reshape(()))
 
 
-def _read_file(path: Path) -> dict:
-    """The entries of one file by name: arrays or tensors, and class_names as strings."""
-    if path.suffix == ".npz":
-        return _read_npz(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix == ".pt":
-        return _read_pt(path)
-    raise ValueError(f"{path}: it takes a folder or a file ending in {', '.join(SUFFIXES)}")
-
-
 def _read_npz(path: Path) -> dict:
     try:
         with np.load(path) as file:
@@ -287,36 +235,23 @@ def _read_pt(path: Path) -> dict:
     return entries
 
 
-def _read_folder(path: Path) -> dict:
-    """clip-retrieval's layout as the entries of one file, with image_features as the list of mapped
-    shards."""
-    pq = require("pyarrow.parquet", "parquet", "clip-retrieval's layout")
-    shards = feature_shards(path)
-    files = _numbered(path / "metadata", "metadata", ".parquet")
-    if len(files) != len(shards):
-        raise ValueError(
-            f"{path / 'metadata'}: got {len(files)} files; it takes {len(shards)}, one per shard in img_emb"
-        )
+def _read_folder(path: Path, files: Sequence[FeatureFile]) -> dict:
+    """The entries of a folder but the features."""
+    shards = {file.stem for file in path.glob("img_emb/img_emb_*")}
+    missing = next((number for number in range(len(shards)) if f"img_emb_{number}" not in shards), None)
+    if missing is not None:
+        raise ValueError(f"{path / 'img_emb'}: img_emb number {missing} is missing, as there are {len(shards)} files")
     columns: dict[str, list] = {}
-    for file, shard in zip(files, shards, strict=True):
-        try:
-            stored = pq.read_schema(file).names
-            table = pq.read_table(file, columns=[name for name in ("label", "split") if name in stored])
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
-        if "label" not in stored:
-            raise ValueError(f"{file}: no column 'label'; it holds {stored}")
-        if table.num_rows != len(shard):
-            raise ValueError(f"{file}: got {table.num_rows} rows; it takes {len(shard)}, as its shard in img_emb has")
+    for file in files:
+        table = file.columns(("label", "split"))
+        if table is None or "label" not in table.column_names:
+            raise ValueError(f"{file.table_file or path / 'metadata'}: no column 'label'; it takes one of labels")
         for name in table.column_names:
-            if table[name].null_count:
-                raise ValueError(f"{file}: column {name}: got {table[name].null_count} empty rows; it takes none")
             columns.setdefault(name, []).extend(table[name].to_pylist())
     if len(columns.get("split", columns["label"])) != len(columns["label"]):
         raise ValueError(f"{path / 'metadata'}: column split is in some files only; it takes it in all or none")
     classes = path / "classes.npz"
     entries = _read_npz(classes) if classes.exists() else {}
-    entries["image_features"] = _Shards(shards)
     entries |= {name: np.array(values) for name, values in columns.items()}
     labels = entries.pop("label")
     if labels.dtype.kind == "U":  # names
@@ -327,27 +262,3 @@ def _read_folder(path: Path) -> dict:
             raise ValueError(f"{path}: column label: got {unknown[:8]}; it takes the class_names of {classes.name}")
         labels = np.array([position[label] for label in labels.tolist()])
     return entries | {"labels": labels}
-
-
-def check_whole(path: Path) -> None:
-    """Raise ValueError where shards are missing of a folder that `rada encode` makes."""
-    if not (path / ENCODING).is_file():
-        return
-    shards = read_json(path / ENCODING, "what made an encoding", "rada-encoding", 1, ["shards"])["shards"]
-    there = len(list((path / "img_emb").glob("img_emb_*")))
-    if there < shards:
-        raise ValueError(f"{path}: holds {there} of {shards} shards; rada encode --resume makes the others")
-
-
-def _numbered(folder: Path, stem: str, suffix: str) -> list[Path]:
-    """folder/<stem>_<number><suffix> in the order of the numbers, which must be consecutive."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; it takes {stem}_0{suffix}, {stem}_1{suffix}, ...")
-    pattern = re.compile(rf"{stem}_(\d+){re.escape(suffix)}")
-    found = {int(match[1]): file for file in folder.iterdir() if (match := pattern.fullmatch(file.name))}
-    if not found:
-        raise FileNotFoundError(f"{folder}: no files; it takes {stem}_0{suffix}, {stem}_1{suffix}, ...")
-    missing = sorted(set(range(max(found) + 1)) - found.keys())
-    if missing:
-        raise ValueError(f"{folder}: {stem} number {missing[0]} is missing of 0..{max(found)}")
-    return [found[number] for number in sorted(found)]

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from rada.data.images import FileDigests, ImageFiles
+from rada.data.images import ImageFiles
 from rada.data.source import Source, Split
 from rada.data.splits import subset, train_test
 
@@ -107,5 +107,4 @@ def _split(root: Path, classes: list[list[Path]]) -> Split:
         labels=torch.tensor([label for label, files in enumerate(classes) for _ in files]),
         images=ImageFiles(images),
         names=tuple(file.relative_to(root).as_posix() for file in images),
-        digests=FileDigests(images),
     )

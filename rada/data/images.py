@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from rada.data.source import digest
 from rada.extras import require
-
-Files = TypeVar("Files", bound="_Files")
 
 WHITE = 255
 SIXTEEN_BIT = 65535
@@ -50,18 +48,18 @@ def decode_image(content: bytes):
         return to_rgb(image)
 
 
-def read_image(path: Path):
-    """The RGB PIL image in a file. Raises ValueError naming the file."""
+def read_image(name: Any, read: Callable[[], bytes]):
+    """The RGB PIL image in the bytes that `read` returns. Raises ValueError naming it."""
     try:
-        return decode_image(path.read_bytes())
+        return decode_image(read())
     except ImportError:
         raise
-    except Exception as error:  # a decoder may raise anything; what matters is which file
-        raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+    except Exception as error:  # a decoder may raise anything; what matters is which image
+        raise ValueError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
 
 
-class _Files:
-    """N files, each opened when its item is asked for. It holds paths only, so it pickles to workers cheaply."""
+class ImageFiles:
+    """RGB PIL images of N files, each decoded when indexed. It holds paths only, so it pickles to workers cheaply."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
@@ -69,41 +67,27 @@ class _Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __add__(self: Files, other: Files) -> Files:
-        return type(self)(self.paths + other.paths)
-
-    def take(self: Files, positions: Sequence[int]) -> Files:
-        """The files at these positions, in this order."""
-        return type(self)([self.paths[i] for i in positions])
-
-
-class ImageFiles(_Files):
-    """RGB PIL images of N files, each decoded when indexed."""
-
     def __getitem__(self, index: int):
-        return read_image(self.paths[index])
+        return read_image(self.paths[index], self.paths[index].read_bytes)
+
+    def __add__(self, other: ImageFiles) -> ImageFiles:
+        return ImageFiles(self.paths + other.paths)
+
+    def take(self, positions: Sequence[int]) -> ImageFiles:
+        """The files at these positions, in this order."""
+        return ImageFiles([self.paths[i] for i in positions])
 
     def content(self, index: int) -> bytes:
         """The bytes of a file."""
         return self.paths[index].read_bytes()
 
-
-class FileDigests(_Files, Sequence[str]):
-    """Digests of the bytes of N files, each read when indexed, or many at once. Nothing is decoded.
-
-    A file that is missing has the digest of no bytes: what reads the image says so.
-    """
-
-    def __getitem__(self, index: Any) -> Any:
-        return digest_of(self.paths[index]) if isinstance(index, int) else [*map(digest_of, self.paths[index])]
-
-    def __iter__(self) -> Iterator[str]:
+    def digests(self) -> list[str]:
+        """Digests of the files' bytes; of a missing file that of no bytes: what reads the image says so."""
         with ThreadPoolExecutor() as pool:  # reading and hashing release the interpreter lock
-            yield from pool.map(digest_of, self.paths)
+            return list(pool.map(_digest_of, self.paths))
 
 
-def digest_of(path: Path) -> str:
-    """The digest of a file's bytes."""
+def _digest_of(path: Path) -> str:
     try:
         return digest(path.read_bytes())
     except OSError:

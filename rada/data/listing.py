@@ -29,8 +29,9 @@ from pathlib import Path
 import numpy as np
 
 from rada.data.folder import is_image
-from rada.data.images import ImageFiles, decode_image
+from rada.data.images import ImageFiles, read_image
 from rada.data.source import Images
+from rada.files import read_lines
 
 LISTS = (".txt", ".tsv")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -114,11 +115,7 @@ def _below(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 
 
 def _list(path: Path) -> Listing:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"images: {path}: not a UTF-8 text file ({error})") from error
-    rows = {number: line.split("\t") for number, line in enumerate(lines, 1) if line.strip()}
+    rows = {i: line.split("\t") for i, line in enumerate(read_lines(path, "images"), 1) if line.strip()}
     width = len(next(iter(rows.values()), ()))
     line_of: dict[str, int] = {}
     for number, (name, *others) in rows.items():
@@ -167,12 +164,7 @@ class TarImages:
         return self.__dict__ | {"_open": None}
 
     def __getitem__(self, index: int):
-        try:
-            return decode_image(self.content(index))
-        except ImportError:
-            raise
-        except Exception as error:  # a decoder may raise anything; what matters is which image
-            raise ValueError(f"{self.names[index]}: not a readable image ({type(error).__name__}: {error})") from error
+        return read_image(self.names[index], lambda: self.content(index))
 
     def content(self, index: int) -> bytes:
         """The bytes of an image's file."""

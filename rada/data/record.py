@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rada.data.images import ImageFiles
 from rada.data.source import Source, Split, digest
 from rada.data.splits import join, subset
 from rada.files import read_json, write_text
@@ -69,7 +70,7 @@ class SplitRecord:
         Raises ValueError, naming the first, where items are missing or have changed.
         """
         pool = join(source.train, source.test)
-        names, labels, origins = _names(pool), pool.labels.tolist(), source.class_names
+        names, labels, origins = names_of(pool), pool.labels.tolist(), source.class_names
         place = {(origins[label], name): i for i, (name, label) in enumerate(zip(names, labels, strict=True))}
         wanted = [(origin, name, known) for origin in self.origins for name, known in self.test.get(origin, {}).items()]
         missing = [name for origin, name, _ in wanted if (origin, name) not in place]
@@ -89,7 +90,7 @@ class SplitRecord:
     def drop_trained(self, split: Split) -> tuple[Split, list[str]]:
         """The items of a split outside the training items (by content), and the names of the others."""
         trained = contents(self.train)
-        names = _names(split)
+        names = names_of(split)
         seen = [i for i, now in enumerate(digests_of(split)) if now in trained]
         kept = torch.ones(len(split), dtype=torch.bool)
         kept[seen] = False
@@ -105,15 +106,17 @@ def digests_of(split: Split) -> Sequence[str]:
     """N digests of the items' content; features are rounded to float32 first."""
     if split.digests is not None:
         return split.digests
+    if isinstance(split.images, ImageFiles):
+        return split.images.digests()
     if split.features is None:
-        return _names(split)  # images of a source without digests: known by their names
+        return names_of(split)  # images of a source without digests: known by their names
     return [digest(row.tobytes()) for row in split.features.float().numpy()]
 
 
 def items_of(split: Split, origins: Sequence[str]) -> Items:
     """The items of a split by their classes, which its labels count."""
     items: Items = {}
-    for name, label, content in zip(_names(split), split.labels.tolist(), digests_of(split), strict=True):
+    for name, label, content in zip(names_of(split), split.labels.tolist(), digests_of(split), strict=True):
         items.setdefault(origins[label], {})[name] = content
     return items
 
@@ -163,7 +166,8 @@ def split_records(
     return records
 
 
-def _names(split: Split) -> Sequence[str]:
+def names_of(split: Split) -> Sequence[str]:
+    """N names: the split's own, or the items' numbers."""
     return [str(i) for i in range(len(split))] if split.names is None else split.names
 
 

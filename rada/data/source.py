@@ -26,7 +26,7 @@ class Split:
     images: Images | None = None
     features: Tensor | None = None  # [N, D] image features
     names: tuple[str, ...] | None = None  # N names, each once: a file path, a code point, a row
-    digests: Sequence[str] | None = None  # N digests of the items' content; of files read when asked for
+    digests: Sequence[str] | None = None  # N digests of the items' content, where it is no file's or feature's
 
     def __len__(self) -> int:
         return len(self.labels)

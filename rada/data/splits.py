@@ -5,14 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from rada.data.images import FileDigests, ImageFiles
+from rada.checks import check_ints
+from rada.data.images import ImageFiles
 from rada.data.source import Split
 
 TEST_SHARE = 0.3
@@ -29,8 +30,7 @@ def few_shot(labels: Tensor, shots: int, seed: int) -> Tensor:
 
     Raises ValueError for shots < 1, TypeError for labels that are not integers.
     """
-    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
-        raise ValueError(f"shots: got {shots!r}; it takes a positive int")
+    check_ints(1, shots=shots)
     by_class = _items_by_class(labels)
     short = {label: len(items) for label, items in by_class.items() if len(items) < shots}
     if short:
@@ -53,6 +53,13 @@ def shots_and_val(labels: Tensor, shots: int, seed: int) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a class with fewer left
         return {"train": train, "val": rest[few_shot(labels[rest], VAL_SHOTS, seed)]}
+
+
+def draw(count: int, limit: int, seed: int) -> Tensor:
+    """Ascending indices [M] int64 of `limit` of `count` items, drawn at random; 0, or a limit not below: of all."""
+    if not 0 < limit < count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
 
 
 def train_test(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -93,22 +100,18 @@ def subset(split: Split, indices: Tensor | Sequence[int]) -> Split:
     """The items of a split at indices [M], in that order, with their labels as they are."""
     indices = torch.as_tensor(indices, dtype=torch.int64)
     positions = indices.tolist()
-    images, digests = split.images, split.digests
+    images = split.images
     if isinstance(images, ImageFiles):
         images = images.take(positions)
     elif images is not None:
         images = Subset(cast(Dataset, images), positions)
-    if isinstance(digests, FileDigests):
-        digests = digests.take(positions)
-    elif digests is not None:
-        digests = tuple(digests[i] for i in positions)
     return replace(
         split,
         labels=split.labels[indices],
         images=images,
         features=None if split.features is None else split.features[indices],
         names=None if split.names is None else tuple(split.names[i] for i in positions),
-        digests=digests,
+        digests=None if split.digests is None else tuple(split.digests[i] for i in positions),
     )
 
 
@@ -157,26 +160,12 @@ def harmonic_mean(base: float, new: float) -> float:
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
-class HarmonicMeans(NamedTuple):
-    """The two forms of H over several runs (seeds, data sets). They differ; a report says which it prints.
+def h_of_means(base: Sequence[float], new: Sequence[float]) -> float:
+    """H of the mean base and the mean new accuracy of several runs, what the RAda paper's tables print.
 
-    of_means: H of the mean base accuracy and the mean new accuracy; what the RAda paper's tables print.
-    mean_of_runs: the mean over the runs of each run's own H; never above of_means.
+    Another number than the mean of each run's own H, which is never above it; a report says which it prints.
     """
-
-    of_means: float
-    mean_of_runs: float
-
-
-def harmonic_means(base: Sequence[float], new: Sequence[float]) -> HarmonicMeans:
-    """Both forms of H of the base and new accuracies of the same runs, in the same order."""
-    if len(base) != len(new) or len(base) == 0:
-        raise ValueError(f"base, new: got {len(base)} and {len(new)} runs; they take the same number, at least one")
-    count = len(base)
-    return HarmonicMeans(
-        of_means=harmonic_mean(sum(base) / count, sum(new) / count),
-        mean_of_runs=sum(map(harmonic_mean, base, new)) / count,
-    )
+    return harmonic_mean(sum(base) / len(base), sum(new) / len(new))
 
 
 def _items_by_class(labels: Tensor) -> dict[int, np.ndarray]:

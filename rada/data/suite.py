@@ -19,8 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rada.data import SOURCES, Source, harmonic_means, load_source
+from rada.data import SOURCES, Source, h_of_means, harmonic_mean, load_source
 from rada.data.classes import name_classes, read_class_names
+from rada.files import read_lines
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,8 @@ def read_suite(path: str | Path) -> list[DataSet]:
     Raises FileNotFoundError, or ValueError naming the file and the line that is wrong.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"suite: {path}: no such file")
     data_sets = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_lines(path, "suite"), 1):
         try:
             words = shlex.split(line, comments=True)
             if words:
@@ -72,8 +71,8 @@ def average(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     columns = [name for name in rows[0] if all(name in row for row in rows)]
     means = {name: statistics.fmean(row[name] for row in rows) for name in columns}
     if {"base", "new"} <= means.keys():
-        forms = harmonic_means([row["base"] for row in rows], [row["new"] for row in rows])
-        means |= {"h": forms.mean_of_runs, "h_of_means": forms.of_means}
+        base, new = [row["base"] for row in rows], [row["new"] for row in rows]
+        means |= {"h": sum(map(harmonic_mean, base, new)) / len(rows), "h_of_means": h_of_means(base, new)}
     return means
 
 

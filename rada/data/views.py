@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from rada.checks import check_ints
 from rada.data.images import to_rgb
 from rada.data.source import Images
 from rada.extras import require
@@ -28,8 +29,7 @@ class ImageViews:
     def __init__(
         self, images: Images, size: tuple[int, int], count: int = VIEWS, *, augmix: bool = False, seed: int = 0
     ) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"views: got {count!r}; it takes a positive int, the plain view included")
+        check_ints(1, views=count)
         transforms = require("torchvision.transforms", "clip", "an augmented view")
         self.images, self.count, self.seed = images, count, seed
         steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]

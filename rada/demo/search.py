@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rada.classification import Classes, Labelled, accuracy, predict_labels
-from rada.data import Split, base_new, few_shot, harmonic_mean, load_source, recommended, select_classes, subset
+from rada.data import Split, base_new, few_shot, h_of_means, load_source, recommended, select_classes, subset
 from rada.data.classes import limit_classes
 from rada.data.source import Recommended
 from rada.encoders import split_features
@@ -58,7 +58,7 @@ def main() -> None:
     for tuning in tqdm(grid, desc="search", unit="setting"):
         measured = [measure(fold, train(fold, tuning)) for fold in cuts]
         tqdm.write(f"| {tuning.epochs} | {tuning.lr:g} | {tuning.alpha:g} | {line(measured)}")
-        scores[tuning] = h_of_means(measured)
+        scores[tuning] = h_of_means(*columns(measured))
     best = max(scores, key=lambda tuning: scores[tuning])
     print(f"\nchosen: epochs {best.epochs}, lr {best.lr:g}, α {best.alpha:g}")
 
@@ -114,15 +114,14 @@ def measure(fold: Fold, head: RAdaHead | None) -> dict[str, float]:
     }
 
 
-def h_of_means(measured: Sequence[dict[str, float]]) -> float:
-    return harmonic_mean(*(fmean(row[name] for row in measured) for name in ("base", "new")))
-
-
 def line(measured: Sequence[dict[str, float]]) -> str:
     """The last three cells of a row: mean ± std over the trainings, and H."""
-    columns = ([row[name] for row in measured] for name in ("base", "new"))
-    cells = [f"{fmean(column):.2f} ± {stdev(column):.2f}" for column in columns]
-    return f"{' | '.join(cells)} | {h_of_means(measured):.2f} |"
+    cells = [f"{fmean(column):.2f} ± {stdev(column):.2f}" for column in columns(measured)]
+    return f"{' | '.join(cells)} | {h_of_means(*columns(measured)):.2f} |"
+
+
+def columns(measured: Sequence[dict[str, float]]) -> list[list[float]]:
+    return [[row[name] for row in measured] for name in ("base", "new")]
 
 
 def _labelled(images: Split, indices: Tensor, classes: Tensor) -> Labelled:

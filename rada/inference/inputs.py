@@ -22,7 +22,7 @@ from torch import Tensor
 from rada.data.folder import EXTENSIONS
 from rada.data.images import ImageFiles
 from rada.data.source import Images, Source
-from rada.encoders import FeatureExtractor, encoded_batches, raw
+from rada.encoders import FeatureExtractor, encode_batches, in_batches, raw
 
 Columns = dict[str, Sequence[Any]]  # of equal length, by name
 DIGEST_BYTES = 16  # of a BLAKE2b digest
@@ -108,15 +108,16 @@ def cut(parts: Sequence[tuple[str, Rows]], rows_per_shard: int) -> list[Shard]:
     return shards
 
 
+@dataclass
 class ImageRows:
-    """Images, encoded when their turn comes."""
+    """N images, encoded when their turn comes."""
 
-    where = "images"
+    images: Images
+    names: Sequence[str]  # N
+    signs: Sequence[Any]  # N, what changes with an image's content: a size or a digest
+    labels: Sequence[str] | None = None  # N
+    where: str = "images"
     width: int | None = None
-
-    def __init__(self, images: Images, names: Sequence[str], signs: Sequence[Any], labels: Sequence[str] | None = None):
-        """names: N. signs: N, what changes with an image's content: a size or a digest. labels: N, or None."""
-        self.images, self.names, self.signs, self.labels = images, names, signs, labels
 
     def __len__(self) -> int:
         return len(self.names)
@@ -129,10 +130,8 @@ class ImageRows:
 
     def blocks(self, start: int, stop: int, batch_size: int, encoders: FeatureExtractor | None) -> Iterator[Block]:
         assert encoders is not None
-        done = start
-        for rows, features, bad in encoded_batches(
-            encoders, self.images, start=start, stop=stop, batch_size=batch_size, quiet=True
-        ):
+        done, batches = start, in_batches(range(start, stop), batch_size)
+        for rows, features, bad in encode_batches(encoders, self.images, batches, quiet=True):
             count = len(rows) + len(bad)
             whole = features.new_full((count, encoders.embed_dim), float("nan"))
             whole[[row - done for row in rows]] = features

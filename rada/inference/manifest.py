@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from rada.checks import check_same
 from rada.extras import require
-from rada.files import read_json
+from rada.files import read_json, write_json
 from rada.inference.inputs import Shard, blake2b
 from rada.inference.options import PredictOptions
 from rada.inference.predictor import Predictor
-from rada.inference.writers import output_files, write_object
+from rada.inference.writers import output_files
 from rada.version import __version__
 
 MANIFEST = "predict.json"
@@ -103,7 +104,7 @@ def write_manifest(output: Path, predictor: Predictor, options: PredictOptions, 
         return
     if others:
         raise FileExistsError(f"output: {output} holds {sorted(others)[:3]} and no {MANIFEST}; it takes a new folder")
-    write_object(path, manifest)
+    write_json(path, manifest)
 
 
 def read_manifest(output: str | Path) -> dict[str, Any]:
@@ -144,20 +145,15 @@ def finished(output: Path, name: str, entry: dict, settings: str, options: Predi
 
 def _compare(output: Path, stored: dict, now: dict) -> None:
     remedy = "it takes another output, or --overwrite"
-    stored_flat, now_flat = _flat(stored), _flat(now)
-    for name in sorted(stored_flat.keys() | now_flat.keys()):
-        if stored_flat.get(name) != now_flat.get(name):
-            got, takes = (_short(flat.get(name)) for flat in (now_flat, stored_flat))
-            raise ValueError(f"{name}: got {got}; the run in {output} takes {takes}: {remedy}")
-    before = {shard["name"]: shard for shard in stored["shards"]}
-    after = {shard["name"]: shard for shard in now["shards"]}
+    check_same(_flat(now), _flat(stored), f"the run in {output}", f": {remedy}")
+    before, after = ({shard["name"]: shard for shard in manifest["shards"]} for manifest in (stored, now))
     for name in [*before, *after]:
         if before.get(name) != after.get(name):
-            shard = after.get(name, before.get(name)) or {}
             change = "is gone" if name not in after else "is new" if name not in before else "has changed"
+            file = (before.get(name) or after[name]).get("file", f"shard {name}")
             raise ValueError(
-                f"input: {shard.get('file', f'shard {name}')} {change} since the run in {output} began; it takes the "
-                f"same input: put it back, or give another output, or --overwrite"
+                f"input: {file} {change} since the run in {output} began; it takes the same input: put it back, or "
+                "give another output, or --overwrite"
             )
     if [*before] != [*after]:
         raise ValueError(f"input: got its shards in another order than the run in {output}: {remedy}")
@@ -166,14 +162,9 @@ def _compare(output: Path, stored: dict, now: dict) -> None:
 def _flat(manifest: dict) -> dict[str, Any]:
     """The entries but the shards, those within an entry as ENTRY.NAME."""
     flat: dict[str, Any] = {}
-    for name, value in manifest.items():
+    for name, value in sorted(manifest.items()):
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": of for inner, of in value.items()}
         elif name != "shards":
             flat[name] = value
     return flat
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(value)})"

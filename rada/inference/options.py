@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rada.checks import check_ints, check_one_of
+
 WHATS = ("topk", "probabilities", "logits", "features")
 FORMATS = ("parquet", "npy", "jsonl")
 
@@ -33,14 +35,9 @@ class PredictOptions:
     shortlist: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("what", WHATS), ("format", FORMATS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; it takes one of {', '.join(known)}")
-        for name in ("top_k", "batch_size", "rows_per_shard"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}; it takes a positive int")
-        if isinstance(self.shortlist, bool) or not isinstance(self.shortlist, int) or self.shortlist < 0:
-            raise ValueError(f"shortlist: got {self.shortlist!r}; it takes a number of classes, or 0 for all")
+        check_one_of(WHATS, what=self.what)
+        check_one_of(FORMATS, format=self.format)
+        check_ints(1, top_k=self.top_k, batch_size=self.batch_size, rows_per_shard=self.rows_per_shard)
+        check_ints(0, shortlist=self.shortlist)
         if self.shortlist and self.what != "topk":
             raise ValueError(f"what: got {self.what!r} with a shortlist; it takes topk")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,14 @@ from torch import Tensor
 from rada.adapter import AdaptedHead
 from rada.cache import FeatureCache
 from rada.checkpoint import Checkpoint, load_checkpoint
+from rada.checks import check_one_of
 from rada.data.classes import prompt_names, read_names
 from rada.encoders import FeatureExtractor, hash_tensors
 from rada.graphs import graphed
 from rada.inference.inputs import DIGEST_BYTES, Rows
 from rada.inference.options import PredictOptions
 from rada.losses import LOSSES
-from rada.precision import check_precision
+from rada.precision import PRECISIONS
 from rada.shortlist import shortlist_logits
 
 NO_CLASS = -1  # of a row that could not be predicted; its numbers are NaN
@@ -71,8 +72,9 @@ class Predictor:
         self.stored = stored
         self.trained = stored
         if precision not in (None, stored.precision):
+            check_one_of(PRECISIONS, precision=precision)
             # Weights of another dtype have another fingerprint: `encoders` checks the stored ones.
-            self.trained = replace(stored, precision=check_precision(str(precision)), fingerprint=None)
+            self.trained = replace(stored, precision=str(precision), fingerprint=None)
         self.own_classes = class_names is None
         if class_names is not None:
             names = read_names(class_names)
@@ -98,12 +100,11 @@ class Predictor:
         """Raise ValueError for features of another width, for images where there are no encoders or not the
         checkpoint's, and for adapted features where nothing adapts any.
         """
-        embed_dim, width = self.trained.rada.embed_dim, rows.width
-        if width not in (None, embed_dim):
-            raise ValueError(f"{rows.where}: got features of width {width}; the checkpoint takes {embed_dim}")
+        trained, width = self.trained, rows.width
         if width is None:
             _ = self.encoders  # opened now, not in the first shard
-        trained = self.trained
+        else:
+            trained.check_width(width, rows.where)
         if options.shortlist > (count := len(trained.class_names)):
             raise ValueError(f"shortlist: got {options.shortlist}; it takes at most {count}, the number of classes")
         adapts = isinstance(trained.head, AdaptedHead)
@@ -171,7 +172,11 @@ class Predictor:
     def _logits(self, features: Tensor) -> Tensor:
         """Of the full head [n, K]."""
         if self._full is None:
-            full = partial(_full_logits, self.trained)
+            trained = self.trained
+
+            def full(features: Tensor) -> Tensor:
+                return trained.head(features, *trained.classes)
+
             self._full = graphed(full, features) if self.cuda_graph else full
         return self._full(features)
 
@@ -182,7 +187,3 @@ class Predictor:
             full = self._logits(features[:count]).argmax(1)
             self.compared += len(full)
             self.agreed += int((full == best[:count]).sum())
-
-
-def _full_logits(trained: Checkpoint, features: Tensor) -> Tensor:
-    return trained.head(features, *trained.classes)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from rada.distributed import rank, world_size
 from rada.evaluate import load_test
 from rada.files import remove_partials
-from rada.inference.files import feature_files
+from rada.inference.files import file_rows
 from rada.inference.inputs import Rows, Shard, cut, image_rows, source_rows
 from rada.inference.manifest import (
     MANIFEST,
@@ -53,7 +53,7 @@ def plan_shards(
     if data is not None and (bare := _bare(data)) is not None:
         features = bare
     if features is not None:
-        parts = feature_files(Path(features).expanduser())
+        parts = file_rows(Path(features).expanduser())
     elif images is not None:
         parts = [("images", image_rows(Path(images).expanduser()))]
     else:
@@ -144,17 +144,13 @@ def predict(
     features: str | Path | None = None,
     images: str | Path | None = None,
     data: str | None = None,
-    class_names: str | Path | None = None,
-    precision: str | None = None,
-    device: str = "auto",
-    backend: str = "auto",
-    cache: str | Path | None = None,
-    cuda_graph: bool = False,
     overwrite: bool = False,
+    **predictor_options: Any,
 ) -> dict[str, Any]:
     """Predict an input by a checkpoint into a folder, or into one file ending in .parquet or .jsonl.
 
-    The input is that of `plan_shards`, the rest of `Predictor` and `predict_to_folder`. Returns and raises as these.
+    features, images, data: as for `plan_shards`. overwrite: as for `predict_to_folder`. predictor_options: the keyword
+    arguments of `Predictor`. Returns and raises as these.
     """
     options, output = options or PredictOptions(), Path(output)
     if output.suffix in FILES:
@@ -162,15 +158,7 @@ def predict(
         options = replace(options, format=FILES[output.suffix])
     elif output.suffix and not output.is_dir():
         raise ValueError(f"output: got {str(output)!r}; it takes a file ending in {' or '.join(FILES)}, or a folder")
-    predictor = Predictor(
-        checkpoint,
-        class_names=class_names,
-        precision=precision,
-        device=device,
-        backend=backend,
-        cache=cache,
-        cuda_graph=cuda_graph,
-    )
+    predictor = Predictor(checkpoint, **predictor_options)
     shards = plan_shards(predictor, options, features=features, images=images, data=data)
     print(f"predict on {predictor.device}, backend {predictor.backend}")
     to = predict_to_file if output.suffix in FILES else predict_to_folder

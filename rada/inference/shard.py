@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rada.files import write_json
 from rada.inference.inputs import DIGEST_BYTES, Block, Columns, Shard, raw
 from rada.inference.manifest import FORMAT_VERSION, RECORD_FORMAT, finished, record_path, settings_digest, shard_path
 from rada.inference.options import PredictOptions
 from rada.inference.overlap import ahead, behind
 from rada.inference.predictor import NOT_FINITE, Predictor
-from rada.inference.writers import Batch, Write, output_files, write_object, writing
+from rada.inference.writers import Batch, Write, output_files, writing
 
 COPY_BYTES = 1 << 20
 
@@ -83,7 +84,7 @@ def predict_shard(
             for file in output_files(path, options.format, options.what)
         },
     }
-    write_object(record_path(output, shard.name), record)
+    write_json(record_path(output, shard.name), record)
     return record
 
 

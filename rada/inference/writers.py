@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rada.extras import require
-from rada.files import json_text, replacing, write_bytes
+from rada.files import naming, replacing
 from rada.inference.predictor import NO_CLASS
 
 GROUP_BYTES = 16 << 20  # of numbers in a row group of Parquet: what a writer holds
@@ -68,24 +68,6 @@ def writing(path: Path, format: str, class_names: Sequence[str], rows: int) -> I
         raise
     with naming(file):
         stack.close()
-
-
-def write_object(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file, flushed to the disk before it takes its place. Raises OSError naming it."""
-    with naming(path):
-        write_bytes(path, json_text(value).encode())
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Raise what goes wrong with writing a file as an OSError that says which, and what is left."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"output: {path}: {error.strerror or error}; nothing of it was left, and what was finished is kept: "
-            "start again when it can be written"
-        ) from error
 
 
 def output_files(path: Path, format: str, what: str = "topk") -> list[Path]:

@@ -16,7 +16,7 @@ def write_report(folder: Path) -> Path:
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from rada.report.figures import draw_figures
+    from rada.plots import draw_figures
     from rada.report.tables import interval, mean_std, notes
 
     results = load_results(folder)

@@ -20,8 +20,7 @@ def print_evaluation(results: dict) -> None:
     console = Console()
     console.print(table)
     print("test items: " + ", ".join(f"{count} {group}" for group, count in results["test_items"].items()))
-    _print_skipped(console, results["skipped"])
-    _print_attribution(console, results["attribution"])
+    _print_source(console, results)
 
 
 def print_adaptation(results: dict) -> None:
@@ -38,8 +37,7 @@ def print_adaptation(results: dict) -> None:
         f"(device {results['device']}, backend {results['backend']})",
         highlight=False,
     )
-    _print_skipped(console, results["skipped"])
-    _print_attribution(console, results["attribution"])
+    _print_source(console, results)
 
 
 def print_average(done: dict) -> None:
@@ -66,7 +64,6 @@ def print_run(results: dict) -> None:
         f"{results['backend']}",
         highlight=False,
     )
-    _print_skipped(console, data["skipped"])
     console.print(_methods(results))
     for line in notes(results):
         console.print(line, style="dim", highlight=False)
@@ -74,7 +71,7 @@ def print_run(results: dict) -> None:
         console.print(_shots(results, results["methods"][method]["label"], rows))
     if results["step"]:
         console.print(_costs(results["step"], results["device"]))
-    _print_attribution(console, data["attribution"])
+    _print_source(console, data)
 
 
 def notes(results: dict) -> list[str]:
@@ -135,15 +132,14 @@ def _costs(step: dict, device: str) -> Table:
     table = _table(
         f"one head step (forward, loss, backward): B={step['batch']}, K={step['classes']}, D={step['embed_dim']}, "
         f"H={step['num_heads']}, {step['dtype']}, {device}, {step['threads']} threads",
-        "backend", "median ms", "20-80% ms", "peak MB",
+        "backend", "median ms", "20-80% ms",
     )  # fmt: skip
     for cost in step["costs"]:
         if cost["failure"]:
-            table.add_row(cost["backend"], cost["failure"], "", "")
+            table.add_row(cost["backend"], cost["failure"], "")
         else:
-            peak = "unknown" if cost["peak_mb"] is None else f"{cost['peak_mb']:.0f}"
             spread = f"{cost['q20_ms']:.1f}-{cost['q80_ms']:.1f}"
-            table.add_row(cost["backend"], f"{cost['median_ms']:.1f}", spread, peak)
+            table.add_row(cost["backend"], f"{cost['median_ms']:.1f}", spread)
     return table
 
 
@@ -154,14 +150,11 @@ def _table(title: str, first: str, *others: str) -> Table:
     return table
 
 
-def _print_skipped(console: Console, skipped: list[str]) -> None:
-    if skipped:
-        console.print(f"{len(skipped)} unreadable images left out, the first {skipped[0]}")
-
-
-def _print_attribution(console: Console, attribution: str) -> None:
-    if attribution:
-        console.print(attribution, style="dim", highlight=False)
+def _print_source(console: Console, data: dict) -> None:
+    if data["skipped"]:
+        console.print(f"{len(data['skipped'])} unreadable images left out, the first {data['skipped'][0]}")
+    if data["attribution"]:
+        console.print(data["attribution"], style="dim", highlight=False)
 
 
 def mean_std(value: dict) -> str:

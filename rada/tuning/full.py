@@ -6,18 +6,18 @@ The head gives gradients to the features, and so to the towers.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from rada.checks import check_ints, check_not_negative, check_one_of, check_positive, check_same
 from rada.clip import RAdaCLIP
 from rada.data.images import to_rgb
 from rada.data.source import Images
@@ -71,25 +71,17 @@ class FullTuning:
     flip: bool = True
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "accumulate"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}; it takes a positive int")
+        check_ints(1, epochs=self.epochs, batch_size=self.batch_size, accumulate=self.accumulate)
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: got {self.accumulate}; it takes a divisor of batch_size {self.batch_size}")
-        for name in ("lr", "head_lr"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; it takes a positive number")
-        for name in ("weight_decay", "alpha"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; it takes a number that is not negative")
+        check_positive(lr=self.lr, head_lr=self.head_lr)
+        check_not_negative(weight_decay=self.weight_decay, alpha=self.alpha)
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: got {self.warmup!r}; it takes a share of the steps, 0 to below 1")
-        for name, known in (("loss", tuple(LOSSES)), ("precision", tuple(PRECISIONS))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; it takes one of {known}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm: got {self.clip_norm!r}; it takes a positive number or None")
+        check_one_of(LOSSES, loss=self.loss)
+        check_one_of(PRECISIONS, precision=self.precision)
+        if self.clip_norm is not None:
+            check_positive(clip_norm=self.clip_norm)
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise ValueError(f"crop: got {self.crop!r}; it takes two shares, 0 < least <= largest <= 1")
 
@@ -184,6 +176,11 @@ class FineTuner:
             raise ValueError(
                 f"labels: got {len(labels)} for {len(images)} images; it takes one per image, at least one"
             )
+        if model.head.shares_classes:
+            raise ValueError(
+                "model: got a head that shares its classes (shard_classes); fine-tuning splits a batch over the "
+                "processes, and takes a head without"
+            )
         self.model, self.labels, self.tuning, self.seed = model, labels, tuning, seed
         self.folder, self.save_every, self.workers = folder, save_every, workers
         self.on_epoch = on_epoch or (lambda numbers: None)
@@ -204,8 +201,7 @@ class FineTuner:
 
     def _parallel(self, parallel: str) -> tuple[RAdaCLIP, nn.Module]:
         """The model whose weights this rank trains, and what is called for its logits."""
-        if parallel not in PARALLEL:
-            raise ValueError(f"parallel: got {parallel!r}; it takes one of {PARALLEL}")
+        check_one_of(PARALLEL, parallel=parallel)
         if parallel == "ddp" or ranks()[1] == 1:
             return self.model, replicated(self.model)
         if self.tuning.precision == "fp16":
@@ -227,18 +223,16 @@ class FineTuner:
                 for images, index in self._batches():
                     self._take_step(images.to(self.device), self.labels[index].to(self.device))
                     bar.update(1)
-                    if self.step % self.steps_per_epoch == 0:
+                    ended = self.step % self.steps_per_epoch == 0
+                    if ended:
                         self._finish_epoch()
-                    if self.folder and self._due():
+                    if self.folder and (ended or (self.save_every and self.step % self.save_every == 0)):
                         self.save()
         if self.trained is not self.model:
             load_weights(self.model, whole_weights(self.trained))
             self.model.to(self.device)
         self.model.eval()
         return self.rows
-
-    def _due(self) -> bool:
-        return self.step % self.steps_per_epoch == 0 or bool(self.save_every and self.step % self.save_every == 0)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The rest of the epoch that the run is in: this rank's images of each batch, and the batch's indices."""
@@ -350,9 +344,7 @@ class FineTuner:
             raise ValueError(f"{path}: not a state to resume from ({type(error).__name__}: {error})") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"{path}: not a state to resume from, which has the entry format = {FORMAT!r}")
-        for name, value in self._run().items():
-            if state["run"].get(name) != value:
-                raise ValueError(f"{name}: got {value!r}; the run to resume in {path} takes {state['run'].get(name)!r}")
+        check_same(self._run(), state["run"], f"the run to resume in {path}")
         self.step, self.sums, self.rows = state["step"], state["sums"], state["rows"]
         load_weights(self.trained, state["model"])
         load_state(self.optimizer, state["optimizer"])
@@ -376,22 +368,15 @@ class FineTuner:
         }
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
-    name, keys, *rest = cast(tuple, np.random.get_state())
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-    }
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of what draws in training: dropout in the towers. Orders and crops depend on the seed alone."""
+    state = {"torch": torch.get_rng_state()}
     if device.type != "cpu":
         state["device"] = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
-def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["torch"].cpu())
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)

@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
+from rada.checks import check_ints, check_not_negative, check_one_of, check_positive
+
 SCHEDULES = ("cosine", "released")
 
 
@@ -36,20 +38,10 @@ class Tuning:
     alpha: float = 0.1
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}; it takes a positive int")
-        for name in ("lr", "warmup_lr"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: got {value!r}; it takes a positive number")
-        for name in ("weight_decay", "alpha"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: got {value!r}; it takes a number that is not negative")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule: got {self.schedule!r}; it takes one of {SCHEDULES}")
+        check_ints(1, epochs=self.epochs, batch_size=self.batch_size)
+        check_positive(lr=self.lr, warmup_lr=self.warmup_lr)
+        check_not_negative(weight_decay=self.weight_decay, alpha=self.alpha)
+        check_one_of(SCHEDULES, schedule=self.schedule)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], steps_per_epoch: int) -> tuple[Adam, LambdaLR]:
         """Adam on those parameters that require a gradient, and its learning rates, to be stepped after each step."""

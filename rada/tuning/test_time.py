@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from rada.checks import check_ints, check_not_negative, check_positive
 from rada.classification import Classes
 from rada.fused import RAdaHead
 from rada_kernels import QUERIES, rada_attended_rows
@@ -52,12 +53,9 @@ class Adaptation:
     online: bool = False
 
     def __post_init__(self):
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps: got {self.steps!r}; it takes a positive int")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr: got {self.lr!r}; it takes a positive number")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay: got {self.weight_decay!r}; it takes a number that is not negative")
+        check_ints(1, steps=self.steps)
+        check_positive(lr=self.lr)
+        check_not_negative(weight_decay=self.weight_decay)
         if not 0 < self.selection <= 1:
             raise ValueError(f"selection: got {self.selection!r}; it takes a share above 0 and up to 1")
         if isinstance(self.parameters, str) or not self.parameters:

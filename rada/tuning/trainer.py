@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rada.classification import Classes, Labelled, accuracy, predict_labels
@@ -54,72 +54,85 @@ def tune_head(
     Raises ValueError for labels outside 0..K-1, and where the loss is no longer finite, naming the step; the head then
     has the weights of the step before.
     """
-    count, device = len(train.features), classes.text.device
-    whole = any(getattr(module, "shares_classes", False) for module in head.modules())
-    size = 1 if whole else ranks()[1]
     _check(train, len(classes.text))
-    loss_of = loss or CrossEntropy(tuning.alpha)
     report = on_epoch or (lambda numbers: None)
-    rng = torch.Generator().manual_seed(seed)
-    steps_per_epoch = math.ceil(count / tuning.batch_size)
-    optimizer, rates = tuning.optimizer(head.parameters(), steps_per_epoch)
-    scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(precision, device) is torch.float16)
-    model = head if whole else replicated(head)
-    step = 0
-
-    def measured(items: Labelled | None) -> float | None:
-        if items is None:
-            return None
-        with autocast(precision, device):
-            return accuracy(predict_labels(items.features, classes, head), items.labels)
-
-    def epoch_of_training(bar: tqdm) -> dict[str, Any]:
-        nonlocal step
-        losses, penalties, hits = 0.0, 0.0, 0
-        for batch in torch.randperm(count, generator=rng).split(tuning.batch_size):
-            images = train.features[batch if whole else own_rows(batch)].to(device, classes.text.dtype)
-            labels = train.labels[batch].to(device)
-            with autocast(precision, device):
-                logits, *penalties_of = model(images, *classes, return_penalty=True)
-                if not whole:
-                    logits = gather(logits, len(batch))
-                    penalties_of = [gather_mean(penalty, len(batch)) for penalty in penalties_of]
-                value = loss_of(logits, labels, *penalties_of)
-            if not math.isfinite(number := value.item()):
-                raise ValueError(
-                    f"lr: got {tuning.lr}; the loss is not finite at step {step + 1} of "
-                    f"{tuning.epochs * steps_per_epoch}: it takes a smaller one, or features without NaN and infinities"
-                )
-            optimizer.zero_grad()
-            scaler.scale(size * value).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            step += 1
-            (lr,) = rates.get_last_lr()
-            rates.step()
-            losses += number * len(batch)
-            penalties += penalties_of[0].item() * len(batch)
-            hits += int((logits.detach().argmax(-1) == labels).sum())
-            bar.update(len(batch))
-        return {
-            "lr": lr,
-            "loss": losses / count,
-            "penalty": penalties / count,
-            "train_accuracy": 100 * hits / count,
-        }
-
+    training = _Training(head, train, classes, tuning, seed, loss or CrossEntropy(tuning.alpha), precision)
     head.train()
     report(
-        {"epoch": 0, "lr": None, "loss": None, "penalty": None, "train_accuracy": measured(train)}
-        | {"val_accuracy": measured(val), "seconds": 0.0}
+        {"epoch": 0, "lr": None, "loss": None, "penalty": None, "train_accuracy": training.accuracy(train)}
+        | {"val_accuracy": training.accuracy(val), "seconds": 0.0}
     )
-    with tqdm(total=count * tuning.epochs, desc=description, unit="image", leave=False) as bar:
+    with tqdm(total=len(train.features) * tuning.epochs, desc=description, unit="image", leave=False) as bar:
         for epoch in range(1, tuning.epochs + 1):
             start = time.perf_counter()
-            numbers = {"epoch": epoch, **epoch_of_training(bar), "val_accuracy": measured(val)}
+            numbers = {"epoch": epoch, **training.epoch(bar), "val_accuracy": training.accuracy(val)}
             bar.set_postfix(loss=f"{numbers['loss']:.3f}", accuracy=f"{numbers['train_accuracy']:.1f}%")
             report(numbers | {"seconds": time.perf_counter() - start})
     return head.eval()
+
+
+class _Training:
+    """A head in training."""
+
+    def __init__(
+        self, head: nn.Module, train: Labelled, classes: Classes, tuning: Tuning, seed: int, loss: Loss, precision: str
+    ) -> None:
+        self.head, self.train, self.classes, self.tuning, self.loss = head, train, classes, tuning, loss
+        self.precision, self.device = precision, classes.text.device
+        self.rng = torch.Generator().manual_seed(seed)
+        # A head that shares its classes takes whole batches: its gradients are whole.
+        self.whole = any(getattr(module, "shares_classes", False) for module in head.modules())
+        self.model = head if self.whole else replicated(head)
+        self.steps_per_epoch = math.ceil(len(train.features) / tuning.batch_size)
+        self.optimizer, self.rates = tuning.optimizer(head.parameters(), self.steps_per_epoch)
+        scaled = autocast_dtype(precision, self.device) is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.step = 0
+
+    def accuracy(self, items: Labelled | None) -> float | None:
+        """Of the head, in percent."""
+        if items is None:
+            return None
+        with autocast(self.precision, self.device):
+            return accuracy(predict_labels(items.features, self.classes, self.head), items.labels)
+
+    def epoch(self, bar: tqdm) -> dict[str, Any]:
+        """A pass over the images, and its numbers."""
+        count = len(self.train.features)
+        losses, penalties, hits = 0.0, 0.0, 0
+        for batch in torch.randperm(count, generator=self.rng).split(self.tuning.batch_size):
+            (lr,) = self.rates.get_last_lr()
+            loss, penalty, recognised = self._take_step(batch)
+            losses += loss * len(batch)
+            penalties += penalty * len(batch)
+            hits += recognised
+            bar.update(len(batch))
+        return {"lr": lr, "loss": losses / count, "penalty": penalties / count, "train_accuracy": 100 * hits / count}
+
+    def _take_step(self, batch: Tensor) -> tuple[float, float, int]:
+        """A step on the images `batch`: the loss, the mask's penalty, and how many images are recognised."""
+        images = self.train.features[batch if self.whole else own_rows(batch)]
+        labels = self.train.labels[batch].to(self.device)
+        with autocast(self.precision, self.device):
+            images = images.to(self.device, self.classes.text.dtype)
+            logits, *penalties = self.model(images, *self.classes, return_penalty=True)
+            if not self.whole:
+                logits = gather(logits, len(batch))
+                penalties = [gather_mean(penalty, len(batch)) for penalty in penalties]
+            loss = self.loss(logits, labels, *penalties)
+        self.step += 1
+        if not math.isfinite(number := loss.item()):
+            raise ValueError(
+                f"lr: got {self.tuning.lr}; the loss is not finite at step {self.step} of "
+                f"{self.tuning.epochs * self.steps_per_epoch}: it takes a smaller one, or features without NaN and "
+                "infinities"
+            )
+        self.optimizer.zero_grad()
+        self.scaler.scale((1 if self.whole else ranks()[1]) * loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.rates.step()
+        return number, penalties[0].item(), int((logits.detach().argmax(-1) == labels).sum())
 
 
 def _check(train: Labelled, classes: int) -> None:

@@ -106,6 +106,20 @@ def test_from_a_stored_head(folder, encoders, tmp_path):
     assert found["zero_shot"] == pytest.approx(score(adapted.zero_shot, chosen.labels))
 
 
+def test_other_data_are_adapted_to_among_their_own_classes(folder, encoders, tmp_path):
+    shades = shutil.copytree(folder.removeprefix("folder:"), tmp_path / "shades")
+    for half in ("train", "test"):
+        shutil.rmtree(shades / half / "white")
+        (shades / half / "grey").rename(shades / half / "pale")
+    Checkpoint(RAdaHead(encoders.embed_dim), encoders.classes(NAMES), NAMES, "rada-demo", ModelSpec("demo")).save(
+        tmp_path / "head"
+    )
+    with pytest.warns(UserWarning, match=r"no split\.json"):
+        found = adapt_checkpoint(tmp_path / "head", f"folder:{shades}", views=2, device="cpu")
+    alone = adapt_zero_shot(ModelSpec("demo"), f"folder:{shades}", views=2, device="cpu")
+    assert (found["images"], found["zero_shot"]) == (6, pytest.approx(alone["zero_shot"]))
+
+
 def test_data_that_cannot_be_adapted_to(folder, tmp_path):
     features = tmp_path / "features.npz"
     labels = np.repeat(np.arange(3), 4)

@@ -12,7 +12,7 @@ import torch
 from rada.cache import FeatureCache
 from rada.cli import main
 from rada.data.listing import list_images
-from rada.encoders import FeatureExtractor, encoded_batches
+from rada.encoders import FeatureExtractor, encode_batches, in_batches
 from rada.models import ModelSpec
 
 pytest.importorskip("open_clip")
@@ -21,8 +21,8 @@ MODEL = {"model": "tiny", "fingerprint": "0"}
 
 
 def encode(extractor, folder, batch_size=5):
-    batches = encoded_batches(extractor, list_images(folder).images, batch_size=batch_size, quiet=True)
-    found = list(batches)
+    images = list_images(folder).images
+    found = list(encode_batches(extractor, images, in_batches(range(len(images)), batch_size), quiet=True))
     rows = [row for batch in found for row in batch.rows]
     return rows, torch.cat([batch.features for batch in found]), {k: v for batch in found for k, v in batch.bad.items()}
 
@@ -79,7 +79,9 @@ def test_a_broken_file_and_a_wrong_folder_are_named(tmp_path):
     with pytest.raises(ValueError, match=rf"cache: .*{file.name}: not readable .*; delete it"):
         FeatureCache(tmp_path / "cache").shelf(MODEL)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OSError, match=r"cache: .*file/cache cannot be made \(Not a directory\)"):
+    with pytest.raises(
+        OSError, match=r"cache: .*file/cache: cannot be written \(Not a directory\); .* give another cache"
+    ):
         FeatureCache(tmp_path / "file" / "cache")
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from rada.cli import main
 from rada.data import base_new, load_source
 from rada.data.coop import load_coop
+from rada.data.record import digests_of
 from rada.data.source import digest
 from rada.evaluate import evaluate_checkpoint
 
@@ -44,8 +45,8 @@ def test_a_split_is_read_as_it_is(tmp_path, images):
     assert not source.drawn
     assert source.train.labels.tolist() == [3, 3, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0]
     assert source.test.names == tuple(f"{breed}/{i}.png" for breed in reversed(BREEDS) for i in (5, 4))
-    assert not set(source.train.digests) & set(source.test.digests)
-    assert list(source.test.digests) == [digest((tmp_path / images / name).read_bytes()) for name in source.test.names]
+    assert not set(digests_of(source.train)) & set(digests_of(source.test))
+    assert digests_of(source.test) == [digest((tmp_path / images / name).read_bytes()) for name in source.test.names]
     for image, name in zip(source.test.images, source.test.names, strict=True):
         assert image.tobytes() == Image.open(tmp_path / images / name).tobytes()
     base, new = base_new(len(source.class_names))
@@ -98,7 +99,7 @@ def test_a_bad_split_is_named(tmp_path, change, message):
 
 
 def test_a_file_that_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"split_zhou_x\.json: no such file; coop: takes"):
+    with pytest.raises(FileNotFoundError, match=r"split_zhou_x\.json: no such file; it holds a split of CoOp"):
         load_coop(tmp_path / "split_zhou_x.json")
     (tmp_path / "split_zhou_x.json").write_text("{")
     with pytest.raises(ValueError, match="not a JSON file"):

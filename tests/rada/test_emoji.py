@@ -116,7 +116,7 @@ def test_image_size():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"domain": "photos"}, "domain: got 'photos'.*'source', 'target'"),
+        ({"domain": "photos"}, "domain: got 'photos'.*source, target"),
         ({"image_size": 8}, "image_size: got 8.*at least 16"),
         ({"train_views": 0}, "train_views: got 0"),
         ({"test_views": 0}, "test_views: got 0"),

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rada.cli import main
 from rada.data import load_source
-from rada.data.features import feature_shards
 from rada.data.listing import list_images
 from rada.encode import encode_to_shards, read_bad
-from rada.inference.files import feature_files
+from rada.inference.files import file_rows
 from rada.models import ModelSpec
 from tests.rada.test_listing import png, write_tar
 
@@ -41,6 +41,16 @@ def write_pictures(root: Path) -> Path:
             Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(root / name / f"{i}.png")
     (root / BAD).write_bytes(b"no image")
     return root
+
+
+def stored_shards(folder):
+    """The features of a folder, as stored, in the order of the shards."""
+    files = sorted((folder / "img_emb").iterdir(), key=lambda file: int(file.stem.removeprefix("img_emb_")))
+    load = {
+        ".npy": lambda file: torch.from_numpy(np.load(file)),
+        ".safetensors": lambda f: load_file(f)["image_features"],
+    }
+    return [load[file.suffix](file) for file in files]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +88,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_shards_hold_the_features_of_the_readable_images(whole, demo, pictures):
     names = [name for name in list_images(pictures).names if name != BAD]
     images = torch.stack([demo.preprocess(Image.open(pictures / name)) for name in names])
-    shards = feature_shards(whole)
+    shards = stored_shards(whole)
     assert [tuple(shard.shape) for shard in shards] == [(5, 128), (5, 128), (4, 128), (5, 128), (1, 128)]
     assert {shard.dtype for shard in shards} == {torch.float16}
     torch.testing.assert_close(torch.cat(shards).float(), demo.encode_images(images), atol=2e-4, rtol=2e-3)
@@ -112,19 +122,19 @@ def test_another_dtype_other_names_and_a_split(demo, tmp_path):
     assert (len(source.train), len(source.test), source.drawn) == (20, 20, False)
     assert source.test.labels.bincount().tolist() == [7, 7, 6]
     assert torch.equal(source.train.features, source.test.features)  # the same pictures
-    assert feature_shards(tmp_path / "out")[0].dtype == torch.float32
+    assert stored_shards(tmp_path / "out")[0].dtype == torch.float32
 
 
 def test_bfloat16_comes_as_safetensors(encode, whole, tmp_path):
     encode(tmp_path / "out", dtype="bfloat16")
     assert encode(tmp_path / "out", dtype="bfloat16", resume=True)["encoded"] == 0
-    shards = feature_shards(tmp_path / "out")
+    shards = stored_shards(tmp_path / "out")
     assert {shard.dtype for shard in shards} == {torch.bfloat16}
-    half = torch.cat(feature_shards(whole)).float()
+    half = torch.cat(stored_shards(whole)).float()
     torch.testing.assert_close(torch.cat(shards).float(), half, rtol=2**-8, atol=1e-6)
     source = load_source(f"features:{tmp_path / 'out'}")
     assert len(source.train) + len(source.test) == 20
-    assert [len(rows) for _, rows in feature_files(tmp_path / "out")] == [5, 5, 4, 5, 1]
+    assert [len(rows) for _, rows in file_rows(tmp_path / "out")] == [5, 5, 4, 5, 1]
 
 
 def test_tars_and_bare_lists(encode, demo, tmp_path):
@@ -138,7 +148,7 @@ def test_tars_and_bare_lists(encode, demo, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("red fox\nblue sea\n")
     encode(tmp_path / "list", listing=list_images(tmp_path / "list.txt"), class_names=names)
-    rows = [feature_shards(tmp_path / of)[0][0] for of in ("tars", "list")]
+    rows = [stored_shards(tmp_path / of)[0][0] for of in ("tars", "list")]
     torch.testing.assert_close(*rows, atol=1e-3, rtol=0)
     with np.load(tmp_path / "list" / "classes.npz") as classes:
         assert classes["class_names"].tolist() == ["red fox", "blue sea"]
@@ -210,7 +220,7 @@ def test_a_disk_that_is_full_is_said_and_nothing_is_half_written(pictures, whole
 
     done = subprocess.run(command(pictures, output), capture_output=True, text=True, preexec_fn=small_files)
     assert done.returncode == 2
-    assert "cannot be written (File too large); whole shards are kept: make room, then --resume" in done.stderr
+    assert "cannot be written (File too large); nothing of it was left, and what was finished is kept" in done.stderr
     assert not [name for name in contents(output) if Path(name).name.startswith(".")]
 
 
@@ -223,11 +233,11 @@ def test_processes_of_one_run_share_the_shards(encode, whole, tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"holds 2 of 5 shards; rada encode --resume makes the others"):
         load_source(f"features:{output}")
     with pytest.raises(ValueError, match=r"holds 2 of 5 shards"):
-        feature_files(output)
+        file_rows(output)
     monkeypatch.setenv("RANK", "0")
     assert encode(output)["encoded"] == 11  # not resumed: none of its own shards is there
     assert contents(output) == contents(whole)
-    assert [len(rows) for _, rows in feature_files(output)] == [5, 5, 4, 5, 1]
+    assert [len(rows) for _, rows in file_rows(output)] == [5, 5, 4, 5, 1]
 
 
 def test_an_encoding_is_not_continued_unasked(encode, whole):
@@ -270,16 +280,16 @@ def test_an_image_that_became_readable_is_no_longer_listed(encode, demo, tmp_pat
     (pictures / BAD).write_bytes((pictures / "dog" / "4.png").read_bytes())
     assert encode(output, listing=listing, resume=True)["encoded"] == 5
     assert read_bad(output) == {}
-    assert len(feature_shards(output)[2]) == 5
+    assert len(stored_shards(output)[2]) == 5
 
 
 def test_a_shard_may_have_no_readable_image(encode, tmp_path):
     for dtype in ("float16", "bfloat16"):
         encode(tmp_path / dtype, rows_per_shard=1, dtype=dtype)
-        assert [len(shard) for shard in feature_shards(tmp_path / dtype)].count(0) == 1
+        assert [len(shard) for shard in stored_shards(tmp_path / dtype)].count(0) == 1
         source = load_source(f"features:{tmp_path / dtype}")
         assert len(source.train) + len(source.test) == 20
-        assert [len(rows) for _, rows in feature_files(tmp_path / dtype)] == [1] * 20
+        assert [len(rows) for _, rows in file_rows(tmp_path / dtype)] == [1] * 20
 
 
 def test_names_of_one_prompt_are_refused_before_anything_is_written(encode, tmp_path):
@@ -300,7 +310,7 @@ def test_other_files_are_left_alone(encode, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(encode, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OSError, match=r"output: .*file/out cannot be written to \(Not a directory\)"):
+    with pytest.raises(OSError, match=r"output: .*file/out: cannot be written \(Not a directory\)"):
         encode(tmp_path / "file" / "out")
 
 
@@ -318,7 +328,7 @@ def test_a_list_of_unreadable_images_is_refused(encode, tmp_path):
         (("pictures", "--output", "out"), "model: got none"),
         (
             ("pictures", "--model", "demo", "--output", "out", "--dtype", "int8"),
-            "dtype: got 'int8'; it takes one of ('float16', 'bfloat16', 'float32')",
+            "dtype: got 'int8'; it takes one of float16, bfloat16, float32",
         ),
         (("nowhere", "--model", "demo", "--output", "out"), "nowhere: no such file or folder"),
     ],

@@ -10,7 +10,7 @@ from torch import nn
 
 from rada import RAdaCLIP
 from rada.data import Split
-from rada.encoders import FeatureExtractor, encoded_batches, feature_batches, split_features
+from rada.encoders import FeatureExtractor, encode_batches, in_batches, split_features
 from rada.models import open_model
 
 NAMES = ("red fox", "tree", "kite")
@@ -83,7 +83,7 @@ def test_batches_follow_the_indices(own):
     images = list(torch.randn(7, 3, 4, 4))
     expected = own.encode_images(torch.stack(images))
     indices = torch.tensor([6, 0, 3, 3, 1])
-    batches = list(feature_batches(own, images, indices, batch_size=2, quiet=True))
+    batches = [batch.features for batch in encode_batches(own, images, in_batches(indices.tolist(), 2), quiet=True)]
     assert [len(batch) for batch in batches] == [2, 2, 1]
     torch.testing.assert_close(torch.cat(batches), expected[indices])
     split = Split(labels=torch.zeros(7, dtype=torch.int64), images=images)
@@ -116,7 +116,7 @@ BAD = {4: "cat.jpg: not a readable image", 5: "OSError: no longer there"}
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_recorded(own, workers):
     own.workers = workers
-    found = list(encoded_batches(own, Failing(), start=1, batch_size=2, quiet=True))
+    found = list(encode_batches(own, Failing(), in_batches(range(1, 9), 2), quiet=True))
     assert [batch.rows for batch in found] == [[1, 2], [3], [6], [7, 8]]
     assert [batch.bad for batch in found] == [{}, {4: BAD[4]}, {5: BAD[5]}, {}]
     for batch in found:
@@ -125,24 +125,23 @@ def test_bad_images_are_recorded(own, workers):
 
 
 def test_a_batch_of_bad_images_has_features_of_no_row(own):
-    (batch,) = encoded_batches(own, Failing(), start=4, stop=6, quiet=True)
+    (batch,) = encode_batches(own, Failing(), [[4, 5]], quiet=True)
     assert (batch.rows, batch.bad) == ([], BAD)
     assert batch.features.shape == (0, WIDTH)
 
 
 def test_images_are_decoded_when_their_batch_is_asked_for(own):
     images = Failing()
-    batches = encoded_batches(own, images, batch_size=2, quiet=True)
+    batches = encode_batches(own, images, in_batches(range(9), 2), quiet=True)
     assert images.decoded == []
     next(batches)
     assert images.decoded == [0, 1]
 
 
 def test_features_alone_take_no_bad_image(own):
-    batches = feature_batches(own, Failing(), torch.tensor([0, 5, 4]), batch_size=1, quiet=True)
-    next(batches)
-    with pytest.raises(ValueError, match="images: item 5: OSError: no longer there"):
-        next(batches)
+    split = Split(labels=torch.zeros(9, dtype=torch.int64), images=Failing())
+    with pytest.raises(ValueError, match="images: OSError: no longer there; skip_bad"):
+        split_features(own, split, torch.tensor([0, 5, 4]), "encode")
 
 
 def test_a_missing_package_is_no_bad_image(own):
@@ -151,10 +150,10 @@ def test_a_missing_package_is_no_bad_image(own):
 
     own.preprocess = preprocess
     with pytest.raises(ImportError, match="no pillow"):
-        next(encoded_batches(own, Failing(), quiet=True))
+        next(encode_batches(own, Failing(), [[0]], quiet=True))
 
 
 def test_images_without_a_transform_are_refused(own):
     own.preprocess = None
     with pytest.raises(ValueError, match="it came without an image transform"):
-        next(feature_batches(own, [torch.zeros(3, 4, 4)]))
+        next(encode_batches(own, [torch.zeros(3, 4, 4)], [[0]]))

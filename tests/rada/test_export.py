@@ -15,7 +15,7 @@ from rada.adapter import AdaptedHead
 from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.classification import Classes
 from rada.cli import main
-from rada.export import BACKENDS, METADATA, export_head
+from rada.export import METADATA, SUMS, export_head
 from rada_kernels.backends import cpu
 
 pytest.importorskip("safetensors")
@@ -61,7 +61,7 @@ def check(trained: Checkpoint, batches: list, logits: list) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["program", "package"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SUMS)
 def test_it_gives_the_heads_logits_in_a_process_without_this_library(backend, compiled, tmp_path):
     if backend == "cpu" and cpu.MISSING:
         pytest.skip(cpu.MISSING)

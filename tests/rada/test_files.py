@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rada.files import remove_partials, replacing
+from rada.files import load_json, read_lines, remove_partials, replacing, write_bytes, write_json
 
 
 def fail_halfway(path):
@@ -33,3 +33,22 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     remove_partials(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError):
         context.__exit__(None, None, None)
+
+
+def test_a_path_that_cannot_be_written_is_named_with_its_argument(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for write, value in ((write_bytes, b"x"), (write_json, {})):
+        with pytest.raises(OSError, match=r"^cache: .*file/a: cannot be written \(.+\); .* or give another cache$"):
+            write(tmp_path / "file" / "a", value, "cache")
+
+
+def test_lists_and_json_files_are_read_or_named(tmp_path):
+    (tmp_path / "list").write_bytes("\ufeffone\n\nzwölf\n".encode())
+    assert read_lines(tmp_path / "list", "images") == ["one", "", "zwölf"]
+    (tmp_path / "list").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"^images: .*list: not a UTF-8 text file"):
+        read_lines(tmp_path / "list", "images")
+    with pytest.raises(FileNotFoundError, match=r"^images: .*nowhere: no such file$"):
+        read_lines(tmp_path / "nowhere", "images")
+    with pytest.raises(ValueError, match="list: not a JSON file"):
+        load_json(tmp_path / "list", "a list")

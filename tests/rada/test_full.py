@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from rada import RAdaCLIP
@@ -227,3 +228,15 @@ def test_settings_are_checked(options, message):
 def test_labels_are_checked():
     with pytest.raises(ValueError, match="labels: got 2 for 12 images"):
         FineTuner(model(), data()[0], torch.tensor([0, 1]), FullTuning())
+
+
+def test_a_head_that_shares_its_classes_is_refused():
+    """It takes a whole batch in every process, where fine-tuning splits it."""
+    clip = model()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        clip.head = clip.head.shard_classes()
+        with pytest.raises(ValueError, match=r"model: got a head that shares its classes .* without"):
+            tuner(clip)
+    finally:
+        dist.destroy_process_group()

@@ -11,7 +11,7 @@ import pytest
 Image = pytest.importorskip("PIL.Image")
 
 from rada.data import load_source  # noqa: E402
-from rada.data.images import read_image, to_rgb  # noqa: E402
+from rada.data.images import ImageFiles, to_rgb  # noqa: E402
 
 RED, WHITE = [255, 0, 0], [255, 255, 255]
 # Red, at three alphas: none, full, half. White shines through; 127 is what is left of it under half of black.
@@ -97,7 +97,7 @@ def test_deep_greys_are_scaled():
 def test_a_deep_grey_of_another_range_is_refused(tmp_path, values, message):
     Image.fromarray(values).save(tmp_path / "deep.tif")
     with pytest.raises(ValueError, match=rf"deep\.tif: not a readable image .*{message}"):
-        read_image(tmp_path / "deep.tif")
+        ImageFiles([tmp_path / "deep.tif"])[0]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "CMYK", "YCbCr", "HSV", "LAB"])

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from rada import RAdaHead
 from rada.adapter import AdaptedHead
-from rada.checkpoint import Checkpoint
+from rada.checkpoint import save_model
 from rada.clip import RAdaCLIP
+from rada.data.feature_files import FeatureFile
 from rada.inference import PredictOptions, Predictor, plan_shards, predict, predict_to_folder, read_manifest
-from rada.inference.files import FeatureFile
 from rada.models import ModelSpec
 from tests.rada.predictions import CLASSES, NAMES, ROWS, SMALL, WIDTH, checkpoint_of, rows, saved, table_of
 
@@ -138,7 +138,7 @@ def image_checkpoint(model_dir, folder):
     torch.manual_seed(0)
     head = RAdaHead(WIDTH, 4)
     torch.nn.init.normal_(head.out_proj.weight, std=0.5)
-    Checkpoint.of(RAdaCLIP(encoders, head.eval(), ("red", "green", "blue"))).save(folder)
+    save_model(folder, RAdaCLIP(encoders, head.eval(), ("red", "green", "blue")))
     return encoders, head
 
 
@@ -210,7 +210,7 @@ def test_features_of_an_image_are_what_fine_tuned_towers_make(images, model_dir,
     encoders.model.requires_grad_(True)
     with torch.no_grad():
         next(encoders.model.visual.parameters()).mul_(1.1)
-    Checkpoint.of(RAdaCLIP(encoders, head, ("red", "green", "blue"))).save(tmp_path / "tuned")
+    save_model(tmp_path / "tuned", RAdaCLIP(encoders, head, ("red", "green", "blue")))
     predict(tmp_path / "tuned", tmp_path / "out", options, images=folder, device="cpu")
     with torch.no_grad():
         pixels = torch.stack([encoders.preprocess(_open(folder / f"{i}.png")) for i in range(10)])
@@ -310,10 +310,10 @@ def test_labels_of_another_list_are_refused(checkpoint, features, tmp_path):
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["predict.json"]
 
 
-def test_pieces_cover_a_file_without_a_gap(tmp_path):
+def test_pieces_cover_a_file_without_a_gap(tmp_path, monkeypatch):
+    monkeypatch.setattr("rada.data.feature_files.PIECE_BYTES", 1)
     values = rows(1000)
     np.save(tmp_path / "a.npy", values)
-    file = FeatureFile(tmp_path / "a.npy", tmp_path)
-    pieces = list(file.reader.pieces(13, 977, 64))
+    pieces = list(FeatureFile(tmp_path / "a.npy").pieces(13, 977, 64))
     assert [len(piece) for piece in pieces] == [64] * 15 + [4]
     assert torch.equal(torch.cat(pieces), torch.from_numpy(values[13:977]))

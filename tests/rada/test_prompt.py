@@ -377,7 +377,7 @@ def test_sizes_and_starts():
         ("clip", {"context": ""}, r"context: got ''; it takes words that the tokenizer puts at the start of a text"),
         ("clip", {"depth": 4}, r"depth: got 4; it takes 1..3, the layers of the shallower tower"),
         ("clip", {"depth": 0}, r"depth: got 0; it takes 1..3"),
-        ("clip", {"image_tokens": -1}, r"image_tokens: got -1; it takes a number that is not negative"),
+        ("clip", {"image_tokens": -1}, r"image_tokens: got -1; it takes an int of at least 0"),
         ("resnet", {}, r"image_tokens: got the image tower ModifiedResNet, which takes no tokens; it takes 0"),
     ],
 )

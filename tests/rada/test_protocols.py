@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from rada.data import Source, Split, few_shot, load_source
-from rada.data.classes import name_classes, read_class_names
+from rada.data.classes import name_classes, places, read_class_names
 from rada.protocols import PROTOCOLS, SHOTS, T_QUANTILES, make_protocol, mean_interval, shot_curve
 
 
@@ -56,8 +56,8 @@ def test_cross_tests_each_data_set_among_its_own_classes():
     assert list(protocol.groups) == ["source", "variant", "other"]
     assert values(protocol.groups["variant"].test) == values(variant.train) | values(variant.test)  # came unsplit
     assert values(protocol.groups["other"].test) == values(other.test)
-    assert protocol.groups["variant"].ids_among(protocol.source.class_names).tolist() == [3, 1]
-    assert protocol.groups["other"].ids_among(protocol.source.class_names) is None
+    assert places(protocol.groups["variant"].class_names, protocol.source.class_names).tolist() == [3, 1]
+    assert places(protocol.groups["other"].class_names, protocol.source.class_names) is None
     scores = protocol.scores({"source": 90.0, "variant": 40.0, "other": 60.0})
     assert scores == {"source": 90.0, "variant": 40.0, "other": 60.0, "mean": 50.0}
 
@@ -98,7 +98,7 @@ def test_imagenet_and_its_variants(tmp_path):
     assert protocol.source.class_names == tuple(names)
     adversarial = protocol.groups["imagenet-a"]
     assert adversarial.class_names == ("goldfish", "tiger shark")
-    assert adversarial.ids_among(names).tolist() == [1, 3]
+    assert places(adversarial.class_names, names).tolist() == [1, 3]
     v2 = protocol.groups["imagenetv2"]
     assert v2.class_names == tuple(names)
     for name, label in zip(v2.test.names, v2.test.labels.tolist(), strict=True):

@@ -94,7 +94,7 @@ def test_the_gain_figure_counts_base_and_new_apart(folder):
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from rada.report.figures import STYLE, gain_figure
+    from rada.plots import STYLE, gain_figure
 
     gain = load_results(folder)["gain"]
     gain.update(repaired_images={"base": 12344.0, "new": 16.0}, broken_images={"base": 12.0, "new": 10014.0})
