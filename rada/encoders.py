@@ -411,10 +411,9 @@ def readable_features(
 def readable(split: Split, indices: Tensor, features: Tensor) -> Readable:
     """The rows of features [M, D] that are not NaN, of a split's items at indices [M]."""
     good = ~features.isnan().any(1)
-    bad = indices[~good].tolist()
-    names = [str(position) if split.names is None else split.names[position] for position in bad]
-    if len(bad) == len(indices):
-        raise ValueError(f"images: none of {len(indices)} could be read, the first is {next(iter(names), None)}")
+    names = [str(int(i)) if split.names is None else split.names[i] for i in indices[~good]]
+    if len(names) == len(indices):
+        raise ValueError(f"items: none of {len(indices)} could be read, the first is {next(iter(names), None)}")
     return Readable(indices[good], features[good], names)
 
 
@@ -423,10 +422,14 @@ def split_features(
 ) -> Tensor:
     """Features [M, D] of a split's items at indices [M]: stored ones, or encoded by `extractor`. On the CPU.
 
-    skip_bad: give NaN for an unreadable image. Default False: raise ValueError for the first.
+    skip_bad: give NaN for an unreadable image and for a stored row that is not finite. Default False: raise ValueError.
     """
     if split.features is not None:
-        return split.features[indices]
+        stored = split.features[indices]
+        stored = stored.masked_fill(~stored.isfinite().all(1, keepdim=True), float("nan"))
+        if not skip_bad and (bad := readable(split, indices, stored).skipped):
+            raise ValueError(f"features: item {bad[0]}: NaN or infinity; skip_bad (--skip-bad) leaves such rows out")
+        return stored
     if extractor is None or split.images is None:
         raise ValueError("extractor: got None for a split without features; it takes the encoder of its images")
     rows = []

@@ -167,6 +167,8 @@ def prepare(
         encoders.batch_size, encoders.workers = settings.encode_batch, settings.workers
         encoders.cache = None if settings.cache is None else FeatureCache(settings.cache)
     train = protocol.train
+    if not len(train):
+        raise ValueError(f"data: {source.name} has no training image; it takes at least one")
     picks = {
         (seed, shots): shots_and_val(train.labels, shots, seed)
         for seed in settings.seeds
@@ -326,7 +328,7 @@ def _features(
 ) -> Readable:
     """`readable_features`, of which each rank encodes its share."""
     if split.features is not None:
-        return readable_features(encoders, split, indices, description)
+        return readable_features(encoders, split, indices, description, skip_bad=skip_bad)
     features = in_shares(
         len(indices), lambda own: split_features(encoders, split, indices[own], description, skip_bad=skip_bad)
     )

@@ -156,7 +156,7 @@ def _table(title: str, first: str, *others: str) -> Table:
 
 def _print_skipped(console: Console, skipped: list[str]) -> None:
     if skipped:
-        console.print(f"{len(skipped)} unreadable images left out, the first {skipped[0]}")
+        console.print(f"{len(skipped)} unreadable items left out, the first {skipped[0]}")
 
 
 def _print_attribution(console: Console, attribution: str) -> None:
