@@ -69,6 +69,8 @@ def adapt_checkpoint(
     Raises as `load_test`, and ValueError for data without images or without a class of the checkpoint.
     """
     trained = load_checkpoint(checkpoint, device=device, backend=backend)
+    if trained.spec is None and trained.fingerprint is None:
+        raise ValueError("checkpoint: its head was trained on precomputed features; test-time training takes images")
     data_set = load_test(trained, data)
     position = {name: i for i, name in enumerate(data_set.class_names)}
     missing = [name for name in trained.class_names if name not in position]

@@ -115,6 +115,33 @@ def test_features_with_nan_are_named_or_left_out(features, tmp_path, capsys):
     assert call("evaluate", "--checkpoint", output) == 0
 
 
+def test_methods_that_all_take_images_are_refused(features, tmp_path, capsys):
+    arguments = ("train", "--data", f"features:{features}", "--output", tmp_path / "run", *TINY)
+    assert call(*arguments, "--method", "full,rada+prompt") == 2
+    assert "methods: got full, rada+prompt alone; it takes images, and the data are features" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_on_features_does_not_adapt(feature_run, capsys):
+    assert call("adapt", "--checkpoint", feature_run) == 2
+    assert "precomputed features; test-time training takes images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--penalty", "L1"), "penalty: got 'L1'; it takes one of"),
+        (("--heads", 5), "num_heads: got 5; it takes a divisor of embed_dim"),
+        (("--backend", "gpu"), "backend: got 'gpu'; it takes one of"),
+    ],
+)
+def test_the_head_is_refused_before_the_encoding(images, model_dir, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr("rada.problem.split_features", lambda *_, **__: pytest.fail("images were encoded"))
+    data = ("--data", f"folder:{images}", "--model", f"local-dir:{model_dir}", "--output", tmp_path / "run")
+    assert call("train", *data, *TINY, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_features_without_training_images_are_refused(features, tmp_path, capsys):
     np.savez(tmp_path / "tests.npz", **np.load(features), split=np.full(CLASSES * 12, "test"))
     assert call("train", "--data", f"features:{tmp_path / 'tests.npz'}", "--output", tmp_path / "run", *TINY) == 2
