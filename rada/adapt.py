@@ -82,6 +82,8 @@ def adapt_checkpoint(
     Raises as `load_test` and `select_test`, and ValueError for data without images.
     """
     trained = load_checkpoint(checkpoint, device=device, backend=backend)
+    if trained.spec is None and trained.fingerprint is None:
+        raise ValueError("checkpoint: its head was trained on precomputed features; test-time training takes images")
     source = load_test(trained, data)
     test, names = select_test(trained, source)
     if isinstance(trained.head, AdaptedHead):

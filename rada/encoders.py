@@ -382,11 +382,10 @@ def readable_features(
 ) -> Readable:
     """The features of a split's items at indices [M], as `split_features` gives them; each rank encodes its share.
 
-    skip_bad: leave out what cannot be read, and stored features with NaN. Default False: raise ValueError for the first
-        unreadable image. Raises where none is left.
+    skip_bad: leave out what cannot be read. Default False: raise ValueError for the first. Raises where none is left.
     """
     if split.features is not None:
-        features = split.features[indices]
+        features = split_features(None, split, indices, description, skip_bad=skip_bad)
     else:
         features = in_shares(
             len(indices), lambda own: split_features(extractor, split, indices[own], description, skip_bad=skip_bad)
@@ -394,11 +393,14 @@ def readable_features(
     if not skip_bad:
         return Readable(indices, features, [])
     good = ~features.isnan().any(1)
-    bad = indices[~good].tolist()
-    names = [str(position) if split.names is None else split.names[position] for position in bad]
-    if len(bad) == len(indices):
+    names = _names(split, indices[~good])
+    if len(names) == len(indices):
         raise ValueError(f"data: none of {len(indices)} items could be read, the first is {next(iter(names), None)}")
     return Readable(indices[good], features[good], names)
+
+
+def _names(split: Split, indices: Tensor) -> list[str]:
+    return [str(i) if split.names is None else split.names[i] for i in indices.tolist()]
 
 
 def split_features(
@@ -406,10 +408,15 @@ def split_features(
 ) -> Tensor:
     """Features [M, D] of a split's items at indices [M]: stored ones, or encoded by `extractor`. On the CPU.
 
-    skip_bad: give NaN for an unreadable image. Default False: raise ValueError for the first.
+    skip_bad: give NaN for an unreadable image and for a stored row that is not finite. Default False: raise ValueError.
     """
     if split.features is not None:
-        return split.features[indices]
+        stored = split.features[indices]
+        bad = ~stored.isfinite().all(1)
+        if bad.any() and not skip_bad:
+            first = _names(split, indices[bad])[0]
+            raise ValueError(f"features: item {first}: NaN or infinity; skip_bad (--skip-bad) leaves such rows out")
+        return stored.masked_fill(bad[:, None], float("nan"))
     if extractor is None or split.images is None:
         raise ValueError("extractor: got None for a split without features; it takes the encoder of its images")
     batches, rows = in_batches(indices.tolist(), extractor.batch_size), []

@@ -193,6 +193,8 @@ class _Run:
         }
         self.predictions: dict[str, dict[str, Predictions]] = {}  # of each method and group
         skipped = {name: left_out(name, problem) for name in settings.methods}
+        if None not in skipped.values():
+            raise ValueError(f"methods: got {', '.join(skipped)} alone; {next(iter(skipped.values()))}")
         self.choice = problem.new_head(settings.seeds[0]).backend_for(problem.trained_classes(settings.seeds[0]).text)
         first: list[dict[str, Any]] = [self._scores(answers)[0] for answers in self.zero_shot.values()]
         self.results: dict[str, Any] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -168,6 +168,8 @@ def prepare(
         encoders.batch_size, encoders.workers = settings.encode_batch, settings.workers
         encoders.cache = None if settings.cache is None else FeatureCache(settings.cache)
     train = protocol.train
+    if not len(train):
+        raise ValueError(f"data: {source.name} has no training image; it takes at least one")
     picks = {
         (seed, shots): shots_and_val(train.labels, shots, seed)
         for seed in settings.seeds
@@ -179,6 +181,9 @@ def prepare(
     sigmoid = classes is not None and classes.logit_bias is not None
     loss_name = settings.loss or ("sigmoid" if sigmoid else "cross-entropy")
     penalty = settings.penalty or ("mse" if sigmoid else settings.head.penalty)
+    head_options = replace(settings.head, penalty=penalty)
+    width = cast(Tensor, source.train.features).shape[1] if encoders is None else encoders.embed_dim
+    RAdaHead(width, **asdict(head_options), backend=settings.backend, device="meta")  # refused before the encoding
     samples = _encode_samples(encoders, train, picks, settings.skip_bad, skipped)
     groups = dict(_encode_groups(protocol, encoders, classes, settings.skip_bad, skipped))
     return Problem(
@@ -195,7 +200,7 @@ def prepare(
         records=_records(settings, protocol, origins, train, picks, groups),
         loss=LOSSES[loss_name](settings.tuning.alpha) if loss is None else loss,
         loss_name=loss_name,
-        head_options=replace(settings.head, penalty=penalty),
+        head_options=head_options,
         encode_seconds=time.perf_counter() - start,
         skipped=tuple(skipped),
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,9 @@ def check_output(output: Path, overwrite: bool, resume: bool = False, settings: 
         check_same(json.loads(json.dumps(settings)), stored["settings"], f"the run to resume in {output}")
         return
     if not output.exists():
+        parent = next(folder for folder in output.absolute().parents if folder.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise PermissionError(f"output: {output} cannot be made in {parent}; it takes another folder")
         return
     if not output.is_dir():
         raise FileExistsError(f"output: {output} is a file; it takes a folder")

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from rada_kernels.numerics import accumulation_dtype, matmul_precision
 from rada_kernels.options import Options, Params, Wanted
@@ -168,7 +170,30 @@ class _Similarity(torch.autograd.Function):
         return None, None, grad_image, grad_text, None, *grad_layers
 
 
+def _refuse_transforms(*_):
+    raise RuntimeError(
+        "rada::masked_similarity serves backward() and torch.autograd.grad: for forward-mode derivatives and "
+        "torch.func's vmap, grad, jvp, jacrev, ... use backend='reference'"
+    )
+
+
+# Called for batched arguments alone.
+torch.library.register_vmap("rada::masked_similarity", _refuse_transforms, lib=LIBRARY)
+
+
+def _is_transformed(tensors) -> bool:
+    """Whether a forward-mode derivative or a transform of torch.func goes through one of the tensors.
+
+    Below autograd a tangent would be lost without an error.
+    """
+    if torch._C._are_functorch_transforms_active() and any(map(is_functorch_wrapped_tensor, tensors)):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 def _autograd(keyset, image, text, logit_scale, layers, *packed):
+    if _is_transformed((image, text, *layers)):
+        _refuse_transforms()
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (image, text, logit_scale, *layers)):
         sums, deviation, *saved = _Similarity.apply(keyset, packed, image, text, logit_scale, *layers)
         return sums, deviation, saved

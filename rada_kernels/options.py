@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -33,10 +33,9 @@ class Options:
     normalize: bool = True
 
     def __post_init__(self):
-        if isinstance(self.queries, str):
+        if isinstance(self.queries, str) or not isinstance(self.queries, Collection):
             raise TypeError(
-                f"queries: got the string {self.queries!r}; it takes a tuple of names from {QUERIES}, "
-                f"for example ({self.queries!r},)"
+                f"queries: got {self.queries!r}; it takes a tuple of names from {QUERIES}, such as ({QUERIES[0]!r},)"
             )
         # In the order of QUERIES, whatever order they were given in: equal options compare equal.
         unknown = [name for name in self.queries if name not in QUERIES]
@@ -47,6 +46,8 @@ class Options:
         object.__setattr__(self, "queries", tuple(name for name in QUERIES if name in self.queries))
         if self.penalty not in PENALTIES:
             raise ValueError(f"penalty: got {self.penalty!r}; it takes one of {PENALTIES}")
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"normalize: got {self.normalize!r}; it takes True or False")
         if isinstance(self.num_heads, bool) or not isinstance(self.num_heads, int):
             raise TypeError(f"num_heads: got {self.num_heads!r}; it takes a positive int")
         if self.num_heads < 1:

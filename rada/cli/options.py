@@ -56,7 +56,7 @@ ClassNames = Annotated[
     Path | None,
     typer.Option(help="A file with a line per class: its name in the data, optionally a TAB and another name."),
 ]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, and count them.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out unreadable images and features, counted.")]
 Traceback = Annotated[
     bool,
     typer.Option("--traceback", callback=_show_traceback, is_eager=True, help="Show where an error comes from."),

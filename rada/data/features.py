@@ -3,7 +3,7 @@
 One file, `.npz`, `.safetensors` or `.pt` (a dict, read with weights_only=True), with the entries
 
     image_features   [N, D] floating
-    labels           [N] integers
+    labels           [N] integers, or strings: class names
     split            [N] strings       "train" or "test"; default: drawn by `rada.data.splits.train_test`
     text_features    [K, D] floating   one row per class
     class_names      K strings         in .safetensors a JSON list in the metadata
@@ -19,8 +19,8 @@ or a folder in clip-retrieval's layout
     classes.npz                        text_features, class_names, logit_scale
 
 - Of text_features and class_names one is needed; without names the classes are called "0", "1", ... Without
-  logit_scale `Source.logit_scale` is None. In a folder `classes.npz` may be missing where the labels are
-  names: the classes are then the sorted names that occur. Other entries and columns are ignored.
+  logit_scale `Source.logit_scale` is None. Both may be missing, and with them a folder's `classes.npz`, where the
+  labels are names: the classes are then the sorted names that occur. Other entries and columns are ignored.
 - Item names are rows of the file, from 0: "17", or "train/17" and "test/17" of entries that come apart.
 - Labels lie in 0..K-1. Features are the outputs of the towers' projections, normalised or not; the head normalises.
 - Whatever the stored dtype, `load_features` returns float32: the dtype of the head's parameters. Shards are read and
@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from rada.data.feature_files import FeatureFile, feature_files
 from rada.data.source import Source, Split
@@ -60,11 +61,11 @@ def load_features(path: str | Path, *, seed: int = 0) -> Source:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir():
         files = feature_files(path)
-        return _source(path, _read_folder(path, files), seed, files)
+        return _source(path, _with_numbered_labels(path, _read_folder(path, files)), seed, files)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".pt": _read_pt}
     if path.suffix not in readers:
         raise ValueError(f"{path}: it takes a folder or a file ending in {', '.join(readers)}")
-    return _source(path, readers[path.suffix](path), seed)
+    return _source(path, _with_numbered_labels(path, readers[path.suffix](path)), seed)
 
 
 def _source(path: Path, entries: Mapping, seed: int, files: Sequence[FeatureFile] = ()) -> Source:
@@ -78,6 +79,9 @@ def _source(path: Path, entries: Mapping, seed: int, files: Sequence[FeatureFile
         raise ValueError(f"{path}: neither 'text_features' nor 'class_names'; it holds {sorted(entries)}")
     if text is not None:
         text = _rows(path, "text_features", text).float()
+        broken = (~text.isfinite().all(1)).nonzero()
+        if len(broken):
+            raise ValueError(f"{path}: text_features: got NaN or infinity in row {int(broken[0])}; it takes neither")
     names = _names(path, names) if text is None or names is not None else tuple(map(str, range(len(text))))
     if text is not None and len(names) != len(text):
         raise ValueError(f"{path}: class_names: got {len(names)}; it takes {len(text)}, one per row of text_features")
@@ -127,7 +131,7 @@ def _halves(path: Path, labels: Tensor, tags, seed: int) -> Sequence[Tensor]:
         try:
             return train_test(labels, seed)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error}, or an entry 'split'") from error
     tags = np.asarray(tags)
     unknown = sorted(set(map(str, tags.ravel())) - {"train", "test"})
     if unknown or tags.shape != (len(labels),):
@@ -174,6 +178,30 @@ def _labels(path: Path, key: str, value, count: int, classes: int) -> Tensor:
     return labels
 
 
+def _with_numbered_labels(path: Path, entries: dict) -> dict:
+    """The entries, with labels that are class names as integers. Without class names these are the sorted labels."""
+    texts = {}
+    for key in ("labels", "train_labels", "test_labels"):
+        values = entries.get(key)
+        if values is not None and not isinstance(values, Tensor) and np.asarray(values).dtype.kind in "US":
+            texts[key] = _strings(path, key, values)
+    if not texts:
+        return entries
+    names = entries.get("class_names")
+    if names is None:
+        if "text_features" in entries:
+            raise ValueError(f"{path}: {next(iter(texts))}: got names; it takes 'class_names' beside 'text_features'")
+        names = np.unique(np.concatenate(list(texts.values())))
+    position = {name: i for i, name in enumerate(_names(path, names))}
+    numbers = {}
+    for key, values in texts.items():
+        unknown = sorted(set(values) - position.keys())
+        if unknown:
+            raise ValueError(f"{path}: {key}: got {unknown[:8]}; it takes the class_names, or integers from 0")
+        numbers[key] = np.array([position[value] for value in values])
+    return entries | {"class_names": names} | numbers
+
+
 def _tensor(path: Path, key: str, value) -> Tensor:
     try:
         return torch.as_tensor(value)
@@ -182,21 +210,27 @@ def _tensor(path: Path, key: str, value) -> Tensor:
 
 
 def _names(path: Path, value) -> tuple[str, ...]:
-    names = np.asarray(value)
-    if names.dtype.kind == "S":
-        names = np.char.decode(names, "utf-8")
-    if names.dtype.kind != "U" or names.ndim != 1 or names.size == 0:
-        raise ValueError(f"{path}: class_names: got {names.dtype} {list(names.shape)}; it takes [K] strings")
-    twice = next((name for name, count in Counter(names.tolist()).items() if count > 1), None)
+    names = _strings(path, "class_names", value)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise ValueError(f"{path}: class_names: got {twice!r} more than once; it takes each name once")
-    return tuple(names.tolist())
+    return tuple(names)
+
+
+def _strings(path: Path, key: str, value) -> list[str]:
+    texts = np.asarray(value)
+    if texts.dtype.kind == "S":
+        texts = np.char.decode(texts, "utf-8")
+    if texts.dtype.kind != "U" or texts.ndim != 1 or texts.size == 0:
+        size = "K" if key == "class_names" else "N"
+        raise ValueError(f"{path}: {key}: got {texts.dtype} {list(texts.shape)}; it takes [{size}] strings")
+    return texts.tolist()
 
 
 def _scale(path: Path, value) -> float | None:
     if value is None:
         return None
-    scale = np.asarray(value)
+    scale = np.asarray(value.detach().double() if isinstance(value, Tensor) else value)
     if scale.size != 1 or scale.dtype.kind not in "fiu" or not np.isfinite(scale).all() or not (scale > 0).all():
         raise ValueError(f"{path}: logit_scale: got {value}; it takes one positive number, already exponentiated")
     return float(scale.reshape(()))
@@ -207,7 +241,9 @@ def _read_npz(path: Path) -> dict:
         with np.load(path) as file:
             return {key: file[key] for key in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable .npz file without Python objects ({error})") from error
+        raise ValueError(
+            f"{path}: not a readable .npz file without Python objects, names as np.array(names, dtype=str) ({error})"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> dict:
@@ -227,6 +263,9 @@ def _read_safetensors(path: Path) -> dict:
 
 def _read_pt(path: Path) -> dict:
     try:
+        others = sorted(get_unsafe_globals_in_checkpoint(path))
+        if others:
+            raise ValueError(f"it holds {', '.join(others)}: save arrays as tensors, and their strings by .tolist()")
         entries = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle may raise anything
         raise ValueError(f"{path}: not a readable .pt file of tensors, numbers and strings ({error})") from error
@@ -253,12 +292,4 @@ def _read_folder(path: Path, files: Sequence[FeatureFile]) -> dict:
     classes = path / "classes.npz"
     entries = _read_npz(classes) if classes.exists() else {}
     entries |= {name: np.array(values) for name, values in columns.items()}
-    labels = entries.pop("label")
-    if labels.dtype.kind == "U":  # names
-        names = _names(classes, entries.setdefault("class_names", np.unique(labels)))
-        position = {name: i for i, name in enumerate(names)}
-        unknown = sorted(set(labels.tolist()) - position.keys())
-        if unknown:
-            raise ValueError(f"{path}: column label: got {unknown[:8]}; it takes the class_names of {classes.name}")
-        labels = np.array([position[label] for label in labels.tolist()])
-    return entries | {"labels": labels}
+    return entries | {"labels": entries.pop("label")}

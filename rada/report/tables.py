@@ -152,7 +152,7 @@ def _table(title: str, first: str, *others: str) -> Table:
 
 def _print_source(console: Console, data: dict) -> None:
     if data["skipped"]:
-        console.print(f"{len(data['skipped'])} unreadable images left out, the first {data['skipped'][0]}")
+        console.print(f"{len(data['skipped'])} unreadable items left out, the first {data['skipped'][0]}")
     if data["attribution"]:
         console.print(data["attribution"], style="dim", highlight=False)
 

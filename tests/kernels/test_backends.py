@@ -56,6 +56,15 @@ def test_queries_and_penalties(backend, queries, penalty, poisoned_empty):
 
 
 @every_backend
+@pytest.mark.parametrize("penalty", ["l1", "mse"])
+def test_mean_of_many_elements(backend, penalty, poisoned_empty):
+    """A running sum in float32 of as many elements as an image's mask has is off by hundreds of units."""
+    case = make_case(1, 200, 256, 4, queries=("image",), penalty=penalty, seed=1).cast(torch.float32)
+    truth = results(case.cast(torch.float64), "reference")["penalty"]
+    torch.testing.assert_close(results(case, backend)["penalty"].double(), truth, rtol=2e-6, atol=0)
+
+
+@every_backend
 @pytest.mark.parametrize("scale", [1e-3, 100.0, 1000.0])
 def test_scales(backend, scale, poisoned_empty):
     """From a nearly uniform attention to one that a single pair of classes dominates."""

@@ -126,6 +126,43 @@ def test_double_backward_is_refused_in_words():
         grad.sum().backward()
 
 
+TRANSFORMS = {
+    "vmap": lambda logits, image: torch.vmap(lambda row: logits(row[None]))(image),
+    "grad": lambda logits, image: torch.func.grad(lambda rows: logits(rows).sum())(image),
+    "jacrev": lambda logits, image: torch.func.jacrev(logits)(image),
+    "jvp": lambda logits, image: torch.func.jvp(logits, (image,), (image,)),
+}
+
+
+@every_backend
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_torch_func_is_refused_in_words(backend, transform, frozen):
+    head, text, image = head_of(backend).requires_grad_(not frozen), torch.randn(5, 16), torch.randn(2, 16)
+    with pytest.raises(RuntimeError, match=r"torch\.func.*backend='reference'"):
+        TRANSFORMS[transform](lambda rows: head(rows, text, 20.0), image)
+    head.backend = "reference"
+    TRANSFORMS[transform](lambda rows: head(rows, text, 20.0), image)
+
+
+@every_backend
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_tangent_is_not_lost(backend, frozen):
+    head, text = head_of(backend).requires_grad_(not frozen), torch.randn(5, 16)
+    with torch.autograd.forward_ad.dual_level():
+        image = torch.autograd.forward_ad.make_dual(torch.randn(2, 16), torch.randn(2, 16))
+        with pytest.raises(RuntimeError, match=r"forward-mode.*backend='reference'"):
+            head(image, text, 20.0)
+        assert head(torch.randn(2, 16), text, 20.0).shape == (2, 5)
+
+
+def test_a_head_beside_a_transform_works():
+    head, rows = head_of("torch"), torch.randn(2, 16)
+    with torch.no_grad():
+        logits = torch.vmap(lambda weight: weight * head(rows, rows, 20.0))(torch.ones(3))
+    torch.testing.assert_close(logits[0], head(rows, rows, 20.0))
+
+
 def test_inference_keeps_nothing():
     """Without a gradient in sight the operator hands nothing to the backward pass."""
     *arguments, _ = operator_arguments("torch", torch.float32, False)

@@ -101,6 +101,53 @@ def test_a_half_without_test_images_is_refused(tmp_path, capsys):
     assert "half has no test image of the group 'new'" in " ".join(capsys.readouterr().err.split())
 
 
+def test_features_with_nan_are_named_or_left_out(features, tmp_path, capsys):
+    stored = dict(np.load(features))
+    stored["image_features"][17] = np.nan
+    path, output = tmp_path / "nan.npz", tmp_path / "run"
+    np.savez(path, **stored, split=np.where(np.arange(len(stored["labels"])) % 2, "test", "train"))
+    arguments = ("train", "--data", f"features:{path}", "--output", output, *TINY, "--seeds", 1, "--epochs", 1)
+    assert call(*arguments) == 2
+    assert "features: item 17: NaN or infinity; skip_bad (--skip-bad)" in capsys.readouterr().err
+    assert call(*arguments, "--skip-bad") == 0
+    assert json.loads((output / "results.json").read_text())["data"]["skipped"] == ["17"]
+    assert "1 unreadable items left out, the first 17" in " ".join(capsys.readouterr().out.split())
+    assert call("evaluate", "--checkpoint", output) == 0
+
+
+def test_methods_that_all_take_images_are_refused(features, tmp_path, capsys):
+    arguments = ("train", "--data", f"features:{features}", "--output", tmp_path / "run", *TINY)
+    assert call(*arguments, "--method", "full,rada+prompt") == 2
+    assert "methods: got full, rada+prompt alone; it takes images, and the data are features" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_on_features_does_not_adapt(feature_run, capsys):
+    assert call("adapt", "--checkpoint", feature_run) == 2
+    assert "precomputed features; test-time training takes images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--penalty", "L1"), "penalty: got 'L1'; it takes one of"),
+        (("--heads", 5), "num_heads: got 5; it takes a divisor of embed_dim"),
+        (("--backend", "gpu"), "backend: got 'gpu'; it takes one of"),
+    ],
+)
+def test_the_head_is_refused_before_the_encoding(images, model_dir, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr("rada.problem.split_features", lambda *_, **__: pytest.fail("images were encoded"))
+    data = ("--data", f"folder:{images}", "--model", f"local-dir:{model_dir}", "--output", tmp_path / "run")
+    assert call("train", *data, *TINY, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_features_without_training_images_are_refused(features, tmp_path, capsys):
+    np.savez(tmp_path / "tests.npz", **np.load(features), split=np.full(CLASSES * 12, "test"))
+    assert call("train", "--data", f"features:{tmp_path / 'tests.npz'}", "--output", tmp_path / "run", *TINY) == 2
+    assert "data: tests has no training image" in " ".join(capsys.readouterr().err.split())
+
+
 def test_train_on_a_folder_shows_its_images(image_run):
     results = json.loads((image_run / "results.json").read_text())
     assert results["data"]["test_classes"] == {"base": CLASSES // 2, "new": CLASSES // 2}

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from rada.data import load_source
+from rada.encoders import readable_features, split_features
 
 
 def entries(**changes):
@@ -90,6 +91,48 @@ def test_pt_round_trip(tmp_path):
     check_whole(load_source(f"features:{path}"), entries())
 
 
+def test_scalars_of_a_model_are_read(tmp_path):
+    scale = torch.nn.Parameter(torch.tensor(64.0, dtype=torch.bfloat16))
+    torch.save({key: torch.as_tensor(value) for key, value in entries(class_names=None).items()}
+               | {"logit_scale": scale}, tmp_path / "a.pt")  # fmt: skip
+    assert load_source(f"features:{tmp_path / 'a.pt'}").logit_scale == 64.0
+
+
+def test_a_pt_file_of_objects_names_them(tmp_path):
+    torch.save(entries(), tmp_path / "a.pt")  # NumPy's arrays
+    with pytest.raises(
+        ValueError, match=r"a.pt: not a readable .pt file .*numpy.dtype.*: save arrays as tensors"
+    ) as got:
+        load_source(f"features:{tmp_path / 'a.pt'}")
+    assert "\n" not in str(got.value)
+
+
+@pytest.mark.parametrize("names", [("cat", "dog"), None])
+def test_labels_may_be_names(tmp_path, names):
+    labels = np.array(["dog", "cat"])[entries()["labels"]]
+    text = None if names is None else entries()["text_features"]
+    spec = write_npz(tmp_path, labels=labels, class_names=names, text_features=text)
+    source = load_source(spec)
+    assert source.class_names == ("cat", "dog")
+    numbered = load_source(write_npz(tmp_path, labels=1 - entries()["labels"]))
+    assert torch.equal(source.train.labels, numbered.train.labels)
+    torch.save({"image_features": torch.zeros(4, 3), "labels": ["dog", "cat"] * 2}, tmp_path / "a.pt")
+    assert load_source(f"features:{tmp_path / 'a.pt'}").class_names == ("cat", "dog")
+
+
+def test_rows_with_nan_are_named_or_left_out(tmp_path):
+    rows = entries()["image_features"].astype("f4")
+    rows[3, 1], rows[6, 0] = np.nan, np.inf
+    source = load_source(write_npz(tmp_path, image_features=rows, split=np.array(["train", "test"] * 5)))
+    everything = torch.arange(5)
+    with pytest.raises(ValueError, match=r"features: item 3: NaN or infinity.*--skip-bad"):
+        split_features(None, source.test, everything, "encode")
+    read = readable_features(None, source.test, everything, "encode", skip_bad=True)
+    assert read.skipped == ["3"]
+    assert read.kept.tolist() == [0, 2, 3, 4]
+    assert readable_features(None, source.train, everything, "encode", skip_bad=True).skipped == ["6"]
+
+
 def test_a_stored_split_is_kept(tmp_path):
     one = entries()
     train, test = np.arange(0, 7), np.arange(7, 10)
@@ -124,9 +167,12 @@ BAD_ENTRIES = [
     ({"labels": np.array([0, 1, 2, *[0] * 7])}, r"labels: got 2 in row 2 \(and 0 more\); it takes 0..1"),
     ({"labels": np.array([-1] * 10)}, r"labels: got -1 in row 0 \(and 9 more\); it takes 0..1"),
     ({"labels": np.zeros(10)}, r"labels: got dtype torch.float64; it takes integers"),
-    ({"labels": np.array(["cat"] * 10)}, r"labels: not numbers"),
+    ({"labels": np.array(["cat"] * 10), "class_names": None}, r"labels: got names; it takes 'class_names' beside"),
+    ({"labels": np.array(["cow"] * 10)}, r"labels: got \['cow'\]; it takes the class_names, or integers"),
+    ({"labels": np.array([["cat"]] * 10)}, r"labels: got <U3 \[10, 1\]; it takes \[N\] strings"),
+    ({"text_features": np.array([[1.0], [np.nan]])}, r"text_features: got NaN or infinity in row 1"),
     ({"labels": np.zeros(9, int)}, r"labels: got shape \[9\]; it takes \[10\]"),
-    ({"labels": np.array([0] * 9 + [1])}, r"class 1 has one item"),
+    ({"labels": np.array([0] * 9 + [1])}, r"class 1 has one item.*, or an entry 'split'"),
     ({"text_features": np.zeros((2, 5), "f4")}, r"image_features: got width 4; it takes 5"),
     ({"image_features": np.zeros((10, 4), int)}, r"image_features: got torch.int64 \[10, 4\]"),
     ({"image_features": np.zeros(10, "f4")}, r"image_features: got torch.float32 \[10\]"),
@@ -201,7 +247,7 @@ def test_clip_retrieval_labels_may_be_names(tmp_path):
     assert source.class_names == ("bat", "owl")
     even = source.train.features[:, 0] % 2 == 0
     assert source.train.labels.tolist() == even.long().tolist()  # row 0 is an owl
-    with pytest.raises(ValueError, match=r"column label: got \['bat', 'owl'\]; it takes the class_names"):
+    with pytest.raises(ValueError, match=r"labels: got \['bat', 'owl'\]; it takes the class_names"):
         load_source(write_clip_retrieval(tmp_path / "b", labels=["owl", "bat"]))
 
 

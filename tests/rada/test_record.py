@@ -164,7 +164,7 @@ def test_unreadable_images_are_no_items_of_a_run(run, photos, tmp_path):
     done = rada(*arguments, "--skip-bad")
     assert done.returncode == 0, done.stderr
     assert "test items: 5 base, 6 new" in done.stdout
-    assert f"1 unreadable images left out, the first {source.test.names[1]}" in " ".join(done.stdout.split())
+    assert f"1 unreadable items left out, the first {source.test.names[1]}" in " ".join(done.stdout.split())
 
 
 def test_an_unreadable_image_of_a_target_is_no_other_image_of_its_name(photos, tmp_path):

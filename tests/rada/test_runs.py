@@ -227,3 +227,13 @@ def test_python_and_the_command_line_take_the_same_settings_of_the_data(monkeypa
     assert (photos.protocol, photos.methods) == ("all", ("rada",))
     assert taken == [settings, photos]
     assert tuning_for("emoji", alpha=0.5) == Tuning(epochs=20, lr=1e-2, alpha=0.5)
+
+
+def test_an_output_that_cannot_be_made_is_named_first(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rada.experiment, "prepare", lambda *_, **__: pytest.fail("the data were read"))
+    (tmp_path / "file").write_text("")
+    assert train("--data", data, "--output", tmp_path / "file" / "run", *TINY) == 2
+    assert "file/run cannot be made in" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert train("--data", data, "--output", tmp_path / "run", *TINY) == 2
+    assert "run cannot be made in" in " ".join(capsys.readouterr().err.split())
