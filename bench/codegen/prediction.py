@@ -12,7 +12,7 @@ from floors import floor_flop
 from workloads import Workload
 
 from codegen.launches import Launch, TorchCall
-from codegen.machine_code import Code
+from codegen.machine_code import TENSOR_COLUMNS, Code
 
 KIB, TERA = 1024, 1e12
 
@@ -36,7 +36,6 @@ ARCHITECTURES = {
     "gfx942": Architecture(4 * 512 * 64, 64 * KIB, 2048),
     "gfx1100": Architecture(2 * 1536 * 32, 64 * KIB, 1024),
 }
-TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory, sm_100
 
 
 @dataclass(frozen=True)
