@@ -28,7 +28,7 @@ SHAPES = [  # (B, K, D, H)
     pytest.param(1, 140, 128, 1, id="E = 128"),
     pytest.param(2, 19, 18, 2, id="E = 9, padded to 16"),
     pytest.param(2, 40, 72, 1, id="E = 72, padded to 64 + 16"),
-    pytest.param(1, 40, 144, 1, id="E = 144"),
+    pytest.param(1, 40, 144, 1, id="E = 144, padded to 128 + 32"),
     pytest.param(1, 70, 160, 1, id="E = 160"),
     pytest.param(1, 20, 192, 1, id="E = 192"),
     pytest.param(1, 40, 512, 2, id="E = 256"),
