@@ -45,15 +45,17 @@ from codegen.prediction import (
     predicted_torch,
     resident_programs,
 )
+from rada_kernels.backends.triton import spills
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs"
 FEW_CLASSES = 256  # up to here two programs are to reside on a multiprocessor
-# (dtype, torch.get_float32_matmul_precision(), architectures or None for all)
+# (dtype, torch.get_float32_matmul_precision(), architectures or None for all). What a device's registers do not hold is
+# left out, as `usable` leaves it to torch.
 KINDS = {
     "bfloat16": (torch.bfloat16, "highest", None),
     "float16": (torch.float16, "highest", None),
-    "float32": (torch.float32, "high", [arch for arch in ARCHITECTURES if arch != "gfx1100"]),  # `usable` says why
+    "float32": (torch.float32, "high", None),
     "float32-highest": (torch.float32, "highest", ["sm_90"]),
 }
 # Every head width at a CLIP's width D: (E, D). 10 and 24 classes have blocks of 16 and 32, 100 and 1000 those of few
@@ -92,6 +94,8 @@ def gather(archs: list[str], kinds: list[str], loads: list[Workload], codes: dic
                 continue
             recorder = Recorder(device_named(arch), usage_of, configs={})
             for load in loads:
+                if spills(recorder.device, dtype, load.width / load.heads):
+                    continue
                 for mode in modes_of(load):
                     with float32_precision(precision):
                         rows += [

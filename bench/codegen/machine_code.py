@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from codegen.sass import Counts, Way, read_way
 from rada_kernels.triton_common.target import Usage
 
 TIMED = 90, 100  # the compute capabilities of prediction.PARTS, times ten
+TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory, sm_100
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # What is read from machine code changes with what reads it.
 READER = hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), Path(sass.__file__)))).hexdigest()
@@ -79,7 +81,9 @@ class Code:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.shared_bytes, self.spill_bytes)
+        """Beyond tensor memory Triton makes a kernel that traps, and on a GPU refuses it as beyond shared memory."""
+        beyond = self.tensor_columns > TENSOR_COLUMNS
+        return Usage(sys.maxsize if beyond else self.shared_bytes, self.spill_bytes)
 
 
 def _count(pattern: str, text: str) -> int:
@@ -144,6 +148,8 @@ def read_nvidia(compiled) -> Code:
     asked = sum(
         -(-product.rows // 128) * product.depth // 16 for product in products
     )  # tcgen05 takes 128 rows, 16 deep
+    columns = getattr(compiled.metadata, "tmem_size", 0) or 0
+    timed = capability in TIMED and columns <= TENSOR_COLUMNS
     return Code(
         registers=registers,
         spill_bytes=(stack + local) if spills else 0,
@@ -151,10 +157,10 @@ def read_nvidia(compiled) -> Code:
         tensor_core=_by_name(r"\b(UTC\w*MMA|HGMMA|HMMA)\b", code),
         products=_count(r"tt\.dot ", compiled.asm["ttir"]),
         wide_accesses=_count(r"\b(?:LDG|STG|LDGSTS)[.\w]*\.128\b", code),
-        tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        tensor_columns=columns,
         operand_bytes_per_flop=sum(product.operand_bytes for product in products) / max(1, flop),
         unread=_unread(compiled.asm["ttir"]),
-        way=read_way(code, compiled.metadata.num_warps, flop / max(1, asked)) if capability in TIMED else NO_WAY,
+        way=read_way(code, compiled.metadata.num_warps, flop / max(1, asked)) if timed else NO_WAY,
     )
 
 

@@ -12,7 +12,8 @@ from floors import floor_flop
 from workloads import Workload
 
 from codegen.launches import Launch, TorchCall
-from codegen.machine_code import Code
+from codegen.machine_code import TENSOR_COLUMNS, Code
+from rada_kernels.triton_common.dialect import pieces
 
 KIB, TERA = 1024, 1e12
 
@@ -36,7 +37,6 @@ ARCHITECTURES = {
     "gfx942": Architecture(4 * 512 * 64, 64 * KIB, 2048),
     "gfx1100": Architecture(2 * 1536 * 32, 64 * KIB, 1024),
 }
-TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory, sm_100
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Work(NamedTuple):
 def work_of(launch: Launch) -> Work:
     """From shapes and blocks."""
     a, s, c = launch.arguments, launch.arguments["S"], launch.arguments["C"]
-    n, kinds = launch.programs, s.MATRIX
+    n, kinds, width = launch.programs, s.MATRIX, sum(pieces(s.E))
     if launch.name == "rational_projection_fwd":
         return Work(n * 2 * c.BR * c.BC * s.D)
     if launch.name == "rational_projection_bwd_rows":
@@ -121,12 +121,12 @@ def work_of(launch: Launch) -> Work:
         return Work(n * 2 * c.BR * passes * c.BC * contracted, passes, rounds)
     if launch.name in ("mask_attention_fwd", "mask_attention_bwd_queries"):
         products = 2 * kinds if launch.name.endswith("fwd") else kinds + 1 + kinds * (not a["DELTA"])
-        return Work(2 * n * c.BM * -(-a["K"] // c.BN) * c.BN * s.E * products)
+        return Work(2 * n * c.BM * -(-a["K"] // c.BN) * c.BN * width * products)
     if launch.name == "mask_attention_bwd_joint":  # the image's row is one of 16, in two passes over the classes
         blocks = -(-a["K"] // c.BN)
-        return Work(2 * n * 16 * blocks * c.BN * s.E * 2 * s.IMAGE, rounds=blocks)
+        return Work(2 * n * 16 * blocks * c.BN * width * 2 * s.IMAGE, rounds=blocks)
     if launch.name == "mask_attention_bwd_keys":
-        return Work(2 * n * c.BN * -(-a["K"] // c.BM) * c.BM * s.E * (2 * kinds + 2))
+        return Work(2 * n * c.BN * -(-a["K"] // c.BM) * c.BM * width * (2 * kinds + 2))
     return Work(0)
 
 

@@ -26,6 +26,7 @@ from rada_kernels.triton_common.target import Target, target_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_WIDTH, MAX_HEADS = 256, 32
+RDNA_HEAD_WIDTH = 64
 # What is not saved is computed in chunks of images that would save so many bytes; a backward pass takes about thrice
 # that. 87 images of 1000 classes of width 512 in 16 bits: 87,000 rows, programs for every multiprocessor.
 CHUNK_BYTES = 512 * MIB
@@ -47,11 +48,8 @@ def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: 
     elif not torch.version.hip and torch.cuda.get_device_capability(device) < OLDEST:
         major, minor = torch.cuda.get_device_capability(device)
         return False, f"compute capability {major}.{minor}: it takes {OLDEST[0]}.{OLDEST[1]} or newer"
-    elif dtype == torch.float32 and torch.version.hip and _gpu(device).family == "rdna":
-        return (
-            False,
-            "dtype torch.float32 on RDNA: its matrix products take 16 bits, and the kernels would spill",
-        )
+    elif torch.version.hip and (reason := spills(_gpu(device), dtype, embed_dim / num_heads)):
+        return False, reason
     if dtype not in DTYPES:
         return False, f"dtype {dtype}: it takes one of {', '.join(map(str, DTYPES))}"
     if num_heads > MAX_HEADS:
@@ -59,6 +57,17 @@ def usable(dtype: torch.dtype, device: torch.device, embed_dim: int, num_heads: 
     if embed_dim % num_heads or embed_dim // num_heads > MAX_HEAD_WIDTH:
         return False, f"head width {embed_dim / num_heads:g}: it takes a whole number up to {MAX_HEAD_WIDTH}"
     return True, f"Triton kernels, {STATUS}" if device.type == "cuda" else "Triton kernels, interpreted"
+
+
+def spills(device: Device, dtype: torch.dtype, head_width: float) -> str:
+    """Why a device's registers do not hold such heads in any blocks; empty where they do."""
+    if device.family != "rdna":
+        return ""
+    if dtype == torch.float32:
+        return "dtype torch.float32 on RDNA: its matrix products take 16 bits, and the kernels would spill"
+    if head_width > RDNA_HEAD_WIDTH:
+        return f"head width {head_width:g} on RDNA: it takes at most {RDNA_HEAD_WIDTH}, beyond which the kernels spill"
+    return ""
 
 
 def _gpu(device: torch.device) -> Device:

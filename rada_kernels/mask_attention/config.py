@@ -16,14 +16,14 @@ FORWARD = {
         32: ((32, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
     },
     "mma": {
-        16: ((64, 32, 4, 2), (64, 32, 4, 2), (16, 32, 8, 2)),
+        16: ((64, 32, 4, 2), (64, 32, 4, 2), (16, 32, 4, 2)),
         32: ((32, 16, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
     },
     "cdna": {
         16: ((64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
         32: ((64, 16, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
     },
-    "rdna": {16: ((64, 16, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1))},
+    "rdna": {16: ((64, 16, 4, 1),) * 3},  # up to E = 64, which is what its registers hold
     "interpreter": {16: ((64, 64, 4, 1),) * 3, 32: ((64, 64, 4, 1),) * 3},
 }
 # dO stays in registers with the queries and their gradients.
@@ -40,13 +40,13 @@ QUERIES_BWD = {
         16: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
         32: ((64, 16, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
     },
-    "rdna": {16: ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1))},
+    "rdna": {16: ((32, 16, 4, 1),) * 3},
     "interpreter": FORWARD["interpreter"],
 }
 # BN classes stay, BM rows are loaded: two accumulators of BN x E, so few rows at a time.
 KEYS_BWD = {
     "wgmma": {
-        16: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 8, 1)),
+        16: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
         32: ((16, 64, 4, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
     },
     "mma": {
@@ -57,7 +57,7 @@ KEYS_BWD = {
         16: ((32, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),
         32: ((16, 64, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     },
-    "rdna": {16: ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1))},
+    "rdna": {16: ((16, 32, 4, 1),) * 3},
     "interpreter": FORWARD["interpreter"],
 }
 
@@ -81,12 +81,19 @@ def queries_bwd_config(target: Target, shapes: Shapes, classes: int) -> Attentio
 
 
 def keys_bwd_config(target: Target, shapes: Shapes, classes: int) -> AttentionConfig:
-    return _of_few("mask_attention_bwd_keys", target, shapes, _look_up(KEYS_BWD, target, shapes), classes)
+    config = _look_up(KEYS_BWD, target, shapes)
+    if shapes.E > 128 and target.device.family == "wgmma" and shapes.dtype.itemsize == 2:
+        hopper = target.device.name.startswith("sm_9")  # accumulators in registers; later devices have tensor memory
+        if shapes.E > 192 or (hopper and shapes.E > 160):
+            config = config.changed(BM=16, BN=32, num_stages=2)
+        elif hopper:
+            config = config.changed(BM=16)
+    return _of_few("mask_attention_bwd_keys", target, shapes, config, classes)
 
 
 def joint_bwd_config(shapes: Shapes) -> AttentionConfig:
     """Of the image query's row and what all rows share: BN classes at a time."""
-    return AttentionConfig(16, 64 if shapes.E <= 64 else 32, 4 if shapes.E <= 128 else 8, 2)
+    return AttentionConfig(16, 64, 4, 2) if shapes.E <= 64 else AttentionConfig(16, 32, 8, 2)
 
 
 def _look_up(table: Table, target: Target, shapes: Shapes) -> AttentionConfig:
@@ -99,6 +106,7 @@ def _of_few(
     """Blocks of 16 or 32 where so many rows are all there are, with 16 rows a warp: one instruction takes as many."""
     few = 16 if rows <= 16 else 32 if rows <= 32 else 0
     if few:
-        warps = min(config.num_warps, max(1, few // 16)) if shapes.dtype.itemsize == 2 and shapes.E <= 64 else 4
+        narrow = shapes.dtype.itemsize == 2 and shapes.E <= 64 and target.device.family != "rdna"  # which spills
+        warps = min(config.num_warps, max(1, few // 16)) if narrow else 4
         config = config.changed(BM=min(config.BM, few), BN=min(config.BN, few), num_warps=warps)
     return target.config(kernel, shapes.dtype, (shapes.E, few or 64 << many), config)

@@ -115,8 +115,12 @@ def load_columns(bias, o_c, D: tl.constexpr, BC: tl.constexpr):
 
 @triton.constexpr_function
 def pieces(E):
-    """Widths of the pieces of a head's E columns: powers of two from 16 on, the largest first, the last padded."""
-    padded = -(-E // 16) * 16
+    """Widths of the pieces of a head's E columns: powers of two, the largest first, the last padded.
+
+    From 16 on, beyond 128 from 32: beside a piece of 128 columns one of 16 costs more registers than it saves products.
+    """
+    least = 16 if E <= 128 else 32
+    padded = -(-E // least) * least
     return tuple(1 << bit for bit in reversed(range(padded.bit_length())) if padded >> bit & 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import subprocess
 import sys
 import time
@@ -112,13 +112,26 @@ PathFinder.find_spec = find_spec
 """
 
 
-@pytest.mark.slow
-def test_every_stage_has_a_dry_run_that_needs_the_checkout_alone(tmp_path):
-    """Nothing but torch, its Triton and pytest can be imported."""
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """Of a process: nothing but torch, its Triton and pytest can be imported."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
+def test_the_gpu_tests_are_collected_from_the_checkout_alone(tmp_path, bare):
+    stage = next(stage for stage in gpu.stages(tmp_path, long=False, dry_run=True) if stage.name == "tests")
+    outcome = gpu.run(stage, tmp_path)
+    told = (tmp_path / "tests.log").read_text()
+    assert outcome.status == DONE, told[-2000:]
+    assert int(re.search(r"(\d+)/\d+ tests collected", told)[1]) > 100
+
+
+@pytest.mark.slow
+def test_every_stage_has_a_dry_run_that_needs_the_checkout_alone(tmp_path, bare):
     command = [sys.executable, "bench/gpu.py", "--dry-run", "--out", str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     told = gpu.read_outcomes(tmp_path / "out")
     for name, outcome in told.items():
         assert outcome.status == DONE, (outcome, (tmp_path / "out" / f"{name}.log").read_text()[-2000:])

@@ -95,7 +95,7 @@ def test_a_number_becomes_a_scalar_without_a_copy_from_the_host():
 
 
 @pytest.mark.parametrize("arch", ["gfx1100", "gfx1030", "gfx1201"])
-def test_float32_on_rdna_is_left_to_torch(arch, monkeypatch):
+def test_what_spills_on_rdna_is_left_to_torch(arch, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -104,9 +104,12 @@ def test_float32_on_rdna_is_left_to_torch(arch, monkeypatch):
     usable, reason = backend.usable(torch.float32, device, 64, 2)
     assert not usable
     assert "float32 on RDNA" in reason
-    assert backend.usable(torch.bfloat16, device, 64, 2)[0]
+    assert backend.usable(torch.bfloat16, device, 64 * 8, 8)[0]
+    usable, reason = backend.usable(torch.bfloat16, device, 72 * 8, 8)
+    assert not usable
+    assert "head width 72 on RDNA: it takes at most 64" in reason
     monkeypatch.setattr(backend, "gpu", lambda index: Device("gfx942", 64 * KIB))
-    assert backend.usable(torch.float32, device, 64, 2)[0]
+    assert backend.usable(torch.float32, device, 256 * 8, 8)[0]
 
 
 @pytest.fixture

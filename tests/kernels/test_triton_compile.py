@@ -51,17 +51,18 @@ def test_forward_kernels(arch, name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("arch", "wish", "limit"),
+    ("arch", "head_width", "wish", "limit"),
     [
-        ("sm_90", AttentionConfig(64, 64, 4, 2), None),  # spills 112 bytes
-        ("sm_80", AttentionConfig(16, 64, 4, 4), 48 << 10),  # four stages are beyond the limit
-        pytest.param("sm_100", AttentionConfig(64, 64, 4, 2), None, marks=pytest.mark.slow),
-        pytest.param("gfx1100", AttentionConfig(16, 64, 4, 1), None, marks=pytest.mark.slow),
+        ("sm_90", 128, AttentionConfig(64, 64, 4, 2), None),  # spills 112 bytes
+        ("sm_80", 128, AttentionConfig(16, 64, 4, 4), 48 << 10),  # four stages are beyond the limit
+        pytest.param("sm_100", 128, AttentionConfig(64, 64, 4, 2), None, marks=pytest.mark.slow),
+        pytest.param("sm_100", 256, AttentionConfig(32, 64, 8, 1), None, marks=pytest.mark.slow),  # tensor memory
+        pytest.param("gfx1100", 128, AttentionConfig(16, 64, 4, 1), None, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_halved_by_what_was_compiled(arch, wish, limit, monkeypatch):
-    """The key gradients at E = 128 with blocks that are too large, through the launch that a GPU goes through."""
+def test_what_does_not_fit_is_halved_by_what_was_compiled(arch, head_width, wish, limit, monkeypatch):
+    """The key gradients with blocks that are too large, through the launch that a GPU goes through."""
     tried = []
 
     def usage_of(launch):
@@ -75,7 +76,7 @@ def test_what_does_not_fit_is_halved_by_what_was_compiled(arch, wish, limit, mon
         target.device = replace(target.device, shared_bytes=limit)
     with monkeypatch.context() as patch:
         patch.setattr(backward, "keys_bwd_config", lambda *call: wish)
-        record_calls(SIZES["E128-K100"], "step", torch.bfloat16, target)
+        record_calls(SIZES[f"E{head_width}-K100"], "step", torch.bfloat16, target)
     assert tried[0][0] == wish
     *misfits, (fitted, usage) = tried
     assert misfits

@@ -1,4 +1,7 @@
-"""Small images and a small model, in files, for whole runs."""
+"""Small images and a small model, in files, for whole runs.
+
+What is optional is imported by the fixtures that take it: `make gpu` collects tests of this folder without it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ import json
 import numpy as np
 import pytest
 import torch
-
-from tests.rada.predictions import checkpoint_of, rows
 
 COLOURS, WIDTH = 6, 16
 
@@ -50,6 +51,8 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """The folder of a tiny head over precomputed features."""
+    from tests.rada.predictions import checkpoint_of
+
     folder = tmp_path_factory.mktemp("head")
     checkpoint_of().save(folder)
     return folder
@@ -58,6 +61,8 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def features(tmp_path):
     """Two shards of clip-retrieval's, without metadata."""
+    from tests.rada.predictions import rows
+
     folder = tmp_path / "features"
     (folder / "img_emb").mkdir(parents=True)
     for number, part in enumerate(np.split(rows(), [100])):

@@ -47,11 +47,13 @@ def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("batch", "classes"), [(3, 10), (2, 70), (1, 130)], ids=["few classes", "one row tile", "several row tiles"]
+    ("batch", "classes", "head_width"),
+    [(3, 10, 48), (2, 70, 48), (1, 130, 48), (1, 20, 144)],
+    ids=["few classes", "one row tile", "several row tiles", "padded head"],
 )
-def test_products_of_a_step(batch, classes, monkeypatch):
+def test_products_of_a_step(batch, classes, head_width, monkeypatch):
     """The model's FLOP, padding included, are what the kernels multiply: every launch, forward and backward."""
-    case = make_case(batch, classes, 96, 2).cast(torch.float32)
+    case = make_case(batch, classes, 2 * head_width, 2).cast(torch.float32)
     params = Params(*case.layers, logit_scale=case.scale.float())
     with monkeypatch.context() as patch:
         traffic = Recorded(patch)

@@ -23,7 +23,8 @@ KERNELS = {
     "mask_attention_bwd_joint", "mask_attention_bwd_queries", "mask_attention_bwd_keys",
     "rational_projection_bwd_weight", "rational_projection_bwd_rows", "rational_projection_bwd_features",
 }  # fmt: skip
-SM_90, GFX942 = Device("sm_90", 227 * KIB), Device("gfx942", 64 * KIB)
+SM_80, SM_90 = Device("sm_80", 163 * KIB), Device("sm_90", 227 * KIB)
+GFX942, GFX1100 = Device("gfx942", 64 * KIB), Device("gfx1100", 64 * KIB)
 
 
 def races(seen: Seen) -> list[str]:
@@ -60,15 +61,17 @@ def run_step(case, target):
         (17, INTERPRETER, torch.float16),  # whose backward pass takes delta from the stored rows
         pytest.param(129, INTERPRETER, torch.float16, marks=pytest.mark.slow),
         (65, SM_90, torch.float16),
+        pytest.param(65, SM_80, torch.float16, marks=pytest.mark.slow),
         pytest.param(65, GFX942, torch.float32, marks=pytest.mark.slow),
+        pytest.param(65, GFX1100, torch.float16, marks=pytest.mark.slow),
         pytest.param(1000, SM_90, torch.float16, marks=pytest.mark.slow),
         pytest.param(1000, SM_90, torch.float32, marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_no_launch_has_a_race(classes, device, dtype, monkeypatch):
-    width, heads = (48, 2) if classes < 1000 else (16, 1)
-    case = make_case(3 if classes < 64 else 1, classes, width, heads).cast(dtype)
+    batch, width, heads = (1, 16, 1) if classes == 1000 else (3 if classes < 64 else 2, 48, 2)
+    case = make_case(batch, classes, width, heads).cast(dtype)
     with monkeypatch.context() as patch:
         target = Recorded(patch, device)
         run_step(case, target)
