@@ -30,31 +30,32 @@ class Silent(Target):
         pass
 
 
+TARGET = Silent(Device("sm_90", 227 * KIB), configs={})
+
+
 def passes(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """A forward pass, a step of layers and features, and the same by torch's dispatcher and autograd, of two images and
     two classes of width 16.
     """
-    target = Silent(Device("sm_90", 227 * KIB), configs={})
     image, text = torch.randn(2, 16, dtype=dtype), torch.randn(2, 16, dtype=dtype)
     layers = [torch.randn(16, 16, dtype=dtype) if i % 2 == 0 else torch.randn(16, dtype=dtype) for i in range(12)]
     params, options = Params._make((*layers, torch.tensor(100.0), None)), Options(1)
     call = image, text, params, options
 
     def forward():
-        return backend.forward(*call, False, target)
+        return backend.forward(*call, False)
 
     def step():
-        sums, deviation, saved = backend.forward(*call, True, target)
-        return backend.backward(sums, deviation, *call[:3], saved, options, Wanted(True, True, True), target)
+        sums, deviation, saved = backend.forward(*call, True)
+        return backend.backward(sums, deviation, *call[:3], saved, options, Wanted(True, True, True))
 
     leaves = [tensor.clone().requires_grad_() for tensor in (image, text, *layers)]
 
     def by_autograd():
-        with mock.patch.object(backend, "target_of", return_value=target):
-            sums, deviation, _ = torch.ops.rada.masked_similarity(
-                *leaves[:2], params.scale, leaves[2:], *pack_options(options, "triton"), True
-            )
-            return torch.autograd.grad((sums, deviation), leaves, (sums, deviation))
+        sums, deviation, _ = torch.ops.rada.masked_similarity(
+            *leaves[:2], params.scale, leaves[2:], *pack_options(options, "triton"), True
+        )
+        return torch.autograd.grad((sums, deviation), leaves, (sums, deviation))
 
     return {"forward": forward, "step": step, "step by autograd": by_autograd}
 
@@ -76,8 +77,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for name, run in passes(DTYPES[options.dtype]).items():
-        print(f"{name}: {host_us(run, options.rounds):.0f} us")
+    with mock.patch.object(backend, "target_of", return_value=TARGET):
+        for name, run in passes(DTYPES[options.dtype]).items():
+            print(f"{name}: {host_us(run, options.rounds):.0f} us")
 
 
 if __name__ == "__main__":

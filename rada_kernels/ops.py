@@ -6,6 +6,7 @@ One schema serves every backend; the backend's name travels as an argument. `rad
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -142,7 +143,8 @@ class _Similarity(torch.autograd.Function):
     def forward(ctx, keyset, packed, image, text, logit_scale, *layers):
         operator = torch.ops.rada.masked_similarity.default
         sums, deviation, saved = _below_autograd(operator, keyset, image, text, logit_scale, layers, *packed)
-        ctx.set_materialize_grads(False)  # no zeros as large as what is saved
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*saved)
         ctx.packed = packed[:-1]
         ctx.precision = torch.get_float32_matmul_precision()
         ctx.layer_count = len(layers)
@@ -157,12 +159,15 @@ class _Similarity(torch.autograd.Function):
         wanted = Wanted(need_image, need_text, any(need_layers))
         if grad_sums is None:
             grad_sums = image.new_zeros(image.shape[0], text.shape[0], dtype=accumulation_dtype(image.dtype))
-        grads = iter(
-            torch.ops.rada.masked_similarity_backward(
-                grad_sums, grad_deviation, image, text, logit_scale, layers, saved, *ctx.packed, *wanted,
-                precision=ctx.precision,
-            )
-        )  # fmt: skip
+        # A derivative of this pass is asked of autograd, which refuses it; else autograd has nothing to do with it.
+        above = contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
+        with above:
+            grads = iter(
+                torch.ops.rada.masked_similarity_backward.default(
+                    grad_sums, grad_deviation, image, text, logit_scale, layers, saved, *ctx.packed, *wanted,
+                    precision=ctx.precision,
+                )
+            )  # fmt: skip
         grad_image = next(grads) if wanted.image else None
         grad_text = next(grads) if wanted.text else None
         of_layers = grads if wanted.layers else [None] * len(layers)

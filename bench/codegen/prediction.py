@@ -113,6 +113,13 @@ def work_of(launch: Launch) -> Work:
         return Work(n * 2 * c.BR * c.BC * s.D * s.LAYERS)
     if launch.name == "rational_projection_bwd_weight":
         return Work(n * 2 * a["SPLIT"] * c.BR * c.BC * c.BD)
+    if launch.name == "rational_projection_bwd_queries":
+        tiles = s.IMAGE * -(-a["B"] // c.BR) + s.TEXT * -(-a["K"] // c.BR)
+        return Work(launch.grid[0] * tiles * 2 * c.BR * c.BC * c.BD)
+    if launch.name == "rational_projection_bwd_units":
+        tiles = a["IMAGE_TILES"] * s.IMAGE + (n - a["IMAGE_TILES"]) * s.TEXT
+        passes, contracted = -(-s.D // c.BC), -(-s.D // c.BD) * c.BD
+        return Work(tiles * 2 * c.BR * contracted * passes * c.BC, passes)
     if launch.name in ("logit_reduction_fwd", "logit_reduction_bwd"):
         forward = launch.name.endswith("fwd")
         passes = -(-s.D // c.BC) if forward else 1

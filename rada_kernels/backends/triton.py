@@ -21,7 +21,7 @@ from rada_kernels.mask_attention.config import forward_config
 from rada_kernels.options import Options, Params, Wanted
 from rada_kernels.triton_common.call import Call, Shapes
 from rada_kernels.triton_common.device import Device, gpu
-from rada_kernels.triton_common.state import Attended, Projections, Reduced
+from rada_kernels.triton_common.state import Attended, Gradients, Projections, Reduced
 from rada_kernels.triton_common.target import Target, target_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -205,50 +205,47 @@ def backward(
     saved: list[Tensor], options: Options, wanted: Wanted, target: Target | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that are wanted, in this order: image, text, the twelve layer tensors."""
-    of = [image] * wanted.image + [text] * wanted.text + params.layers * wanted.layers
     if image.shape[0] == 0:
+        of = [image] * wanted.image + [text] * wanted.text + params.layers * wanted.layers
         return [torch.zeros_like(tensor) for tensor in of]
     grad_sums = grad_sums.contiguous()
     if grad_deviation is not None:
         grad_deviation = grad_deviation.contiguous()
     with _on_device(image):
         call = _call(image, text, params, options, target)
-        if saved:
-            state = Saved.of(saved, call.config(forward_config, text.shape[0]).BM)
-            grads = _backward(call, state, grad_sums, grad_deviation, wanted)
-        else:
-            grads = _backward_in_chunks(call, grad_sums, grad_deviation, wanted)
-    # Rounded in one launch, into memory of their own: an operator's results must not overlap.
-    rounded = [torch.empty_like(tensor) for tensor in of]
-    torch._foreach_copy_(rounded, grads)
-    return rounded
+        if not saved:
+            return _backward_in_chunks(call, grad_sums, grad_deviation, wanted)
+        state = Saved.of(saved, call.config(forward_config, text.shape[0]).BM)
+        return _backward(call, state, grad_sums, grad_deviation, wanted, image.dtype)
 
 
 def _backward(
-    call: Call, saved: Saved, grad_sums: Tensor, grad_deviation: Tensor | None, wanted: Wanted
+    call: Call, saved: Saved, grad_sums: Tensor, grad_deviation: Tensor | None, wanted: Wanted, dtype: torch.dtype
 ) -> list[Tensor]:
+    """In the dtype given."""
     from rada_kernels.logit_reduction.triton.backward import logit_reduction_bwd
     from rada_kernels.mask_attention.triton.backward import mask_attention_bwd
     from rada_kernels.rational_projection.triton.backward import rational_projection_bwd
 
     reduction = logit_reduction_bwd(call, saved.projected, saved.rows, grad_sums, grad_deviation, wanted)
     attention = mask_attention_bwd(call, saved.projected, saved.attended, reduction.attended)
-    projection = rational_projection_bwd(call, saved.projected, attention, reduction.masked, wanted)
-    grads = [grad for grad in (projection.image, projection.text) if grad is not None]
-    return grads + call.params.layer_grads(projection.layers | reduction.layers) if wanted.layers else grads
+    out = Gradients.empty(call.image, call.text, call.params, call.options, wanted, dtype)
+    rational_projection_bwd(call, saved.projected, attention, reduction, out)
+    return out.tensors()
 
 
 def _backward_in_chunks(call: Call, grad_sums: Tensor, grad_deviation: Tensor | None, wanted: Wanted) -> list[Tensor]:
-    """With everything computed again, and summed in float32."""
+    """With everything computed again, summed in float32 and rounded once."""
     of_images, total = [], None
     for b in _chunks(call):
         chunk = call.of_images(b)
         deviation = None if grad_deviation is None else grad_deviation[b]
-        grads = _backward(chunk, _forward(chunk, save=True)[1], grad_sums[b], deviation, wanted)
+        grads = _backward(chunk, _forward(chunk, save=True)[1], grad_sums[b], deviation, wanted, torch.float32)
         if wanted.image:
             of_images.append(grads.pop(0))
         total = grads if total is None else [sum_ + grad for sum_, grad in zip(total, grads, strict=True)]
-    return ([torch.cat(of_images)] if wanted.image else []) + (total or [])
+    grads = ([torch.cat(of_images)] if wanted.image else []) + (total or [])
+    return [grad.to(call.dtype) for grad in grads]
 
 
 masked_similarity, attended_rows = ops.register("triton", forward, backward, empty_saved, attended_rows)

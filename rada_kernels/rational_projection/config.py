@@ -22,7 +22,11 @@ ROWS_BWD = {
     "wgmma": {16: (128, 128, 32, 8, 4), 32: (64, 64, 32, 4, 2)},
     "mma": {16: (64, 128, 32, 4, 3), 32: (64, 64, 32, 4, 2)},
 }
-FEATURES = GemmConfig(16, 128, 16, 4, 2)  # it sums: nothing is contracted
+# Of few rows, or nothing but sums.
+QUERIES_BWD = GemmConfig(32, 64, 64, 4, 2)
+FEATURES = GemmConfig(16, 128, 16, 4, 2)
+UNITS = GemmConfig(16, 256, 64, 8, 2)
+ROUND = GemmConfig(16, 1024, 16, 4, 2)
 # Of a batch of 32, 128 tiles of 128 rows in each of 2 or 3 layers: programs for every multiprocessor.
 MANY_CLASSES = 512
 SOME_CLASSES = 64  # below, tiles of 128 rows are few, and those of 32 images spill

@@ -96,6 +96,18 @@ def load_transposed(weight, o_out, o_in, D: tl.constexpr, BC: tl.constexpr, BD: 
 
 
 @triton.jit
+def operand(b_x, dtype: tl.constexpr):
+    """A float32 block as the operand of a product, and what that has to be multiplied by: in float16, which ends at
+    65504, a power of two, else 1.
+    """
+    if dtype == tl.float16:
+        b_unit = tl.exp2(tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(b_x)), 1e-30))))
+        return (b_x / b_unit).to(dtype), b_unit
+    else:
+        return b_x.to(dtype), 1.0
+
+
+@triton.jit
 def unit_features(features, scale, pairs, o_c, D: tl.constexpr, BC: tl.constexpr):
     """scale f [BI, BC] and h [BK, BC] of a tile's pairs, in float32."""
     b_image = tl.load(features.inverse_image + pairs.o_i, mask=pairs.m_i, other=0.0) * scale

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rada_kernels.options import Options
+from rada_kernels.options import QUERIES, Options, Params, Wanted
 
 
 class Features(NamedTuple):
@@ -88,10 +88,15 @@ class Reduced(NamedTuple):
     rows: Tensor  # [B, K, D] O, the output layer's input, for the backward pass
 
 
+class Linear(NamedTuple):
+    weight: Tensor  # [D, D]
+    bias: Tensor  # [D]
+
+
 class ReductionGrads(NamedTuple):
     attended: Tensor  # [B, K, D] of O, the output layer's input
     masked: Tensor  # [B, K, D] of R through the sums; [0, K, D] unless features are wanted
-    layers: dict[str, tuple[Tensor, Tensor]]  # the output layer's weight and bias, if wanted
+    layer: Linear | None  # the output layer's, if wanted, in float32: weight [D, D], bias [tiles, D], to be summed
 
 
 class AttentionGrads(NamedTuple):
@@ -100,7 +105,43 @@ class AttentionGrads(NamedTuple):
     query_image: Tensor  # [B, D] float32
 
 
-class ProjectionGrads(NamedTuple):
-    image: Tensor | None  # [B, D] float32, if wanted
-    text: Tensor | None  # [K, D] float32, if wanted
-    layers: dict[str, tuple[Tensor, Tensor]]  # weight and bias by layer, if wanted; of the query kinds in use
+class LayerGrads(NamedTuple):
+    """In the order of Params."""
+
+    query_image: Linear
+    query_text: Linear
+    query_rational: Linear
+    key: Linear
+    value: Linear
+    out: Linear
+
+    @staticmethod
+    def empty(params: Params, queries: tuple[str, ...], dtype: torch.dtype) -> LayerGrads:
+        """Uninitialised, but zeros for a query kind that is not in use."""
+        used = [name in queries for name in QUERIES for _ in Linear._fields] + [True] * 6
+        grads = [
+            torch.empty_like(layer, dtype=dtype) if on else torch.zeros_like(layer, dtype=dtype)
+            for layer, on in zip(params.layers, used, strict=True)
+        ]
+        return LayerGrads(*map(Linear, grads[::2], grads[1::2]))
+
+
+class Gradients(NamedTuple):
+    """What a backward pass returns; None: not wanted."""
+
+    image: Tensor | None  # [B, D]
+    text: Tensor | None  # [K, D]
+    layers: LayerGrads | None
+
+    @staticmethod
+    def empty(image: Tensor, text: Tensor, params: Params, options: Options, wanted: Wanted, dtype) -> Gradients:
+        return Gradients(
+            torch.empty_like(image, dtype=dtype) if wanted.image else None,
+            torch.empty_like(text, dtype=dtype) if wanted.text else None,
+            LayerGrads.empty(params, options.queries, dtype) if wanted.layers else None,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """In this order: image, text, the twelve layer tensors."""
+        features = [grad for grad in self[:2] if grad is not None]
+        return features + [tensor for layer in self.layers or () for tensor in layer]

@@ -16,7 +16,7 @@ from rada_kernels.options import Wanted
 from rada_kernels.triton_common.call import Call
 from rada_kernels.triton_common.config import GemmConfig, PairBlock, cdiv
 from rada_kernels.triton_common.dialect import outer, outer_rows, pair_rows, store_rows, unit_features
-from rada_kernels.triton_common.state import Projections, ReductionGrads
+from rada_kernels.triton_common.state import Linear, Projections, ReductionGrads
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -51,12 +51,13 @@ def _logit_reduction_bwd_kernel(
     b_f, b_h = unit_features(features, 1.0, pairs, o_c, D, C.BC)
     b_grad = b_upstream * outer_rows(b_f, b_h)
     if PENALTY != "none":
-        b_ones = tl.full([P.BK], 1.0, tl.float32)
-        b_deviation = outer(tl.load(grad_deviation + pairs.o_i, mask=pairs.m_i, other=0.0), b_ones)[:, None]
+        b_deviation = tl.load(grad_deviation + pairs.o_i, mask=pairs.m_i, other=0.0)
+        b_deviation = outer(b_deviation, pairs.m_k.to(tl.float32))[:, None]  # 0 in rows that there are not
         b_sign = tl.where(b_change > 0.0, 1.0, tl.where(b_change < 0.0, -1.0, 0.0))
         if PENALTY == "linf":
             b_place = place_of(tl.load(peak + pairs.o_i, mask=pairs.m_i, other=0))  # k·D + d of each image
-            b_place = (b_place[:, None] - pairs.o_k.to(tl.int64)[None, :] * D).reshape(C.BR)  # d, if of this class
+            b_place = (b_place[:, None] - pairs.o_k.to(tl.int64)[None, :] * D).reshape(C.BR)
+            b_place = tl.where((b_place >= 0) & (b_place < D), b_place, -1).to(tl.int32)  # d, if of this class
             b_grad += tl.where(b_place[:, None] == o_c[None, :], b_deviation * b_sign, 0.0)
         elif PENALTY == "l1":
             b_grad += b_deviation * b_sign / (K * 1.0 * D)
@@ -66,7 +67,7 @@ def _logit_reduction_bwd_kernel(
     store_rows(grad_out, b_grad, pairs.o_r, pairs.m_r, o_c, D, C.BC)
     if LAYERS:
         p_bias = grad_biases + tile.to(tl.int64) * D + o_c
-        tl.store(p_bias, tl.sum(tl.where(pairs.m_r[:, None], b_grad, 0.0), 0), mask=o_c < D)
+        tl.store(p_bias, tl.sum(b_grad, 0), mask=o_c < D)
     if FEATURES:
         store_rows(masked, b_upstream * (1.0 + b_change), pairs.o_r, pairs.m_r, o_c, D, C.BC)
 
@@ -111,5 +112,5 @@ def logit_reduction_bwd(
         PENALTY="none" if grad_deviation is None else call.options.penalty,
     )  # fmt: skip
     flat = grad_out.flatten(0, 1)
-    layers = {"out": (_product(flat.t(), rows.flatten(0, 1)), launched["grad_biases"].sum(0))} if wanted.layers else {}
-    return ReductionGrads((flat @ call.params.out_weight).view_as(grad_out), masked, layers)
+    layer = Linear(_product(flat.t(), rows.flatten(0, 1)), launched["grad_biases"]) if wanted.layers else None
+    return ReductionGrads((flat @ call.params.out_weight).view_as(grad_out), masked, layer)

@@ -8,11 +8,8 @@ all projections: its first programs those of the feature rows, the others those 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from rada_kernels.numerics import ZERO_NORM
 from rada_kernels.rational_projection.config import forward_config
@@ -27,12 +24,7 @@ from rada_kernels.triton_common.dialect import (
     pair_rows,
     store_rows,
 )
-from rada_kernels.triton_common.state import Projections
-
-
-class Linear(NamedTuple):
-    weight: Tensor  # [D, D]
-    bias: Tensor  # [D]
+from rada_kernels.triton_common.state import Linear, Projections
 
 
 @triton.jit

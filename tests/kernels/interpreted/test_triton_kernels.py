@@ -18,7 +18,7 @@ from rada_kernels.rational_projection import reference as projection_reference
 from rada_kernels.rational_projection.triton.backward import rational_projection_bwd
 from rada_kernels.rational_projection.triton.forward import rational_projection_fwd
 from rada_kernels.triton_common.call import Call
-from rada_kernels.triton_common.state import AttentionGrads, Projections
+from rada_kernels.triton_common.state import AttentionGrads, Gradients, Linear, Projections, ReductionGrads
 from rada_kernels.triton_common.target import target_of
 from tests.kernels.truth import make_case
 
@@ -41,6 +41,12 @@ def inputs(classes: int, **options):
     return call, single.cast(torch.float64)
 
 
+def projection_grads(call, projected, attention, reduction, wanted) -> Gradients:
+    out = Gradients.empty(call.image, call.text, call.params, call.options, wanted, torch.float32)
+    rational_projection_bwd(call, projected, attention, reduction, out)
+    return out
+
+
 @SIZES
 def test_rational_projection(classes, poisoned_empty):
     call, double = inputs(classes, normalize=False)
@@ -60,12 +66,14 @@ def test_rational_projection(classes, poisoned_empty):
     loss = (truth * upstream.double()).sum() + (masked.double() * f[:, None] * h).sum()
     loss = loss + (query["text"] * of_queries[0].double()).sum() + (query["image"][:, 0] * of_queries[1].double()).sum()
     grads = torch.autograd.grad(loss, [f, h, *layers[:10]])
-    mine = rational_projection_bwd(call, projected, AttentionGrads(upstream, *of_queries), masked, EVERYTHING)
-    close(mine.image, grads[0])
-    close(mine.text, grads[1])
-    for index, layer in enumerate(("query_image", "query_text", "query_rational", "key", "value")):
-        for grad, true in zip(mine.layers[layer], grads[2 + 2 * index : 4 + 2 * index], strict=True):
-            close(grad, true)
+    of_out = torch.randn(WIDTH, WIDTH), torch.randn(3, WIDTH)
+    given = call, projected, AttentionGrads(upstream, *of_queries), ReductionGrads(masked, masked, Linear(*of_out))
+    mine = projection_grads(*given, EVERYTHING)
+    for grad, true in zip(mine.tensors(), [*grads, of_out[0].double(), of_out[1].double().sum(0)], strict=True):
+        close(grad, true)
+    image, text = (projection_grads(*given, Wanted(*one, False)) for one in ((True, False), (False, True)))
+    assert torch.equal(image.image, mine.image)
+    assert torch.equal(text.text, mine.text)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -80,14 +88,14 @@ def test_unit_rows(normalize, poisoned_empty):
     close(projected.projections[:2], torch.stack([key, value]))
     upstream = torch.randn(3, BATCH, 7, WIDTH)
     upstream[2] = 0
-    nothing = torch.zeros(BATCH, 7, WIDTH), torch.zeros(BATCH, WIDTH)
-    mine = rational_projection_bwd(
-        call, projected, AttentionGrads(upstream, *nothing), nothing[0], Wanted(True, False, False)
-    )
+    nothing = torch.zeros(BATCH, 7, WIDTH)
+    of_queries = nothing, torch.zeros(BATCH, WIDTH)
+    given = AttentionGrads(upstream, *of_queries), ReductionGrads(nothing, nothing, None)
+    mine = projection_grads(call, projected, *given, Wanted(True, False, False))
     loss = (torch.stack([key, value]) * upstream[:2].double()).sum()
     close(mine.image, torch.autograd.grad(loss, rows)[0])
     assert mine.text is None
-    assert not mine.layers
+    assert mine.layers is None
 
 
 def projections_of(image, text, everything, call) -> Projections:
@@ -146,6 +154,6 @@ def test_logit_reduction(classes, penalty, poisoned_empty):
     loss = (sums_truth * upstream[0].double()).sum() + (deviation_truth * upstream[1].double()).sum()
     grads = torch.autograd.grad(loss, (truth, weight, bias))
     mine = logit_reduction_bwd(call, projected, reduced.rows, *upstream, EVERYTHING)
-    for grad, true in zip((mine.attended, *mine.layers["out"]), grads, strict=True):
+    for grad, true in zip((mine.attended, mine.layer.weight, mine.layer.bias.sum(0)), grads, strict=True):
         close(grad, true)
     close(mine.masked, upstream[0].double()[..., None] * mask)

@@ -21,7 +21,8 @@ from tests.kernels.truth import make_case
 KERNELS = {
     "rational_projection_fwd", "mask_attention_fwd", "logit_reduction_fwd", "logit_reduction_bwd",
     "mask_attention_bwd_joint", "mask_attention_bwd_queries", "mask_attention_bwd_keys",
-    "rational_projection_bwd_weight", "rational_projection_bwd_rows", "rational_projection_bwd_features",
+    "rational_projection_bwd_weight", "rational_projection_bwd_queries", "rational_projection_bwd_round",
+    "rational_projection_bwd_rows", "rational_projection_bwd_features", "rational_projection_bwd_units",
 }  # fmt: skip
 SM_80, SM_90 = Device("sm_80", 163 * KIB), Device("sm_90", 227 * KIB)
 GFX942, GFX1100 = Device("gfx942", 64 * KIB), Device("gfx1100", 64 * KIB)
