@@ -45,18 +45,19 @@ cross-aarch64:
 	$(MAKE) loops LOOPS=build/aarch64 EMULATOR="$(QEMU) -cpu max" CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux \
 		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS) -DCMAKE_EXE_LINKER_FLAGS=-static"
 
-# The loops and the operators under AddressSanitizer and UndefinedBehaviorSanitizer, and the loops, without torch's
-# thread pool in between, under ThreadSanitizer. Each in a build of its own. Left out of the operators' tests is what
-# repeats the loops: many sizes and scales, and instruction sets.
-SANITIZED := build/sanitize/rada_kernels/rada_cpu.so
+# The loops and the operators under AddressSanitizer and UndefinedBehaviorSanitizer, of one build, and the loops, without
+# torch's thread pool in between, under ThreadSanitizer. Left out of the operators' tests is what repeats the loops: many
+# sizes and scales, and instruction sets.
+SANITIZED := build/sanitize
 SANITIZERS = $(shell $${CXX:-c++} -print-file-name=libasan.so) $(shell $${CXX:-c++} -print-file-name=libubsan.so)
 
 sanitize: $(STAMP)
-	$(MAKE) loops LOOPS=build/sanitize/loops CMAKE_ARGS=-DRADA_SANITIZE=address,undefined
-	$(MAKE) loops LOOPS=build/sanitize/threads CMAKE_ARGS=-DRADA_SANITIZE=thread
-	RADA_CMAKE_ARGS=-DRADA_SANITIZE=address,undefined $(PY) setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/objects
-	RADA_CPU_LIBRARY=$(abspath $(SANITIZED)) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-		$(PY) -m pytest tests/kernels/test_cpu_operators.py tests/kernels/test_backends.py \
+	RADA_CMAKE_ARGS="-DRADA_SANITIZE=address,undefined -DRADA_LOOPS_TEST=ON" \
+		$(PY) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	$(SANITIZED)/objects/loops_test
+	$(MAKE) loops LOOPS=$(SANITIZED)/threads CMAKE_ARGS=-DRADA_SANITIZE=thread
+	RADA_CPU_LIBRARY=$(abspath $(SANITIZED))/rada_kernels/rada_cpu.so LD_PRELOAD="$(SANITIZERS)" \
+		ASAN_OPTIONS=detect_leaks=0 $(PY) -m pytest tests/kernels/test_cpu_operators.py tests/kernels/test_backends.py \
 		-k "cpu and not any_size and not scales and not other_instruction_sets" -m "not slow" $(ARGS)
 
 bench: $(STAMP)

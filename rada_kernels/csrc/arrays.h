@@ -11,7 +11,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #include "call.h"
@@ -77,13 +76,13 @@ class Arrays {
  public:
   // What `from` holds, once copy_in has run. Null for an empty tensor.
   void* input(const Matrix& from, Type type) {
-    if (fits(from, type)) return from.at;
+    if (!from.at || from.plain(type)) return from.at;
     inputs.push_back({like(from, type), from});
     return inputs.back().to.at;
   }
   // Where to write what `to` holds once copy_out has run.
   void* output(const Matrix& to, Type type) {
-    if (fits(to, type)) return to.at;
+    if (!to.at || to.plain(type)) return to.at;
     outputs.push_back({to, like(to, type)});
     return outputs.back().from.at;
   }
@@ -96,29 +95,9 @@ class Arrays {
     Matrix to, from;
   };
 
-  static int64_t bytes_of(Type type) { return type == Type::FLOAT ? 4 : 2; }
-
-  // The loops take rows without gaps and read them in words of 4 bytes.
-  static bool fits(const Matrix& m, Type type) {
-    const bool dense = (m.row_stride == m.columns || m.rows == 1) && (m.column_stride == 1 || m.columns == 1);
-    return !m.at || (m.type == type && dense && (uintptr_t)m.at % 4 == 0);
-  }
-
   Matrix like(const Matrix& m, Type type) {
-    return {take(m.rows * m.columns * bytes_of(type)), type, m.rows, m.columns, m.columns, 1};
-  }
-
-  // From pieces that hold several arrays: the allocator keeps one piece for the next call, where it gives many back.
-  void* take(size_t bytes) {
-    constexpr size_t PIECE = size_t(8) << 20;
-    bytes = (bytes + 63) / 64 * 64;
-    if (bytes > left) {
-      left = std::max(bytes, PIECE);
-      memory.push_back(allocate(left));
-      next = (char*)memory.back().get();
-    }
-    left -= bytes;
-    return std::exchange(next, next + bytes);
+    memory.push_back(allocate(m.rows * m.columns * bytes_of(type)));
+    return {memory.back().get(), type, m.rows, m.columns, m.columns, 1};
   }
 
   // In blocks of rows, so that a single large matrix spreads over the threads.
@@ -133,19 +112,14 @@ class Arrays {
       for (int64_t row = 0; row < c.to.rows; row += BLOCK) tasks.push_back({&c, row});
     auto run = [&](int64_t i) {
       const auto [copy, row] = tasks[i];
-      loops.convert(rows_from(copy->to, row, BLOCK), rows_from(copy->from, row, BLOCK));
+      const int64_t count = std::min(BLOCK, copy->to.rows - row), columns = copy->to.columns;
+      loops.convert(copy->to.block(row, count, 0, columns), copy->from.block(row, count, 0, columns));
     };
     typedef decltype(run) Run;
     pool.run(pool, tasks.size(), [](void* context, int64_t i, int) { (*(Run*)context)(i); }, &run);
   }
-  static Matrix rows_from(const Matrix& m, int64_t row, int64_t count) {
-    char* at = (char*)m.at + row * m.row_stride * bytes_of(m.type);
-    return {at, m.type, std::min(count, m.rows - row), m.columns, m.row_stride, m.column_stride};
-  }
 
   std::vector<std::unique_ptr<void, Free>> memory;
-  char* next = nullptr;
-  size_t left = 0;
   std::vector<Copy> inputs, outputs;
 };
 

@@ -8,19 +8,22 @@ namespace RADA_ISA {
 template <class P>
 void Head<P>::place_backward(int64_t rows) {
   for (int l = rada::QUERY_RATIONAL; l < rada::LAYERS; l++)
-    if (linear[l].weight) grad_output[l] = arena.take<element>(rows * c.width);
+    if (linear[l].weight.at) grad_output[l] = arena.take<element>(rows * c.width);
   for (int l = rada::QUERY_IMAGE; l <= rada::QUERY_TEXT; l++)
-    if (linear[l].weight) {
+    if (linear[l].weight.at) {
       grad_query[l] = arena.take<float>(all_rows(l) * c.width);
       grad_output[l] = arena.take<element>(all_rows(l) * c.width);
     }
   grad_attended = arena.take<element>(rows * c.width);
   peaks = arena.take<int64_t>(slice_images);
   row_largest = arena.take<float>(rows);
-  if (linear[rada::QUERY_TEXT].weight) grad_text_rows = arena.take<float>(rows * c.width);
-  if (c.layers[0].grad_weight)
+  if (linear[rada::QUERY_TEXT].weight.at) grad_text_rows = arena.take<float>(rows * c.width);
+  if (c.layers[0].grad_weight.at)
     for (word*& steps : inputs)
       steps = arena.take<word>(ceil_div(larger_of(rows, larger_of(c.images, c.classes)), WEIGHT_ROWS) * step_words());
+  for (int l = rada::QUERY_RATIONAL; l < rada::LAYERS && slice_images < c.images; l++)
+    if (c.layers[l].grad_weight.at && !c.layers[l].grad_weight.plain(rada::Type::FLOAT))
+      weight_sums[l] = arena.take<float>(c.width * c.width);
   if (c.grad_image) grad_rational = arena.take<float>(rows * over_width);
 }
 
@@ -47,11 +50,12 @@ void Head<P>::reduce_rows_backward() {
   };
   const Split split = this->split(rows, linear[rada::OUT].packed_back);
   if (split.shares > 1) run_rows(pool, rows, LIGHT_ROWS, [&](int64_t row, int64_t count, int) { form(row, count); });
-  run_tasks(pool, split.tasks(), [&](int64_t task, int) {
+  run_tasks(pool, split.tasks(), [&](int64_t task, int thread) {
     split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t) {
       if (split.shares == 1) form(row, count);
       element* to = grad_attended + row * width;
       apply_back<P>(linear[rada::OUT], grad_output[rada::OUT] + row * width, count, width, column, end,
+                    layer_scratch(thread).weight,
                     [&](int64_t r, int64_t d, vec v) { P::put_first(to + r * width + d, v, width - d); });
     });
   });
@@ -112,10 +116,10 @@ struct Head<P>::WeightGradient {
   const word* inputs;  // packed
 };
 
-// Writes layers' gradients, or adds to them unless `fresh`.
+// Begins layers' gradients where `fresh`, or adds to them; ends them where `last`.
 template <class P>
 template <size_t N>
-void Head<P>::add_weight_gradients(const WeightGradient (&gradients)[N], bool fresh) {
+void Head<P>::add_weight_gradients(const WeightGradient (&gradients)[N], bool fresh, bool last) {
   // A task for each thread at least, where that leaves it a vector of columns; what is summed stays the same.
   const int64_t columns = larger_of(16, smaller_of(SHARE_COLUMNS, N * c.width / pool.threads / 16 * 16));
   const int64_t shares = ceil_div(c.width, columns);
@@ -123,18 +127,24 @@ void Head<P>::add_weight_gradients(const WeightGradient (&gradients)[N], bool fr
     const WeightGradient& g = gradients[task / shares];
     const int64_t column = task % shares * columns;
     if (grad_output[g.layer])
-      add_weight_gradient(g, column, smaller_of(columns, c.width - column), fresh,
-                          scratch.at<WeightScratch>(thread, c.width).columns);
+      add_weight_gradient(g, column, smaller_of(columns, c.width - column), fresh, last,
+                          scratch.at<WeightScratch>(thread, c.width));
   });
 }
 
-// Of a share of a layer's outputs from `column` on. columns: scratch for a step of them.
+// Of a share of a layer's outputs from `column` on. A gradient of another type or layout is summed in an array of its
+// own, in scratch where one slice ends what it begins.
 template <class P>
-void Head<P>::add_weight_gradient(const WeightGradient& g, int64_t column, int64_t share, bool fresh, word* columns) {
+void Head<P>::add_weight_gradient(const WeightGradient& g, int64_t column, int64_t share, bool fresh, bool last,
+                                  const WeightScratch& scratch) {
   const int64_t width = c.width;
   const Panels panels(width);
-  float* bias = c.layers[g.layer].grad_bias + column;
-  float* weight = c.layers[g.layer].grad_weight + column * width;
+  const Matrix to = c.layers[g.layer].grad_weight.block(column, share, 0, width);
+  const bool in_place = c.layers[g.layer].grad_weight.plain(rada::Type::FLOAT);
+  float* const elsewhere = weight_sums[g.layer] ? weight_sums[g.layer] + column * width : scratch.sums;
+  float* const weight = in_place ? (float*)to.at : elsewhere;
+  float* const bias = c.layers[g.layer].grad_bias + column;
+  word* const columns = scratch.columns;
   if (fresh) std::memset(bias, 0, share * sizeof(float));
   for (int64_t row = 0; row < g.rows; row += WEIGHT_ROWS) {
     const int64_t count = smaller_of(WEIGHT_ROWS, g.rows - row), words = ceil_div(count, P::per_word);
@@ -150,10 +160,11 @@ void Head<P>::add_weight_gradient(const WeightGradient& g, int64_t column, int64
     const bool first_step = fresh && row == 0;
     multiply<P, false>(share, words, columns, SHARE_COLUMNS, g.inputs + row / WEIGHT_ROWS * step_words(), panels,
                        for_each([&](int64_t e, int64_t d, vec x) {
-                         float* to = weight + e * width + d;
-                         store_first(to, first_step ? x : load_first(to, width - d) + x, width - d);
+                         float* at = weight + e * width + d;
+                         store_first(at, first_step ? x : load_first(at, width - d) + x, width - d);
                        }));
   }
+  if (last && !in_place) convert(to, {weight, rada::Type::FLOAT, share, width, width, 1});
 }
 
 template <class P>
@@ -168,7 +179,7 @@ void Head<P>::add_row_weight_gradients() {
                                       {rada::KEY, rows, inputs[0]},
                                       {rada::VALUE, rows, inputs[0]},
                                       {rada::OUT, rows, inputs[1]}};
-  add_weight_gradients(gradients, first == 0);
+  add_weight_gradients(gradients, first == 0, first + images == c.images);
 }
 
 // The unit features' gradients through X = s R and through the sums M R.
@@ -177,15 +188,15 @@ void Head<P>::add_feature_gradients() {
   const int64_t rows = slice_rows(), width = c.width;
   const element* change = rows_of(rada::OUT);
   const Split split = this->split(rows, linear[rada::KEY].packed_back);
-  run_tasks(pool, split.tasks(), [&](int64_t task, int) {
+  run_tasks(pool, split.tasks(), [&](int64_t task, int thread) {
     split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t) {
       float* to = grad_rational + row * over_width;
       for (int64_t r = 0; r < count; r++)
         for (int64_t d = column; d < end; d += W) store(to + r * over_width + d, vec{});
       for (int l = rada::QUERY_RATIONAL; l <= rada::VALUE; l++)
-        if (linear[l].weight)
+        if (linear[l].weight.at)
           apply_back<P>(linear[l], grad_output[l] + row * width, count, width, column, end,
-                        [&](int64_t r, int64_t d, vec v) {
+                        layer_scratch(thread).weight, [&](int64_t r, int64_t d, vec v) {
                           float* at = to + r * over_width + d;
                           store(at, load(at) + v);
                         });
@@ -235,7 +246,7 @@ void Head<P>::differentiate_queries() {
   for (int l = 0; l < 2; l++)
     for (int64_t i = 0, size = all_rows(l) * c.width; grad_query[l] && i < size; i += W)
       P::put_first(grad_output[l] + i, load_first(grad_query[l] + i, size - i), size - i);
-  if (c.layers[0].grad_weight) {
+  if (c.layers[0].grad_weight.at) {
     for (int l = 0; l < 2; l++)
       if (grad_query[l])
         pack_inputs(inputs[l], all_rows(l), [&](element* x, int64_t row, int64_t count) {
@@ -244,11 +255,11 @@ void Head<P>::differentiate_queries() {
         });
     const WeightGradient gradients[] = {{rada::QUERY_IMAGE, c.images, inputs[0]},
                                         {rada::QUERY_TEXT, c.classes, inputs[1]}};
-    add_weight_gradients(gradients, true);
+    add_weight_gradients(gradients, true, true);
     for (const rada::Layer& layer : c.layers) {
-      if (layer.weight) continue;  // a query that is not in use has no part in the logits
-      std::memset(layer.grad_weight, 0, c.width * c.width * sizeof(float));
+      if (layer.weight.at) continue;  // a query that is not in use has no part in the logits
       std::memset(layer.grad_bias, 0, c.width * sizeof(float));
+      convert(layer.grad_weight, {layer.grad_bias, rada::Type::FLOAT, c.width, c.width, 0, 1});
     }
   }
   if (!c.grad_image) return;
@@ -256,11 +267,11 @@ void Head<P>::differentiate_queries() {
     const Query& q = queries[l];
     const Split split = this->split(all_rows(l), linear[l].packed_back);
     if (grad_query[l])
-      run_tasks(pool, split.tasks(), [&](int64_t task, int) {
+      run_tasks(pool, split.tasks(), [&](int64_t task, int thread) {
         split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t) {
           float* to = q.grad_features + row * c.width;
           apply_back<P>(linear[l], grad_output[l] + row * c.width, count, c.width, column, end,
-                        [&](int64_t r, int64_t d, vec v) {
+                        layer_scratch(thread).weight, [&](int64_t r, int64_t d, vec v) {
                           float* at = to + r * c.width + d;
                           store_first(at, load_first(at, c.width - d) + v * root, c.width - d);
                         });

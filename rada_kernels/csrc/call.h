@@ -20,21 +20,33 @@ struct Pool {
 
 enum class Type { FLOAT, BFLOAT16, HALF };
 
-// A matrix of any layout and alignment: strides in elements.
+inline int64_t bytes_of(Type type) { return type == Type::FLOAT ? 4 : 2; }
+
+// A matrix of any layout and alignment: strides in elements. Null: not in use or not wanted.
 struct Matrix {
   void* at;
   Type type;
   int64_t rows, columns, row_stride, column_stride;
+
+  Matrix block(int64_t row, int64_t count, int64_t column, int64_t width) const {
+    const int64_t element = row * row_stride + column * column_stride;
+    return {(char*)at + element * bytes_of(type), type, count, width, row_stride, column_stride};
+  }
+  // Whether the loops use it in place as one of `type`: rows without gaps, of whole words of 4 bytes.
+  bool plain(Type type) const {
+    const bool dense = (row_stride == columns || rows == 1) && (column_stride == 1 || columns == 1);
+    return this->type == type && dense && (uintptr_t)at % 4 == 0;
+  }
 };
 
-// A linear layer. Elements, as in a call.
+// A linear layer. Elements, as in a call; matrices of any type.
 struct Layer {
-  const void* weight;  // [D, D] elements; null for a query that is not in use
-  const void* bias;    // [D] elements
+  Matrix weight;     // [D, D]; null for a query that is not in use
+  const void* bias;  // [D] elements
   // Saved for the backward pass, or null: elements [B, D] of the image query, [K, D] of the text query, else [B, K, D];
   // of OUT M - 1.
   void* output;
-  float* grad_weight;  // [D, D]
+  Matrix grad_weight;  // [D, D]
   float* grad_bias;    // [D]
 };
 

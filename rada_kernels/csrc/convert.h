@@ -73,14 +73,10 @@ RADA_INLINE void write(void* at, int64_t stride, int64_t n, uvec bits) {
 }
 
 inline void convert(const Matrix& to, const Matrix& from) {
-  auto address = [](const Matrix& m, int64_t row, int64_t column) {
-    const int64_t element = row * m.row_stride + column * m.column_stride;
-    return (char*)m.at + element * (m.type == Type::FLOAT ? 4 : 2);
-  };
   for (int64_t row = 0; row < from.rows; row++)
     for (int64_t column = 0; column < from.columns; column += W) {
       const int64_t n = from.columns - column < W ? from.columns - column : W, stride = from.column_stride;
-      const void* source = address(from, row, column);
+      const void* source = from.block(row, 1, column, n).at;
       vec x;
       if (from.type == Type::FLOAT)
         x = (vec)read<uint32_t, uvec>(source, stride, n);
@@ -88,7 +84,7 @@ inline void convert(const Matrix& to, const Matrix& from) {
         x = from_half(read<uint16_t, short_vec>(source, stride, n));
       else
         x = from_bfloat16(read<uint16_t, short_vec>(source, stride, n));
-      void* target = address(to, row, column);
+      void* target = to.block(row, 1, column, n).at;
       if (to.type == Type::FLOAT)
         write<uint32_t, uvec>(target, to.column_stride, n, (uvec)x);
       else if (to.type == Type::HALF)

@@ -23,17 +23,20 @@ void Head<P>::prepare() {
       inverse_norms[i] = unit_row<P>((image ? f : h) + k * over_width, features, c.width, over_width, c.normalize);
     }
   });
-  const int64_t words = c.width / P::per_word, parts = ceil_div(c.width, LIGHT_ROWS);
-  run_tasks(pool, rada::LAYERS * parts, [&](int64_t task, int) {
-    const int64_t part = task % parts, row = part * LIGHT_ROWS, rows = smaller_of(LIGHT_ROWS, c.width - row);
-    const Linear<P>& l = linear[task / parts];
-    if (l.weight && part == 0)
+  const Panels panels(c.width);
+  run_tasks(pool, rada::LAYERS * panels.count, [&](int64_t task, int thread) {
+    const int64_t panel = task % panels.count, row = panels.first_column(panel);
+    const int64_t rows = smaller_of(panels.vectors_of(panel) * W, c.width - row);
+    const Linear<P>& l = linear[task / panels.count];
+    if (l.weight.at && panel == 0)
       for (int64_t d = 0; d < over_width; d += W)
-        store((float*)l.bias + d, P::get_first((const element*)c.layers[task / parts].bias + d, c.width - d));
-    if (l.packed) pack_columns((word*)l.packed, (const word*)l.weight, words, words, c.width, part, parts);
+        store((float*)l.bias + d, P::get_first((const element*)c.layers[task / panels.count].bias + d, c.width - d));
+    if (!l.packed && !l.packed_back) return;
+    const Rows<P> block = l.block(row, rows, 0, c.width, layer_scratch(thread).weight);
+    if (l.packed) pack_panel((word*)l.packed, block.words(), block.word_ld(), c.width / P::per_word, panels, panel);
     if (l.packed_back)
-      pack_rows<P>((word*)l.packed_back, l.weight + row * c.width, c.width, rows, c.width,
-                   ceil_div(c.width, P::per_word), row / P::per_word);
+      pack_rows<P>((word*)l.packed_back, block.at, block.ld, rows, c.width, ceil_div(c.width, P::per_word),
+                   row / P::per_word);
   });
 }
 
@@ -56,10 +59,11 @@ void Head<P>::project_rows() {
   run_tasks(pool, parts[0].tasks + parts[1].tasks + parts[2].tasks, [&](int64_t task, int thread) {
     const Part* part = parts;
     while (task >= part->tasks) task -= part++->tasks;
-    element* x = scratch.at<ProjectionScratch>(thread, c.width).rows;
+    const LayerScratch at = layer_scratch(thread);
+    element* const x = at.rows;
     part->split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t) {
       auto project_to = [&](int l) {
-        project<P>(rows_of(l) + row * c.width, x, count, c.width, linear[l], column, end);
+        project<P>(rows_of(l) + row * c.width, x, count, c.width, linear[l], column, end, at.weight);
       };
       if (part->unit_rows) {
         scaled_rows<P>(x, part->unit_rows + row * over_width, over_width, count, c.width, root);
@@ -67,7 +71,7 @@ void Head<P>::project_rows() {
       }
       rational_rows<P>(x, f + first * over_width, h, over_width, row, count, c.classes, c.width, c.scale);
       for (int l = rada::QUERY_RATIONAL; l <= rada::VALUE; l++)
-        if (linear[l].weight) project_to(l);
+        if (linear[l].weight.at) project_to(l);
     });
   });
 }
@@ -109,14 +113,14 @@ template <class P>
 void Head<P>::reduce_rows() {
   const int64_t rows = slice_rows();
   const Split split = this->split(rows, linear[rada::OUT].packed);
-  run_tasks(pool, split.tasks(), [&](int64_t task, int) {
+  run_tasks(pool, split.tasks(), [&](int64_t task, int thread) {
     split.with(task, [&](int64_t row, int64_t count, int64_t column, int64_t end, int64_t share) {
       const float *fs[BLOCK_ROWS], *hs[BLOCK_ROWS];
       for (int64_t r = 0; r < count; r++) fs[r] = f_of(row + r), hs[r] = h_of(row + r);
       element* change = rows_of(rada::OUT);
       reduce_logits<P>(row_sums + share * rows + row, row_deviations + share * rows + row,
                        change ? change + row * c.width : nullptr, attended_rows() + row * c.width, count, c.width,
-                       linear[rada::OUT], fs, hs, c.penalty, column, end);
+                       linear[rada::OUT], fs, hs, c.penalty, column, end, layer_scratch(thread).weight);
     });
   });
   for (int64_t share = 1; share < split.shares; share++)

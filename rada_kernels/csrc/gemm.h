@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "call.h"
 #include "vector.h"
 #if defined(RADA_TILES)
 #include "amx.h"
@@ -35,6 +36,7 @@ RADA_INLINE int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Float {
   typedef float element;
+  static constexpr rada::Type type = rada::Type::FLOAT;
   static constexpr int64_t per_word = 1;
   static constexpr bool coarse = false;  // exponentials: see exp2
 
@@ -63,6 +65,7 @@ struct Float {
 #if defined(RADA_BFLOAT16)
 struct Bfloat16 {
   typedef uint16_t element;
+  static constexpr rada::Type type = rada::Type::BFLOAT16;
   static constexpr int64_t per_word = 2;
   static constexpr bool coarse = true;
 
@@ -99,6 +102,17 @@ struct Bfloat16 {
   }
 };
 #endif
+
+// Rows of a matrix: elements, ld apart. Null: not in use.
+template <class P>
+struct Rows {
+  const typename P::element* at;
+  int64_t ld;
+
+  Rows from(int64_t row) const { return {at + row * ld, ld}; }
+  const word* words() const { return (const word*)at; }
+  int64_t word_ld() const { return ld / P::per_word; }
+};
 
 // How n columns are cut in panels of at most NV vectors, as equally as possible.
 struct Panels {
@@ -151,29 +165,32 @@ RADA_INLINE void transpose(vec (&rows)[W]) {
   }
 }
 
-// B[k, n] = rows[n, k], packed: the transpose of a matrix of words, so k counts words and so does ld. Of `parts` of the
-// panels only one.
-inline void pack_columns(word* to, const word* rows, int64_t ld, int64_t k, int64_t n, int64_t part = 0,
-                         int64_t parts = 1) {
-  const Panels panels(n);
-  for (int64_t p = panels.count * part / parts; p < panels.count * (part + 1) / parts; p++) {
-    const int64_t first = panels.first_column(p), stride = panels.vectors_of(p) * W;
-    word* panel = to + first * k;
-    for (int64_t j = 0; j < stride; j += W) {
-      const int64_t valid = smaller_of(W, n - first - j);
-      const word* from = rows + (first + j) * ld;
-      for (int64_t i = 0; i < k; i += W) {
-        const int64_t count = smaller_of(W, k - i);
-        vec block[W];
+// One panel of B[k, n] = rows[n, k], packed: the transpose of words, so k counts words and so does ld. rows: from the
+// panel's first column on.
+inline void pack_panel(word* to, const word* rows, int64_t ld, int64_t k, const Panels& panels, int64_t p) {
+  const int64_t first = panels.first_column(p), stride = panels.vectors_of(p) * W;
+  word* panel = to + first * k;
+  for (int64_t j = 0; j < stride; j += W) {
+    const int64_t valid = smaller_of(W, panels.columns - first - j);
+    const word* from = rows + j * ld;
+    for (int64_t i = 0; i < k; i += W) {
+      const int64_t count = smaller_of(W, k - i);
+      vec block[W];
 #pragma GCC unroll 16
-        for (int r = 0; r < W; r++) block[r] = r < valid ? load_first((const float*)from + r * ld + i, count) : vec{};
-        transpose(block);
+      for (int r = 0; r < W; r++) block[r] = r < valid ? load_first((const float*)from + r * ld + i, count) : vec{};
+      transpose(block);
 #pragma GCC unroll 16
-        for (int c = 0; c < W; c++)
-          if (c < count) store(panel + (i + c) * stride + j, block[c]);
-      }
+      for (int c = 0; c < W; c++)
+        if (c < count) store(panel + (i + c) * stride + j, block[c]);
     }
   }
+}
+
+// Of `parts` of the panels one.
+inline void pack_columns(word* to, const word* rows, int64_t ld, int64_t k, int64_t n, int64_t part, int64_t parts) {
+  const Panels panels(n);
+  for (int64_t p = panels.count * part / parts; p < panels.count * (part + 1) / parts; p++)
+    pack_panel(to, rows + panels.first_column(p) * ld, ld, k, panels, p);
 }
 
 // C of one register tile. each(f) calls f(row, vector, value) for all of it, unrolled, so that it stays in registers.
@@ -371,10 +388,12 @@ RADA_INLINE void multiply(int64_t m, int64_t k, const word* a, int64_t ld, const
 #endif
 }
 
-// C[m, columns first to end] = A rowsᵀ, rows [n, k] read in place: every element is a dot product along k, and
+constexpr int64_t IN_PLACE_COLUMNS = 4 * W;  // of a task whose operand is not packed
+
+// C[m, columns first to end] = A Bᵀ, B's rows first to end read in place: every element is a dot product along k, and
 // W of them share the loads and one transpose. first is a multiple of W. Tiles of one row and one vector.
 template <class P, class Epilogue>
-RADA_INLINE void multiply_in_place(int64_t m, int64_t k, const word* a, int64_t ld, const word* rows, int64_t first,
+RADA_INLINE void multiply_in_place(int64_t m, int64_t k, const word* a, int64_t ld, const Rows<P>& b, int64_t first,
                                    int64_t end, Epilogue&& epilogue) {
   constexpr int C = 4, R = W / C;  // R rows of A by C rows of the matrix
   for (int64_t column = first; column < end; column += W)
@@ -383,7 +402,7 @@ RADA_INLINE void multiply_in_place(int64_t m, int64_t k, const word* a, int64_t 
       for (int c = 0; c < W && column + c < end; c += C) {
         const word *left[R], *right[C];
         for (int r = 0; r < R; r++) left[r] = a + smaller_of(row + r, m - 1) * ld;
-        for (int j = 0; j < C; j++) right[j] = rows + smaller_of(column + c + j, end - 1) * k;
+        for (int j = 0; j < C; j++) right[j] = b.from(smaller_of(column + c + j, end - 1) - first).words();
         vec dots[W] = {};
         auto step = [&](auto&& load_at) RADA_LAMBDA {
           vec y[C];

@@ -43,9 +43,9 @@ class Head {
     const int64_t packed = Panels(c.width).padded() * ceil_div(c.width, P::per_word);
     for (int l = 0; l < rada::LAYERS; l++) {
       const rada::Layer& layer = c.layers[l];
-      if (!layer.weight) continue;
+      if (!layer.weight.at) continue;
       const bool few = all_rows(l) <= FEW_ROWS, goes_back = c.backward && (l == rada::OUT || c.grad_image);
-      linear[l].weight = (const element*)layer.weight;
+      linear[l].weight = layer.weight;
       linear[l].packed = few || !runs_forward ? nullptr : arena.take<word>(packed);
       linear[l].packed_back = few || !goes_back ? nullptr : arena.take<word>(packed);
       linear[l].bias = arena.take<float>(over_width);
@@ -55,9 +55,9 @@ class Head {
     shifts = c.shifts ? c.shifts : arena.take<float>(rada::KINDS * c.images * c.heads);
     if (runs_forward) place_forward(rows);
     if (c.backward) place_backward(rows);
+    scratch.fit<LayerScratch>(c.width);
     if (runs_forward) {
       scratch.fit<typename Attention<P>::Scratch>(forward_shape);
-      scratch.fit<ProjectionScratch>(c.width);
       states.fit<typename Attention<P>::State>(forward_shape);
     }
     if (c.backward) {
@@ -87,7 +87,7 @@ class Head {
         reduce_rows_backward();
         attend_units_backward();
         if (output[rada::QUERY_TEXT].base) add_text_rows();
-        if (c.layers[0].grad_weight) add_row_weight_gradients();
+        if (c.layers[0].grad_weight.at) add_row_weight_gradients();
         if (c.grad_image) add_feature_gradients();
       }
     }
@@ -139,19 +139,24 @@ class Head {
   }
   float* shift_of(int kind, int64_t i) const { return shifts + (kind * c.images + first) * c.heads + i; }
 
-  struct ProjectionScratch {
-    element* rows;  // [BLOCK_ROWS, D]
+  struct LayerScratch {
+    element* rows;    // [BLOCK_ROWS, D]
+    element* weight;  // [IN_PLACE_COLUMNS, D] a block of a weight
 
-    ProjectionScratch(Arena& arena, int64_t width) : rows(arena.take<element>(BLOCK_ROWS * width)) {}
+    LayerScratch(Arena& arena, int64_t width)
+        : rows(arena.take<element>(BLOCK_ROWS * width)), weight(arena.take<element>(IN_PLACE_COLUMNS * width)) {}
   };
   struct WeightScratch {
     element* rows;  // [WEIGHT_ROWS, D]
     word* columns;  // [words of WEIGHT_ROWS, SHARE_COLUMNS]
+    float* sums;    // [SHARE_COLUMNS, D]
 
     WeightScratch(Arena& arena, int64_t width)
         : rows(arena.take<element>(WEIGHT_ROWS * width)),
-          columns(arena.take<word>(ceil_div(WEIGHT_ROWS, P::per_word) * SHARE_COLUMNS)) {}
+          columns(arena.take<word>(ceil_div(WEIGHT_ROWS, P::per_word) * SHARE_COLUMNS)),
+          sums(arena.take<float>(SHARE_COLUMNS * width)) {}
   };
+  LayerScratch layer_scratch(int thread) const { return scratch.at<LayerScratch>(thread, c.width); }
 
   // forward.h
   void place_forward(int64_t rows);
@@ -171,8 +176,9 @@ class Head {
   template <class Form>
   void pack_inputs(word* inputs, int64_t rows, Form&& form);
   template <size_t N>
-  void add_weight_gradients(const WeightGradient (&gradients)[N], bool fresh);
-  void add_weight_gradient(const WeightGradient& gradient, int64_t column, int64_t share, bool fresh, word* columns);
+  void add_weight_gradients(const WeightGradient (&gradients)[N], bool fresh, bool last);
+  void add_weight_gradient(const WeightGradient& gradient, int64_t column, int64_t share, bool fresh, bool last,
+                           const WeightScratch& scratch);
   void add_row_weight_gradients();
   void add_feature_gradients();
   void differentiate_queries();
@@ -199,6 +205,7 @@ class Head {
   int64_t* peaks = nullptr;                                   // [B of the slice] where |M - 1| is largest, K·D
   float* row_largest = nullptr;                               // [rows] the largest |M - 1|
   word* inputs[2] = {};                                       // of layers, packed in steps of WEIGHT_ROWS
+  float* weight_sums[rada::LAYERS] = {};                      // [D, D] gradients of other types, from slice to slice
 };
 
 }  // namespace RADA_ISA

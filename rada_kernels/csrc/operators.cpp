@@ -132,9 +132,9 @@ Call make_call(Arrays& arrays, bool backward, const Arguments& given) {
     layer.output = saved(l, l == rada::QUERY_IMAGE ? B : l == rada::QUERY_TEXT ? K : B * K, D, element);
     consistent = consistent && !layer.output == !(used && call.shifts);
     if (!used) continue;
-    layer.weight = input("layers", given.layers[2 * l], D);
+    layer.weight = matrix("layers", given.layers[2 * l], D, D, type);
     layer.bias = input("layers", given.layers[2 * l + 1], 1);
-    STD_TORCH_CHECK(layer.weight && layer.bias, "layers: a layer in use is empty");
+    STD_TORCH_CHECK(layer.weight.at && layer.bias, "layers: a layer in use is empty");
   }
   // Of no images, the text query's K rows are there.
   STD_TORCH_CHECK(consistent || !B, "saved: it takes all of a call's tensors or none");
@@ -216,9 +216,10 @@ void backward(Tensor image, Tensor text, Tensors layers, Tensors saved, int64_t 
   call.grad_text = gradient("grad_text", grad_text, K);
   for (int l = 0; l < rada::LAYERS; l++) {
     rada::Layer& layer = call.layers[l];
-    layer.grad_weight = gradient("grad_layers", grad_layers[2 * l], D);
+    layer.grad_weight = matrix("grad_layers", grad_layers[2 * l], D, D, type);
     layer.grad_bias = gradient("grad_layers", grad_layers[2 * l + 1], 1);
-    STD_TORCH_CHECK(!layer.grad_weight == !call.layers[0].grad_weight && !layer.grad_bias == !layer.grad_weight,
+    const bool wanted = call.layers[0].grad_weight.at;
+    STD_TORCH_CHECK(!layer.grad_weight.at == !wanted && !layer.grad_bias == !wanted,
                     "grad_layers: they take all or none");
   }
   if (!B) {

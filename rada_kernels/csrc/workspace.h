@@ -73,7 +73,8 @@ struct Split {
   int64_t rows, width, block = BLOCK_ROWS, share, shares;
 
   Split(int64_t rows, int64_t width, bool whole_width, int threads)
-      : rows(rows), width(width), share(whole_width ? round_up(width, W) : 4 * W), shares(ceil_div(width, share)) {
+      : rows(rows), width(width), share(whole_width ? round_up(width, W) : IN_PLACE_COLUMNS),
+        shares(ceil_div(width, share)) {
     if (whole_width) block = smaller_of(round_up(ceil_div(rows, 4 * threads), MR), BLOCK_ROWS);
   }
   int64_t tasks() const { return ceil_div(rows, block) * shares; }

@@ -15,10 +15,10 @@ using rada::Penalty;
 template <class P>
 void reduce_logits(float* sums, float* row_deviations, typename P::element* change, const typename P::element* attended,
                    int64_t m, int64_t width, const Linear<P>& layer, const float* const* f, const float* const* h,
-                   Penalty penalty, int64_t first, int64_t end) {
+                   Penalty penalty, int64_t first, int64_t end, typename P::element* copy) {
   vec totals[BLOCK_ROWS], deviations[BLOCK_ROWS];
   for (int64_t r = 0; r < m; r++) totals[r] = deviations[r] = vec{};
-  apply<P>(layer, attended, m, width, first, end, for_each([&](int64_t r, int64_t d, vec x) {
+  apply<P>(layer, attended, m, width, first, end, copy, for_each([&](int64_t r, int64_t d, vec x) {
              const vec out = x + load(layer.bias + d);
              const vec diff = out < splat(-1.0f) ? splat(-1.0f) : out;  // NaN stays NaN
              if (change) P::put_first(change + r * width + d, diff, width - d);

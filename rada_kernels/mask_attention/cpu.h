@@ -52,20 +52,9 @@ struct Shape {
   int64_t first_row(int64_t chunk) const { return smaller_of(first_block(chunk) * SCORE_ROWS, classes); }
 };
 
-// Rows of one unit: [rows, E] elements, ld apart. Null: not in use.
-template <class P>
-struct Rows {
-  const typename P::element* at;
-  int64_t ld;
-
-  Rows from(int64_t row) const { return {at + row * ld, ld}; }
-  const word* words() const { return (const word*)at; }
-  int64_t word_ld() const { return ld / P::per_word; }
-};
-
 template <class P>
 struct Unit {
-  Rows<P> queries[KINDS], key, value;
+  Rows<P> queries[KINDS], key, value;      // [K, E]
   const typename P::element* image_query;  // [E] or null
 
   int kinds() const { return (queries[0].at != nullptr) + (queries[1].at != nullptr); }

@@ -1,6 +1,7 @@
 // The rational projection on the CPU: rows of X are formed a block at a time, in the cache that the products read.
 #pragma once
 
+#include "../csrc/convert.h"
 #include "../csrc/gemm.h"
 
 namespace RADA_ISA {
@@ -9,35 +10,47 @@ namespace RADA_ISA {
 // where too few rows go through it to pay for that.
 template <class P>
 struct Linear {
-  const typename P::element* weight = nullptr;  // [D, D]
-  const word* packed = nullptr;                 // Wᵀ in panels, or null
-  const word* packed_back = nullptr;            // W in panels, or null
-  const float* bias = nullptr;                  // [D] padded to whole vectors
+  typedef typename P::element element;
+
+  Matrix weight{};                    // [D, D], of any type and layout
+  const word* packed = nullptr;       // Wᵀ in panels, or null
+  const word* packed_back = nullptr;  // W in panels, or null
+  const float* bias = nullptr;        // [D] padded to whole vectors
+
+  // A block of the weight: where it lies, or else in `copy`.
+  Rows<P> block(int64_t row, int64_t count, int64_t column, int64_t columns, element* copy) const {
+    const Matrix from = weight.block(row, count, column, columns);
+    if (weight.plain(P::type)) return {(const element*)from.at, weight.columns};
+    convert({copy, P::type, count, columns, columns, 1}, from);
+    return {copy, columns};
+  }
 };
 
 // rows[m, D] Wᵀ, columns first to end, to epilogue(row, column, tile). Packed, all columns are computed.
+// copy: scratch [IN_PLACE_COLUMNS, D].
 template <class P, class Epilogue>
 RADA_INLINE void apply(const Linear<P>& layer, const typename P::element* rows, int64_t m, int64_t width, int64_t first,
-                       int64_t end, Epilogue&& epilogue) {
+                       int64_t end, typename P::element* copy, Epilogue&& epilogue) {
   const int64_t words = width / P::per_word;
   if (layer.packed)
     multiply<P, true>(m, words, (const word*)rows, words, layer.packed, Panels(width), epilogue);
   else
-    multiply_in_place<P>(m, words, (const word*)rows, words, (const word*)layer.weight, first, end, epilogue);
+    multiply_in_place<P>(m, words, (const word*)rows, words, layer.block(first, end - first, 0, width, copy), first,
+                         end, epilogue);
 }
 
 // rows[m, D] W, columns first to end: the gradient of a layer's input, to put(row, column, vec).
 template <class P, class Put>
 RADA_INLINE void apply_back(const Linear<P>& layer, const typename P::element* rows, int64_t m, int64_t width,
-                            int64_t first, int64_t end, Put&& put) {
+                            int64_t first, int64_t end, typename P::element* copy, Put&& put) {
   const int64_t words = width / P::per_word;
   if (layer.packed_back)
-    multiply<P, true>(m, words, (const word*)rows, words, layer.packed_back, Panels(width), for_each(put));
-  else
-    multiply_panels<P, true>(
-        m, words, (const word*)rows, words, Panels(end - first),
-        [&](int64_t column, auto) { return RowsOf<P>{layer.weight + first + column, width, end - first - column}; },
-        for_each([&](int64_t row, int64_t column, vec x) { put(row, first + column, x); }));
+    return multiply<P, true>(m, words, (const word*)rows, words, layer.packed_back, Panels(width), for_each(put));
+  const Rows<P> b = layer.block(0, width, first, end - first, copy);
+  multiply_panels<P, true>(
+      m, words, (const word*)rows, words, Panels(end - first),
+      [&](int64_t column, auto) { return RowsOf<P>{b.at + column, b.ld, end - first - column}; },
+      for_each([&](int64_t row, int64_t column, vec x) { put(row, first + column, x); }));
 }
 
 // to = scale · features / |features|, padded to ld floats; the inverse norm: 0 for a zero row, 1 without normalize.
@@ -88,8 +101,8 @@ void rational_rows(typename P::element* to, const float* f, const float* h, int6
 // to[m, D] = rows[m, D] Wᵀ + c, columns first to end.
 template <class P>
 void project(typename P::element* to, const typename P::element* rows, int64_t m, int64_t width, const Linear<P>& layer,
-             int64_t first, int64_t end) {
-  apply<P>(layer, rows, m, width, first, end, for_each([&](int64_t row, int64_t d, vec x) {
+             int64_t first, int64_t end, typename P::element* copy) {
+  apply<P>(layer, rows, m, width, first, end, copy, for_each([&](int64_t row, int64_t d, vec x) {
              P::put_first(to + row * width + d, x + load(layer.bias + d), width - d);
            }));
 }

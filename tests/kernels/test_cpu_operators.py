@@ -301,11 +301,19 @@ def test_subnormal_numbers_are_zero_inside_and_as_before_outside(flush, threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bits_are_read_exactly_and_written_with_one_rounding(dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch", "classes"),
+    [
+        pytest.param(5, 9, id="weights read in place"),
+        pytest.param(9, 9, id="weights packed"),
+        pytest.param(70, 31, id="gradients summed over several slices"),
+    ],
+)
+def test_16_bits_are_read_exactly_and_written_with_one_rounding(batch, classes, dtype, monkeypatch, poisoned_empty):
     """Strided parameters and features, too: everything as if it had been converted before and after."""
     monkeypatch.setattr(cpu, "HAS_BFLOAT16", False)
-    case = make_case(5, 9, 24, 4, penalty="mse").cast(dtype)
-    grads = torch.randn(9, 5).t(), torch.randn(1).expand(5)
+    case = make_case(batch, classes, 88, 4, penalty="mse").cast(dtype)
+    grads = torch.randn(classes, batch).t(), torch.randn(1).expand(batch)
 
     def gradients(image, text, layers):
         params = Params(*layers, case.scale.float())

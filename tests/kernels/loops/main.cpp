@@ -78,6 +78,7 @@ class Array {
     return out;
   }
   bool operator==(const Array& other) const { return bytes == other.bytes; }
+  rada::Type type() const { return bfloat16 ? rada::Type::BFLOAT16 : rada::Type::FLOAT; }
 
  private:
   int64_t count;
@@ -96,6 +97,10 @@ std::unique_ptr<void, Free> workspace(size_t bytes) {
   std::unique_ptr<void, Free> memory(std::aligned_alloc(64, bytes));
   std::memset(memory.get(), 0xff, bytes);
   return memory;
+}
+
+rada::Matrix matrix(Array& square, int64_t width) {
+  return {square.data<void>(), square.type(), width, width, width, 1};
 }
 
 // All that comes out of a forward and a backward pass, by name.
@@ -129,7 +134,7 @@ Outcome compute(const Loops& loops, const Case& c, const Inputs& in, int threads
   call.image = image.data<void>(), call.text = text.data<void>();
   for (int l = 0; l < rada::LAYERS; l++) {
     call.layers[l].output = output[l].data<void>();
-    if (in_use(l)) call.layers[l].weight = weight[l].data<void>(), call.layers[l].bias = bias[l].data<void>();
+    if (in_use(l)) call.layers[l].weight = matrix(weight[l], D), call.layers[l].bias = bias[l].data<void>();
   }
   call.attended = attended.data<void>(), call.shifts = shifts.data();
   call.sums = sums.data(), call.deviation = deviation.data();
@@ -138,7 +143,7 @@ Outcome compute(const Loops& loops, const Case& c, const Inputs& in, int threads
 
   call.backward = true;
   for (int l = 0; l < rada::LAYERS; l++)
-    call.layers[l].grad_weight = grad_weight[l].data(), call.layers[l].grad_bias = grad_bias[l].data();
+    call.layers[l].grad_weight = matrix(grad_weight[l], D), call.layers[l].grad_bias = grad_bias[l].data();
   call.grad_sums = grad_sums.data(), call.grad_deviation = grad_deviation.data();
   call.grad_image = grad_image.data(), call.grad_text = grad_text.data();
   Array recomputed_sums(c.saved ? 0 : B * K), recomputed_deviation(c.saved ? 0 : B);
