@@ -241,7 +241,8 @@ def test_a_shard_whose_record_does_not_fit_is_not_finished(checkpoint, features,
     output, options = tmp_path / "out", PredictOptions(format="npy", batch_size=8, rows_per_shard=20)
     predictor = Predictor(checkpoint, device="cpu")
     shards = plan_shards(predictor, options, features=features)
-    with full_disk(600), pytest.raises(OSError, match=r"output: .*/records/img_emb_0-00000\.json: File too large"):
+    message = r"output: .*/records/img_emb_0-00000\.json: cannot be written \(File too large\)"
+    with full_disk(600), pytest.raises(OSError, match=message):
         predict_shard(predictor, shards[0], output, options)
     assert not (output / "records").exists() or not contents(output / "records")
     assert predict_shard(predictor, shards[0], output, options)["shard"]["rows"] == 20
@@ -259,6 +260,6 @@ def test_a_full_disk_ends_with_one_line(checkpoint, features, tmp_path):
     )
     assert done.returncode == 2
     (line,) = (line for line in done.stderr.splitlines() if "rada: error" in line)
-    assert "p.jsonl: File too large" in line
+    assert "p.jsonl: cannot be written (File too large)" in line
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("*p.jsonl*"))
