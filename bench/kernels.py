@@ -213,6 +213,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     for name in ("rounds", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name}: got {getattr(options, name)}; it takes 1 or more")
+    for name in ("seconds", "memory"):
+        if getattr(options, name) is not None and not getattr(options, name) > 0:
+            parser.error(f"--{name}: got {getattr(options, name)}; it takes a positive number")
+    if options.output and options.output.exists() and not options.output.is_dir():
+        parser.error(f"--output: {options.output} is a file; it takes a folder")
     return parser, options
 
 

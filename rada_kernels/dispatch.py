@@ -59,16 +59,17 @@ def choose_backend(
     Raises ValueError for an unknown name, and for a named backend that cannot serve the call, with the reason and
     the names that would work.
     """
-    if requested == "auto":
-        requested = os.environ.get("RADA_BACKEND") or "auto"
+    asked_by = "backend"
+    if requested == "auto" and (preferred := os.environ.get("RADA_BACKEND")):
+        requested, asked_by = preferred, "RADA_BACKEND"
     if requested != "auto" and requested not in BACKENDS:
-        raise ValueError(f"backend: got {requested!r}; it takes one of {('auto', *BACKENDS)}")
+        raise ValueError(f"{asked_by}: got {requested!r}; it takes one of {('auto', *BACKENDS)}")
     if requested != "auto":
         works, reason = BACKENDS[requested].usable(dtype, device, embed_dim, num_heads)
         if not works:
             answers = usable_backends(dtype, device, embed_dim, num_heads)
             others = [name for name, (ok, _) in answers.items() if ok]
-            raise ValueError(f"backend: {requested!r} cannot serve this call ({reason}); {others} would work")
+            raise ValueError(f"{asked_by}: {requested!r} cannot serve this call ({reason}); {others} would work")
         return requested, {}
     passed_over: dict[str, str] = {}
     for name in BACKENDS:

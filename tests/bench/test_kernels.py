@@ -276,3 +276,11 @@ def test_bad_names_are_told_before_anything_runs(bench, arguments, named, listed
     assert named in told
     assert listed in told
     assert not (tmp_path / "kernels.json").exists()
+
+
+def test_bad_numbers_and_a_file_for_a_folder_are_told_before_anything_runs(bench, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for option, value in (("--seconds", "-1"), ("--memory", "nan"), ("--rounds", "0"), ("--output", tmp_path / "file")):
+        assert bench(option, str(value)) == 2
+        assert f"{option}: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -196,7 +196,7 @@ def test_environment_chooses_for_auto_only(monkeypatch):
     assert RAdaHead(16, 4).backend_for(image) == "reference"
     assert RAdaHead(16, 4, backend="torch").backend_for(image) == "torch"
     monkeypatch.setenv("RADA_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="backend: got 'nonsense'; it takes one of"):
+    with pytest.raises(ValueError, match="RADA_BACKEND: got 'nonsense'; it takes one of"):
         RAdaHead(16, 4).backend_for(image)
 
 
