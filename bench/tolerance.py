@@ -10,7 +10,7 @@ Every tensor has a limit of its own, and logits have their own margin and floor:
 would let them err far more than plain PyTorch's. The second bound finds the one wrong element that hides among many in
 a root mean square. The floors count where plain PyTorch happens to be almost exact. They are units in the last place of
 the truth, or of the terms it is summed from where these cancel: size = max(rms(truth), rms(terms)), largest =
-max(max |truth|, max(terms)). Where float32 products have fewer bits, it is one unit of theirs. The terms, in short:
+max(max |truth|, max(terms)). Where float32 products have fewer bits, it is what one of them loses. The terms, in short:
 
 - logits: s Σ_d |f| |h|, of which CANCELLED counts, as absolute values outgrow what they are the terms of;
 - penalty: M and 1, of which CANCELLED counts;
@@ -42,7 +42,10 @@ MARGIN = 2.0
 FLOOR = {torch.float64: 16, torch.float32: 16, torch.bfloat16: 1, torch.float16: 1}
 LOGITS_MARGIN = 1.25
 LOGITS_FLOOR = {torch.float64: 16, torch.float32: 16, torch.bfloat16: 0.25, torch.float16: 0.25}  # a rounding is 0.29
-PRODUCT_UNITS = {"tf32": 2.0**-10, "bf16x3": 2.0**-16}  # of float32 products on tensor cores
+# What one float32 product loses on tensor cores, root mean square over that of the product. TF32 cuts both factors to
+# 10 bits: either is off by up to 2⁻¹⁰, and always towards zero. bf16x3 rounds a factor's second part and leaves out the
+# product of the second parts, up to 2⁻¹⁸ each. 0.8 and 1.2 of these units (test_triton_precision.py).
+PRODUCT_UNITS = {"tf32": 2.0**-10, "bf16x3": 2.0**-18}
 ELEMENT_FLOOR = 4
 CANCELLED = 1e-2
 SMALLEST = 1e-30  # what an error is relative to where truth and terms are zero
