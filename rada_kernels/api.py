@@ -45,6 +45,7 @@ def rada_logits(
     (float64 for float64 features): the mean over the images of what Options.penalty names, 0 for an empty batch.
     Products run in the input dtype and accumulate in float32; the logits are rounded once.
 
+    Second and forward-mode derivatives, and torch.func's transforms, are served by "reference" alone.
     The gradient reaches logit_scale through the final product only. NaN or Inf in one image's features stays in
     that image's logits. Raises TypeError or ValueError naming the argument, what it got and what it takes; image and
     text are called image_features and text_features there, as by the head, and layers by both names.
