@@ -108,5 +108,6 @@ def _of_few(
     if few:
         narrow = shapes.dtype.itemsize == 2 and shapes.E <= 64 and target.device.family != "rdna"  # which spills
         warps = min(config.num_warps, max(1, few // 16)) if narrow else 4
-        config = config.changed(BM=min(config.BM, few), BN=min(config.BN, few), num_warps=warps)
+        rows = few if shapes.E <= 128 else 16  # of which 4 warps hold no more
+        config = config.changed(BM=min(config.BM, rows), BN=min(config.BN, few), num_warps=warps)
     return target.config(kernel, shapes.dtype, (shapes.E, few or 64 << many), config)

@@ -52,8 +52,9 @@ def test_16_bits(dtype, batch, classes, poisoned_empty):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("batch", "classes", "width", "heads"), SHAPES)
 def test_16_bits_in_every_shape(dtype, batch, classes, width, heads, poisoned_empty):
-    case = make_case(batch, classes, width, heads, clear_gates=True, penalty="l1")
-    assert_as_good_as_reference(case, "triton", dtype)
+    """Pooled: with one head the error of a query bias's gradient is that of two numbers, the images' deltas."""
+    cases = [make_case(batch, classes, width, heads, clear_gates=True, penalty="l1", seed=seed) for seed in range(3)]
+    assert_as_good_as_reference(cases, "triton", dtype)
 
 
 @pytest.mark.slow
