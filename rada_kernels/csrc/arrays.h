@@ -42,6 +42,16 @@ inline std::unique_ptr<void, Free> allocate(size_t bytes) {
   return memory;
 }
 
+// Malloc keeps as much of what is freed as twice the largest piece that it has unmapped. A kept workspace teaches it
+// nothing, and would leave a step's gradients to be mapped anew each time. Once a process.
+inline void teach_malloc() {
+  static const bool taught = [] {
+    *(volatile char*)allocate(size_t(8) << 20).get() = 0;
+    return true;
+  }();
+  (void)taught;
+}
+
 // What a call works in, kept for the next call. Given back to malloc, a piece would leave holes in its heap that the
 // caller's results fill, and the heap would grow by a piece with every call; a large one would be mapped and cleared page
 // by page each time. Of a large one the system may take the pages meanwhile.
@@ -49,6 +59,7 @@ class Workspace {
  public:
   explicit Workspace(size_t bytes) : piece(kept.exchange(nullptr)) {
     if (piece && piece->bytes >= bytes) return;
+    teach_malloc();
     piece.reset();
     piece.reset(new Piece{allocate(bytes), bytes});
     advise_huge_pages(at(), bytes);

@@ -48,6 +48,12 @@ struct InstructionSet {
 };
 
 #if defined(__x86_64__)
+// clang 14's __builtin_cpu_supports does not know it.
+inline const char* why_no_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C ? "" : "the processor has no f16c";
+}
+
 // Tile registers are the operating system's to give, to the whole process.
 inline std::string why_no_tiles() {
 #if !defined(RADA_AMX)
@@ -89,7 +95,7 @@ inline const std::vector<InstructionSet>& instruction_sets() {
         if (!reason.empty()) return reason;
       return std::string();
     };
-    const std::string no_avx2 = first_of({RADA_WITHOUT("avx2"), RADA_WITHOUT("fma")});
+    const std::string no_avx2 = first_of({RADA_WITHOUT("avx2"), RADA_WITHOUT("fma"), why_no_f16c()});
     const std::string no_avx512 = first_of(
         {RADA_WITHOUT("avx512f"), RADA_WITHOUT("avx512bw"), RADA_WITHOUT("avx512vl"), RADA_WITHOUT("avx512dq")});
     const std::string no_avx512_bf16 = first_of({no_avx512, RADA_WITHOUT("avx512bf16")});

@@ -205,11 +205,30 @@ RADA_INLINE vec exp2(vec x) {
 #endif
 }
 
+// W numbers of 16 bits, and each in the low half of its lane. gcc 12 converts 16 of them in two halves where it is left to
+// itself.
+typedef uint16_t half_vec __attribute__((vector_size(W * 2), may_alias));
+
+RADA_INLINE uvec low_halves(half_vec v) {
+#if defined(__AVX512F__)
+  return (uvec)_mm512_cvtepu16_epi32((__m256i)v);
+#else
+  return __builtin_convertvector(v, uvec);
+#endif
+}
+RADA_INLINE half_vec cut_to_halves(uvec v) {
+#if defined(__AVX512F__)
+  return (half_vec)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+  return __builtin_convertvector(v, half_vec);
+#endif
+}
+// bfloat16 is the upper half of a float.
+RADA_INLINE vec widen(half_vec v) { return (vec)(low_halves(v) << 16); }
+
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(RADA_TILE_MODEL)
 #define RADA_BFLOAT16
 
-// W bfloat16.
-typedef uint16_t half_vec __attribute__((vector_size(W * 2), may_alias));
 typedef uint16_t half_vec_at_any_address __attribute__((vector_size(W * 2), aligned(2), may_alias));
 
 // In each lane c plus the dot product of two bfloat16 of a with two of b; or a is one word for every lane.
@@ -267,16 +286,6 @@ RADA_INLINE half_vec narrow(vec v) {
   return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, half_vec);
 #endif
 }
-// Each number in the low half of its lane. gcc 12 converts 16 numbers in two halves where it is left to itself.
-RADA_INLINE uvec low_halves(half_vec v) {
-#if defined(__AVX512BF16__)
-  return (uvec)_mm512_cvtepu16_epi32((__m256i)v);
-#else
-  return __builtin_convertvector(v, uvec);
-#endif
-}
-RADA_INLINE vec widen(half_vec v) { return (vec)(low_halves(v) << 16); }
-
 #endif
 
 }  // namespace RADA_ISA
