@@ -34,10 +34,12 @@ SHARED_BYTES = {
     "gfx942": 64 * KIB,
     "gfx1100": 64 * KIB,
 }
+# Of an A100, an H100 SXM and a B200; of the others the number that Device takes if not told.
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 
 
 def device_named(arch: str) -> Device:
-    return Device(arch, SHARED_BYTES[arch])
+    return Device(arch, SHARED_BYTES[arch], MULTIPROCESSORS.get(arch, Device.multiprocessors))
 
 
 def tensors_of(values) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from floors import floor_flop
 from workloads import Workload
 
-from codegen.launches import Launch, TorchCall
+from codegen.launches import MULTIPROCESSORS, Launch, TorchCall
 from codegen.machine_code import TENSOR_COLUMNS, Code
 from rada_kernels.triton_common.dialect import pieces
 
@@ -60,11 +60,11 @@ class Part:
 # B200 is taken to do as much of both per clock and multiprocessor.
 PARTS = {
     "sm_90": Part(
-        "H100 SXM", 132, 0.91 * 1.83e9, 4096, 0.63 * 4096,
+        "H100 SXM", MULTIPROCESSORS["sm_90"], 0.91 * 1.83e9, 4096, 0.63 * 4096,
         {"bfloat16": 989 * TERA, "tf32": 495 * TERA, "float32": 67 * TERA}, 3.35e12, 5.5e12,
     ),
     "sm_100": Part(
-        "B200", 148, 1.856e9, 8192, 0.63 * 4096,
+        "B200", MULTIPROCESSORS["sm_100"], 1.856e9, 8192, 0.63 * 4096,
         {"bfloat16": 2250 * TERA, "tf32": 1100 * TERA, "float32": 75 * TERA}, 7.7e12, 7.2e12,
     ),
 }  # fmt: skip

@@ -47,9 +47,11 @@ def weight_bwd_config(target: Target, shapes: Shapes) -> GemmConfig:
     return target.config("rational_projection_bwd_weight", shapes.dtype, (shapes.D,), config)
 
 
-def row_split(row_tiles: int, programs: int) -> int:
-    """Row tiles that one program of the weight gradient sums: some 400 programs, or 8 tiles each where they are few."""
-    splits = max(1, min(400 // programs, row_tiles // 8))
+def row_split(row_tiles: int, programs: int, multiprocessors: int) -> int:
+    """Row tiles that one program of the weight gradient sums, where all rows are so many programs' work: up to two
+    programs a multiprocessor, which reside together, or 8 tiles each where they are few.
+    """
+    splits = max(1, min(2 * multiprocessors // programs, row_tiles // 8))
     return -(-row_tiles // splits)
 
 

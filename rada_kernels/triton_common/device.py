@@ -12,10 +12,13 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Device:
-    """name: such as "sm_90", "gfx90a", "interpreter". shared_bytes: shared memory that a program may use."""
+    """name: such as "sm_90", "gfx90a", "interpreter". shared_bytes: shared memory that a program may use.
+    multiprocessors: or compute units.
+    """
 
     name: str
     shared_bytes: int
+    multiprocessors: int = 132
 
     @property
     def family(self) -> str:
@@ -50,5 +53,8 @@ def gpu(index: int) -> Device:
     """The CUDA or ROCm device of that index."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:  # its properties have no shared_memory_per_block_optin: what a program has, it may use
-        return Device(properties.gcnArchName.split(":")[0], properties.shared_memory_per_block)
-    return Device(f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+        name, shared_bytes = properties.gcnArchName.split(":")[0], properties.shared_memory_per_block
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+        shared_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Device(name, shared_bytes, properties.multi_processor_count)

@@ -437,9 +437,21 @@ def test_an_unknown_architecture_is_served_as_its_family(name, family):
 @pytest.mark.parametrize(
     ("hip", "properties", "device"),
     [
-        (None, {"major": 12, "minor": 1, "shared_memory_per_block_optin": 101376}, ("sm_121", 101376)),
+        (
+            None,
+            {"major": 12, "minor": 1, "shared_memory_per_block_optin": 101376, "multi_processor_count": 48},
+            ("sm_121", 101376, 48),
+        ),
         # ROCm's properties have no shared_memory_per_block_optin.
-        ("6.4", {"gcnArchName": "gfx90a:sramecc+:xnack-", "shared_memory_per_block": 65536}, ("gfx90a", 65536)),
+        (
+            "6.4",
+            {
+                "gcnArchName": "gfx90a:sramecc+:xnack-",
+                "shared_memory_per_block": 65536,
+                "multi_processor_count": 104,
+            },
+            ("gfx90a", 65536, 104),
+        ),
     ],
 )
 def test_what_is_asked_of_a_device(hip, properties, device, monkeypatch):
@@ -485,6 +497,18 @@ def test_the_output_weights_gradient_is_summed_in_float32(dtype):
     assert torch.equal(_product(left, right), left.float() @ right.float())
     on_gpu = _product(left.to("meta"), right.to("meta"))
     assert on_gpu.dtype == torch.float32
+
+
+@pytest.mark.parametrize("multiprocessors", [48, 108, 132, 148, 304])
+@pytest.mark.parametrize("row_tiles", [1, 7, 50, 517])
+def test_row_splits_are_two_programs_for_a_multiprocessor(row_tiles, multiprocessors):
+    """At most, and no row is left out."""
+    programs = 48  # of all rows
+    split = projection.row_split(row_tiles, programs, multiprocessors)
+    splits = -(-row_tiles // split)
+    assert splits == 1 or splits * programs <= 2 * multiprocessors
+    assert splits == 1 or split >= 8
+    assert row_tiles < 500 or (splits + 1) * programs > 1.5 * multiprocessors
 
 
 def specialisations(launch) -> tuple:

@@ -53,21 +53,23 @@ def _logit_reduction_bwd_kernel(
     if PENALTY != "none":
         b_deviation = tl.load(grad_deviation + pairs.o_i, mask=pairs.m_i, other=0.0)
         b_deviation = outer(b_deviation, pairs.m_k.to(tl.float32))[:, None]  # 0 in rows that there are not
-        b_sign = tl.where(b_change > 0.0, 1.0, tl.where(b_change < 0.0, -1.0, 0.0))
         if PENALTY == "linf":
-            b_place = place_of(tl.load(peak + pairs.o_i, mask=pairs.m_i, other=0))  # k·D + d of each image
-            b_place = (b_place[:, None] - pairs.o_k.to(tl.int64)[None, :] * D).reshape(C.BR)
-            b_place = tl.where((b_place >= 0) & (b_place < D), b_place, -1).to(tl.int32)  # d, if of this class
-            b_grad += tl.where(b_place[:, None] == o_c[None, :], b_deviation * b_sign, 0.0)
+            b_peak = tl.load(peak + pairs.o_i, mask=pairs.m_i, other=0)
+            b_place = place_of(b_peak)[:, None] - pairs.o_k.to(tl.int64)[None, :] * D  # d, if of this class
+            m_place = (b_place >= 0) & (b_place < D) & (b_peak >= 1 << 32)[:, None]  # a largest of 0 has no gradient
+            b_place = tl.where(m_place, b_place, -1).to(tl.int32).reshape(C.BR)[:, None]
+            b_signed = tl.where(b_change > 0.0, b_deviation, -b_deviation)
+            b_grad += tl.where(b_place == o_c[None, :], b_signed, 0.0)
         elif PENALTY == "l1":
+            b_sign = tl.where(b_change > 0.0, 1.0, tl.where(b_change < 0.0, -1.0, 0.0))
             b_grad += b_deviation * b_sign / (K * 1.0 * D)
         else:
             b_grad += b_deviation * b_change * 2.0 / (K * 1.0 * D)
     b_grad = tl.where(b_change > -1.0, b_grad, 0.0)  # relu passes none at M = 0
-    store_rows(grad_out, b_grad, pairs.o_r, pairs.m_r, o_c, D, C.BC)
     if LAYERS:
         p_bias = grad_biases + tile.to(tl.int64) * D + o_c
         tl.store(p_bias, tl.sum(b_grad, 0), mask=o_c < D)
+    store_rows(grad_out, b_grad, pairs.o_r, pairs.m_r, o_c, D, C.BC)
     if FEATURES:
         store_rows(masked, b_upstream * (1.0 + b_change), pairs.o_r, pairs.m_r, o_c, D, C.BC)
 

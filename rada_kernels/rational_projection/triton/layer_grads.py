@@ -171,7 +171,7 @@ def layer_grads(
         pairs = PairBlock.of(batch, classes, c.BR)
         programs = shapes.LAYERS * cdiv(width, c.BC) * cdiv(width, c.BD)
         row_tiles = pairs.tiles(batch, classes)
-        split = row_split(row_tiles, programs)
+        split = row_split(row_tiles, programs, call.target.device.multiprocessors)
         splits = cdiv(row_tiles, split)
         parts = sum_query_text.new_empty(splits, shapes.LAYERS, width + 1, width)
         return (splits * programs,), {"P": pairs, "SPLIT": split, "parts": parts}

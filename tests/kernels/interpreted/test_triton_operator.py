@@ -259,7 +259,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(dtype, batch, classes, w
     image, text = guarded.copy(case.image), guarded.copy(case.text)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", new_empty)
-        patch.setattr(torch, "empty_like", lambda tensor: guarded(tensor.shape, tensor.dtype))
+        patch.setattr(torch, "empty_like", lambda tensor, dtype=None: guarded(tensor.shape, dtype or tensor.dtype))
         sums, deviation, kept = backend.forward(image, text, params, case.options, True)
         grads = backend.backward(
             guarded.copy(case.scale.float() * case.weight.to(dtype).float()),
