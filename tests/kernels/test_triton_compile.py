@@ -93,7 +93,8 @@ def test_a_pass_is_recorded_with_torchs_own_products():
     products = [call.flop for call in calls if isinstance(call, TorchCall) and call.flop]
     rows, layer = load.batch * load.classes, 2 * load.width**2
     assert sorted(products) == sorted([rows * layer, rows * layer, load.batch * layer, load.classes * layer])
-    assert len(record_launches(load, "forward", torch.bfloat16, recorder())) == 3
+    assert len(record_launches(load, "forward", torch.bfloat16, recorder())) == 4
+    assert len(record_launches(load, "forward", torch.float16, recorder())) == 3
 
 
 @pytest.mark.parametrize("name", ["eurosat", "caltech101", "imagenet"])
