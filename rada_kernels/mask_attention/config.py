@@ -104,6 +104,12 @@ def queries_bwd_registers(target: Target, shapes: Shapes, classes: int) -> dict[
     return _registers(168, target, shapes, classes) if shapes.E <= 64 else {}
 
 
+def joint_bwd_registers(target: Target) -> dict[str, int]:
+    return (
+        {"maxnreg": 128} if target.device.name == "sm_90" else {}
+    )  # by itself ptxas stops at 96, with 8 bytes of spill
+
+
 def _registers(most: int, target: Target, shapes: Shapes, classes: int) -> dict[str, int]:
     limited = by_descriptors(target, shapes, classes) and not target.device.tensor_memory
     return {"maxnreg": most} if limited else {}

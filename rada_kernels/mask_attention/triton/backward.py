@@ -20,6 +20,7 @@ from torch import Tensor
 from rada_kernels.mask_attention.config import (
     by_descriptors,
     joint_bwd_config,
+    joint_bwd_registers,
     keys_bwd_config,
     queries_bwd_config,
     queries_bwd_registers,
@@ -373,7 +374,7 @@ def mask_attention_bwd_joint(call: Call, attended: Attended, grads: AttentionGra
     )
     call.target.launch(
         _mask_attention_bwd_joint_kernel, joint_bwd_config(call.shapes),
-        lambda c: ((call.sizes[0] * call.shapes.H,), {}), keep=("BM",), **arguments,
+        lambda c: ((call.sizes[0] * call.shapes.H,), joint_bwd_registers(call.target)), keep=("BM",), **arguments,
         attended=attended.pointers, joint=joint, grad_query_image=grads.query_image, T=tiles,
         ROWS=call.dtype != torch.float32, TILE=attended.tile,
     )  # fmt: skip
