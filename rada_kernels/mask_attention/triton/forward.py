@@ -2,7 +2,8 @@
 
     Projections  →  Attended
 
-A program has BM score rows of every matrix query kind and goes over the classes with a running softmax per row; a
+A program has BM score rows of every matrix query kind and goes over the classes with a running softmax per row, or, of
+many classes in bfloat16, with sums of exp2(score); a second launch takes again what leaves float32's range so. A
 tile's rows are weighted against each other, and what the tiles weigh against each other is left to the next step as
 (m, l). The image query is one more score row, after the K class rows. No score leaves the registers.
 """
