@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import re
 import subprocess
@@ -21,7 +22,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from codegen import sass
 from codegen.launches import Launch
-from codegen.sass import Counts, Way, read_way
+from codegen.sass import Counts, Sizes, Way, read_way
 from rada_kernels.triton_common.target import Usage
 
 TIMED = 90, 100  # the compute capabilities of prediction.PARTS, times ten
@@ -50,7 +51,7 @@ def source_of(arch: str, launch: Launch) -> tuple[ASTSource, dict]:
 def key_of(arch: str, launch: Launch) -> str:
     """The name of a compiled kernel: a hash of its source, with all that it calls, and of what it is compiled for."""
     source, _ = source_of(arch, launch)
-    options = launch.arguments["num_warps"], launch.arguments["num_stages"]
+    options = tuple(launch.arguments.get(name) for name in ("num_warps", "num_stages", "maxnreg"))
     compiled = triton.__version__, launch.kernel.cache_key, arch, source.signature, source.constants, source.attrs
     return hashlib.sha256(repr((READER, compiled, options)).encode()).hexdigest()
 
@@ -130,6 +131,16 @@ def _products(ttgir: str) -> list[_Product]:
     return found
 
 
+# A copy by a tensor descriptor, of "memdesc<1x64x1x64xbf16, ...".
+TENSOR_COPY = re.compile(r"async_tma_copy_global_to_local .*-> !ttg\.memdesc<((?:\d+x)+)[a-z]+(\d+)")
+
+
+def _tensor_copy_bytes(ttgir: str) -> int:
+    """Of all that stand in the code together."""
+    copies = TENSOR_COPY.findall(ttgir)
+    return sum(math.prod(map(int, shape.strip("x").split("x"))) * int(bits) // 8 for shape, bits in copies)
+
+
 def read_nvidia(compiled) -> Code:
     capability = compiled.metadata.target.arch
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -150,6 +161,8 @@ def read_nvidia(compiled) -> Code:
     )  # tcgen05 takes 128 rows, 16 deep
     columns = getattr(compiled.metadata, "tmem_size", 0) or 0
     timed = capability in TIMED and columns <= TENSOR_COLUMNS
+    copied = _tensor_copy_bytes(compiled.asm["ttgir"]) / max(1, _count(r"\bUTMALDG\b", code))
+    sizes = Sizes(flop / max(1, asked), copied)
     return Code(
         registers=registers,
         spill_bytes=(stack + local) if spills else 0,
@@ -160,7 +173,7 @@ def read_nvidia(compiled) -> Code:
         tensor_columns=columns,
         operand_bytes_per_flop=sum(product.operand_bytes for product in products) / max(1, flop),
         unread=_unread(compiled.asm["ttir"]),
-        way=read_way(code, compiled.metadata.num_warps, flop / max(1, asked)) if timed else NO_WAY,
+        way=read_way(code, compiled.metadata.num_warps, sizes) if timed else NO_WAY,
     )
 
 

@@ -258,6 +258,8 @@ def program_clocks(
 
 def predicted(launch: Launch, arch: str, code: Code) -> Spent:
     """A launch with 16-bit products. Raises ValueError for a kernel whose products are not known."""
+    if launch.name == "mask_attention_fwd_again":  # which finds nothing to do
+        return Spent(idle=START_S)
     part, warps, work = PARTS[arch], launch.arguments["num_warps"], work_of(launch)
     if code.products and not work.flop:
         raise ValueError(f"{launch.name} has products: work_of must know how many")

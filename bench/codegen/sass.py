@@ -11,6 +11,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of what an instruction's name does not say: FLOP of one UTC*MMA, bytes of one UTMALDG."""
+
+    tcgen05_flop: float = 0.0
+    tensor_copy_bytes: float = 0.0
+
+
+NO_SIZES = Sizes()
 PRODUCT = re.compile(r"(HGMMA|HMMA)\.(\d+)(?:x(\d+)x(\d+))?|(UTC\w*MMA)")
 SHARED, GLOBAL = re.compile(r"(LDS|STS|LDSM|STSM)\b"), re.compile(r"(LDGSTS|STG|REDG?|ATOMG?)\b")
 MATRIX_SHAPES = {"1688": 2 * 16 * 8 * 8, "16816": 2 * 16 * 8 * 16, "1684": 2 * 16 * 8 * 4}  # FLOP of a warp's HMMA
@@ -88,18 +98,20 @@ def _bytes(name: str) -> int:
     return 4
 
 
-def _count(name: str, tcgen05_flop: float, warps: int) -> Counts:
+def _count(name: str, sizes: Sizes, warps: int) -> Counts:
     product = PRODUCT.match(name)
     if product:
         kind, rows, columns, depth, tcgen05 = product.groups()
         if tcgen05:  # one thread asks for a whole program's product
-            return Counts(flop=tcgen05_flop / warps)
+            return Counts(flop=sizes.tcgen05_flop / warps)
         if kind == "HGMMA":  # four warps do it together
             return Counts(flop=2 * int(rows) * int(columns) * int(depth) / 4)
         flop = MATRIX_SHAPES[rows]
         return Counts(flop=flop, mma_flop=flop)
     if name.startswith("MUFU"):
         return Counts(special=1)
+    if name.startswith("UTMALDG"):  # one thread asks for a whole program's copy
+        return Counts(other=1, global_bytes=sizes.tensor_copy_bytes / warps)
     shared, moved = SHARED.match(name), GLOBAL.match(name)
     # A narrow access takes its 32 lanes a whole clock of shared memory, as 4 bytes do.
     return Counts(
@@ -118,7 +130,7 @@ class _Block:
     ends: bool  # the program may end here
 
 
-def _blocks(listing: str, warps: int, tcgen05_flop: float) -> list[_Block]:
+def _blocks(listing: str, warps: int, sizes: Sizes) -> list[_Block]:
     code, labels = _instructions(listing)
     leaves = {at for at, i in enumerate(code) if i.name.startswith(("BRA", "EXIT", "RET"))}
     starts = [at for at in sorted({0, *labels.values(), *(at + 1 for at in leaves)}) if at < len(code)]
@@ -130,7 +142,7 @@ def _blocks(listing: str, warps: int, tcgen05_flop: float) -> list[_Block]:
             after.append(number[end])
         if last.name.startswith("BRA") and labels.get(last.target) in number:
             after.append(number[labels[last.target]])
-        counts = sum((_count(i.name, tcgen05_flop, warps) for i in code[start:end]), Counts())
+        counts = sum((_count(i.name, sizes, warps) for i in code[start:end]), Counts())
         exponentials = sum(i.name.startswith("MUFU.EX2") for i in code[start:end])
         blocks.append(_Block(counts, exponentials, end - start, tuple(after), last.name.startswith("EXIT")))
     return blocks
@@ -159,9 +171,8 @@ def _loops(blocks: list[_Block]) -> list[set[int]]:
     return list(loops.values())
 
 
-def read_way(listing: str, warps: int, tcgen05_flop: float = 0.0) -> Way:
-    """tcgen05_flop: of one UTC*MMA instruction, whose shape is not in its name."""
-    blocks = _blocks(listing, warps, tcgen05_flop)
+def read_way(listing: str, warps: int, sizes: Sizes = NO_SIZES) -> Way:
+    blocks = _blocks(listing, warps, sizes)
     everywhere = _loops(blocks)
     loops = [loop for loop in everywhere if any(blocks[b].counts.flop for b in loop)]
     # From the last block to the first, branches back left out: the best way to an end, and the block it goes on to.

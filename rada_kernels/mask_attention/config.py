@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from rada_kernels.triton_common.call import Shapes
 from rada_kernels.triton_common.config import AttentionConfig, Table, look_up
 from rada_kernels.triton_common.target import Target
+
+MANY_CLASSES = 512
 
 # {family: {bits: ((BM, BN, num_warps, num_stages) up to E = 64, up to 128, up to 256)}}
 # wgmma reads operands from shared memory: large blocks. mma and AMD's instructions hold them in registers.
@@ -64,16 +68,51 @@ KEYS_BWD = {
 
 def forward_config(target: Target, shapes: Shapes, classes: int) -> AttentionConfig:
     """BM is the row tile of the result."""
-    many = bool(classes > 512)  # of a symbolic K: a guard
+    many = bool(classes > MANY_CLASSES)  # of a symbolic K: a guard
     config = _look_up(FORWARD, target, shapes)
-    if many and shapes.E <= 64 and shapes.dtype.itemsize == 2 and target.device.family == "wgmma":
-        # Two programs of 4 warps reside, one's softmax beside the other's products; twice the classes halve the
-        # rescaling and the loop's own instructions. With fewer classes the last block would be too empty.
+    two_programs = target.device.tensor_memory or not against_zero(target, shapes, classes)
+    if many and two_programs and shapes.E <= 64 and shapes.dtype.itemsize == 2 and target.device.family == "wgmma":
+        # Tensor memory, or the registers of a running maximum, let two programs reside at most: twice the classes
+        # halve the loop's own instructions. With fewer classes the last block would be too empty.
         config = config.changed(BN=128)
     if shapes.E > 192 and target.device.family == "wgmma" and shapes.dtype.itemsize == 2:
         config = config.changed(BM=config.BM // 2)  # BM x E numbers of two query kinds spill; a row tile is not fitted
     # The image query's row is one more.
     return _of_few("mask_attention_fwd", target, shapes, config, classes + shapes.IMAGE, int(many))
+
+
+def against_zero(target: Target, shapes: Shapes, classes: int) -> bool:
+    """Whether forward scores are taken against 0 first. float16 has no room for that, float32 would lose by it."""
+    return shapes.dtype == torch.bfloat16 and shapes.MATRIX > 0 and bool(classes > MANY_CLASSES)
+
+
+def by_descriptors(target: Target, shapes: Shapes, classes: int) -> bool:
+    """Whether classes are loaded by `head_blocks`. With few classes making them takes longer than they save."""
+    aligned = shapes.E % 8 == 0  # of a head, 16 bytes
+    return target.device.family == "wgmma" and shapes.dtype.itemsize == 2 and aligned and bool(classes > MANY_CLASSES)
+
+
+# A launch option for ptxas, which does not look for one more resident program of 4 warps by itself: 128 registers a
+# thread are four, 168 three. Descriptors leave room for it. Tensor memory has room for two programs at most.
+def forward_registers(target: Target, shapes: Shapes, classes: int) -> dict[str, int]:
+    if not against_zero(target, shapes, classes) or shapes.E > 96:
+        return {}
+    return _registers(128 if shapes.E <= 64 else 168, target, shapes, classes)
+
+
+def queries_bwd_registers(target: Target, shapes: Shapes, classes: int) -> dict[str, int]:
+    return _registers(168, target, shapes, classes) if shapes.E <= 64 else {}
+
+
+def joint_bwd_registers(target: Target) -> dict[str, int]:
+    return (
+        {"maxnreg": 128} if target.device.name == "sm_90" else {}
+    )  # by itself ptxas stops at 96, with 8 bytes of spill
+
+
+def _registers(most: int, target: Target, shapes: Shapes, classes: int) -> dict[str, int]:
+    limited = by_descriptors(target, shapes, classes) and not target.device.tensor_memory
+    return {"maxnreg": most} if limited else {}
 
 
 def queries_bwd_config(target: Target, shapes: Shapes, classes: int) -> AttentionConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rada_kernels.options import Options, Params
-from rada_kernels.triton_common.config import TUNED, ConfigT
+from rada_kernels.triton_common.config import TUNED
 from rada_kernels.triton_common.device import Device
 from rada_kernels.triton_common.state import Features, Projections
-from rada_kernels.triton_common.target import Target
+from rada_kernels.triton_common.target import Configured, Target
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,19 @@ class Call:
         return Shapes.of(self.options, self.image.shape[1], self.image.dtype, self.target.device, precision)
 
     @functools.cached_property
+    def factors(self) -> tuple[float, float]:
+        """What queries bear of log2(e) / (√E τ), the factor of scores in base 2, and what is left to their products.
+
+        In 16 bits all of it, rounded with the query; in float32 one more rounding would show where scores are large.
+        """
+        factor = self.options.score_factor(self.image.shape[1]) * math.log2(math.e)
+        return (1.0, factor) if self.dtype == torch.float32 else (factor, 1.0)
+
+    @functools.cached_property
     def tuned(self) -> str | None:
         return os.environ.get(TUNED)
 
-    def config(self, configure: Callable[..., ConfigT], *sizes: int) -> ConfigT:
+    def config(self, configure: Callable[..., Configured], *sizes: int) -> Configured:
         """A step's configure(target, shapes, *sizes)."""
         return self.target.configured(configure, self.shapes, sizes, self.tuned)
 

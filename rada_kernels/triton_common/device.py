@@ -34,6 +34,11 @@ class Device:
             return "cdna" if self.name.startswith("gfx9") else "rdna"
         return "wgmma" if int(self.name.removeprefix("sm_")) // 10 in (9, 10, 11) else "mma"
 
+    @property
+    def tensor_memory(self) -> bool:
+        """Whether products accumulate in a memory of their own (tcgen05: sm_10x, sm_11x), not in registers."""
+        return self.family == "wgmma" and not self.name.startswith("sm_9")
+
     def precision(self, dtype: torch.dtype, matmul_precision: str) -> str:
         """input_precision of tl.dot. float32 follows torch.get_float32_matmul_precision().
 

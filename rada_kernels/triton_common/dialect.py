@@ -164,6 +164,24 @@ def load_head(p_rows, m_r, E: tl.constexpr):
 
 
 @triton.jit
+def load_classes(blocks, p_rows, plane, start, K, head, S: tl.constexpr, R: tl.constexpr):
+    """A head's rows of the classes from `start` on, zero past the last: pieces [R, their widths].
+
+    By `head_blocks` of [planes, K, D], or, where there are none, from p_rows, where the head of class 0 begins.
+    """
+    if len(blocks) > 0:
+        WIDTHS: tl.constexpr = pieces(S.E)
+        b_head = ()
+        for i in tl.static_range(len(WIDTHS)):
+            b_piece = blocks[i].load([plane, start, head, piece_start(WIDTHS, i)])
+            b_head += (b_piece.reshape(R, WIDTHS[i]),)
+        return b_head
+    else:
+        o_r = start + tl.arange(0, R)
+        return load_head(p_rows + o_r.to(tl.int64) * S.D, o_r < K, S.E)
+
+
+@triton.jit
 def store_head(p_rows, b_head, m_r, E: tl.constexpr):
     """Round pieces and store them in the rows that begin at p_rows [R]."""
     WIDTHS: tl.constexpr = pieces(E)

@@ -21,7 +21,7 @@ class Features(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """Of the rational projection."""
+    """Of the rational projection. Queries are those of the method times Call.factors[0]."""
 
     query_image: Tensor  # [B, D]
     query_text: Tensor  # [K, D]

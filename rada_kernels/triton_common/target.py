@@ -6,7 +6,7 @@ import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from rada_kernels.triton_common.config import ConfigT, config_key, tuned, tuned_
 from rada_kernels.triton_common.device import INTERPRETER, Device, gpu
 
 Grid = tuple[int, ...]
+Configured = TypeVar("Configured")  # a configuration, or whatever else follows from the same
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class Target:
         return tuned(config_key(kernel, self.device, dtype, *sizes), entries, default)
 
     def configured(
-        self, configure: Callable[..., ConfigT], shapes, sizes: tuple[int, ...], tuned: str | None
-    ) -> ConfigT:
+        self, configure: Callable[..., Configured], shapes, sizes: tuple[int, ...], tuned: str | None
+    ) -> Configured:
         """configure(self, shapes, *sizes), asked once. tuned: the file that RADA_TUNED names."""
         key = configure, shapes, sizes, tuned
         config = self.known.get(key)

@@ -94,7 +94,8 @@ def test_a_pass_is_recorded_with_torchs_own_products():
     torchs = [(call.name, call.flop) for call in calls if isinstance(call, TorchCall)]
     product = "mm", 2 * load.batch * load.classes * load.width**2
     assert torchs == [product, product, ("sum", 0)]
-    assert len(record_launches(load, "forward", torch.bfloat16, recorder())) == 3
+    assert len(record_launches(load, "forward", torch.bfloat16, recorder())) == 4
+    assert len(record_launches(load, "forward", torch.float16, recorder())) == 3
 
 
 @pytest.mark.parametrize("name", ["eurosat", "caltech101", "imagenet"])

@@ -18,6 +18,7 @@ TESTS = Path(__file__).parent
     [
         ("test_triton_kernels.py", "not slow"),
         ("test_triton_operator.py", "not slow"),
+        ("test_triton_many_classes.py", "not slow"),
         ("test_triton_attended_rows.py", "not slow"),
         ("test_triton_device.py", "not slow"),
         ("test_triton_bytes.py", "not slow"),

@@ -17,8 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_kernels.mask_attention.config import joint_bwd_config, keys_bwd_config, queries_bwd_config
-from rada_kernels.mask_attention.triton.forward import launch_arguments, of_kinds, unit_offsets
+from rada_kernels.mask_attention.config import (
+    by_descriptors,
+    joint_bwd_config,
+    joint_bwd_registers,
+    keys_bwd_config,
+    queries_bwd_config,
+    queries_bwd_registers,
+)
+from rada_kernels.mask_attention.triton.forward import in_base_2, launch_arguments, of_kinds, unit_offsets
+from rada_kernels.triton_common.blocks import Blocks, head_blocks
 from rada_kernels.triton_common.call import Call
 from rada_kernels.triton_common.config import AttentionConfig, cdiv
 from rada_kernels.triton_common.dialect import (
@@ -26,6 +34,7 @@ from rada_kernels.triton_common.dialect import (
     add_heads,
     dot_rows,
     dot_transposed,
+    load_classes,
     load_head,
     scale_head,
     store_head,
@@ -91,7 +100,7 @@ def _mask_attention_bwd_joint_kernel(
     B,
     K,
     T,
-    factor,  # log2(e) / (√E τ)
+    factor,  # of products of a query and a key
     grad_factor,  # 1 / (√E τ KINDS)
     S: tl.constexpr,
     C: tl.constexpr,  # AttentionConfig
@@ -167,15 +176,23 @@ def _mask_attention_bwd_joint_kernel(
 
 
 @triton.jit
-def _weights(b_q, b_k, m, scale, start, o_n, K, factor, BN: tl.constexpr, PRECISION: tl.constexpr):
+def _weights(b_q, b_k, m, scale, start, K, factor, BN: tl.constexpr, PRECISION: tl.constexpr):
     """P of a block of classes from `start` on: [BM, BN]; zero past the last class."""
-    b_s = dot_transposed(b_q, b_k, PRECISION)
+    b_s = in_base_2(dot_transposed(b_q, b_k, PRECISION), factor, b_q[0].dtype)
     if start + BN > K:  # the last block alone
-        b_s = tl.where((o_n < K)[None, :], b_s, float("-inf"))
+        b_s = tl.where((start + tl.arange(0, BN) < K)[None, :], b_s, float("-inf"))
     if b_q[0].dtype == tl.float32:
-        return tl.exp2(b_s * factor - m) * scale
+        return tl.exp2(b_s - m) * scale
     else:  # rounded at the size of the scores: nothing to what rounding P to 16 bits is
-        return tl.exp2(b_s * factor - (m - tl.log2(scale)))
+        return tl.exp2(b_s - (m - tl.log2(scale)))
+
+
+@triton.jit
+def _sum(b_parts):
+    b_sum = b_parts[0]
+    for n in tl.static_range(1, len(b_parts)):
+        b_sum += b_parts[n]
+    return b_sum
 
 
 @triton.jit
@@ -190,12 +207,13 @@ def _row_tile(K, BM: tl.constexpr):
 def _mask_attention_bwd_queries_kernel(
     dO,  # [B, K, D]
     projected,  # Projections
+    blocks,  # head_blocks of the projections [LAYERS B, K, D], or none
     joint,  # Joint
     grads,  # AttentionGrads: text and rational queries are written, unless DELTA
     parts,  # [2, matrix kinds, B, H, T] each row tile's Σ P dP and Σ P, DELTA
     B,
     K,
-    factor,  # log2(e) / (√E τ)
+    factor,  # of products of a query and a key
     grad_factor,  # 1 / (√E τ KINDS)
     S: tl.constexpr,
     C: tl.constexpr,  # AttentionConfig
@@ -205,6 +223,7 @@ def _mask_attention_bwd_queries_kernel(
     has all the weight, whatever its score was rounded to in another kernel.
     """
     unit, tile, T, o_r = _row_tile(K, C.BM)
+    image, head = unit // S.H, unit % S.H
     o_head, _, o_rows, plane = unit_offsets(unit, B, K, S)
     o_d = o_r.to(tl.int64) * S.D
     keys = projected.projections + o_rows
@@ -224,15 +243,13 @@ def _mask_attention_bwd_queries_kernel(
             b_kinds += ((b_q, tl.load(joint.m + o_kind), b_scale, tl.load(joint.delta + o_kind)),)
             b_sums += (zero_head(C.BM, S.E),)
     for start in range(0, K, C.BN):
-        o_n = start + tl.arange(0, C.BN)
-        o_nd = o_n.to(tl.int64) * S.D
-        b_k = load_head(keys + o_nd, o_n < K, S.E)  # [BN, E]
-        b_v = load_head(keys + plane + o_nd, o_n < K, S.E)
+        b_k = load_classes(blocks, keys, image, start, K, head, S, C.BN)  # [BN, E]
+        b_v = load_classes(blocks, keys + plane, B + image, start, K, head, S, C.BN)
         b_dP = dot_transposed(b_dO, b_v, S.PRECISION)  # [BM, BN]
         b_new = ()
         for n in tl.static_range(len(queries)):
             b_q, b_m, b_scale, b_delta = b_kinds[n]
-            b_p = _weights(b_q, b_k, b_m, b_scale, start, o_n, K, factor, C.BN, S.PRECISION)
+            b_p = _weights(b_q, b_k, b_m, b_scale, start, K, factor, C.BN, S.PRECISION)
             if DELTA:
                 b_new += ((b_sums[n][0] + tl.sum(b_p * b_dP, 1), b_sums[n][1] + tl.sum(b_p, 1)),)
             else:
@@ -253,27 +270,31 @@ def _mask_attention_bwd_queries_kernel(
 def _mask_attention_bwd_keys_kernel(
     dO,  # [B, K, D]
     projected,  # Projections
+    dO_blocks,  # head_blocks of dO, or none
+    query_blocks,  # of [1, K, D] text and [LAYERS B, K, D] rational queries
     joint,  # Joint
     grads,  # AttentionGrads: keys and values are written
     B,
     K,
-    factor,  # log2(e) / (√E τ)
-    grad_factor,  # 1 / (√E τ KINDS)
+    factor,  # of products of a query and a key
+    grad_factor,  # 1 / (√E τ KINDS), over what the queries bear
     S: tl.constexpr,
     C: tl.constexpr,  # AttentionConfig
 ):
     """Scores are transposed, [BN, BM]: what is rounded for the next product lies as that takes its left operand.
 
-    b_dk is summed in the unit of the query kind whose turn it is, b_dv in the greatest unit.
+    b_dk is summed in the unit of the query kind whose turn it is, b_dv in the greatest unit and over KINDS at its end.
     """
     MATRIX: tl.constexpr = S.MATRIX
     FLOAT16: tl.constexpr = dO.dtype.element_ty == tl.float16
     unit, _, _, o_n = _row_tile(K, C.BN)
+    image, head = unit // S.H, unit % S.H
     o_head, o_image, o_rows, plane = unit_offsets(unit, B, K, S)
     m_n = o_n < K
     o_d = o_n.to(tl.int64) * S.D
     keys = projected.projections + o_rows
     queries = of_kinds(projected.query_text + o_head, keys + 2 * plane, S)
+    planes = of_kinds(0, 2 * B + image, S)
     b_k = load_head(keys + o_d, m_n, S.E)  # [BN, E]
     b_v = load_head(keys + plane + o_d, m_n, S.E)
     b_dk = zero_head(C.BN, S.E)
@@ -285,7 +306,7 @@ def _mask_attention_bwd_keys_kernel(
         greatest = tl.maximum(greatest, b_units[n])
     if S.IMAGE:
         o_one = tl.arange(0, 1)
-        b_row = tl.load(joint.image_P + unit.to(tl.int64) * K + o_n, mask=m_n, other=0.0) * (1.0 / S.KINDS)
+        b_row = tl.load(joint.image_P + unit.to(tl.int64) * K + o_n, mask=m_n, other=0.0)
         b_row_dS = tl.load(joint.image_dS + unit.to(tl.int64) * K + o_n, mask=m_n, other=0.0)
         if FLOAT16 and MATRIX > 0:
             b_row = b_row / greatest
@@ -293,31 +314,29 @@ def _mask_attention_bwd_keys_kernel(
         b_dk = scale_head(load_head(projected.query_image + o_image + o_one, o_one == 0, S.E), b_row_dS[:, None])
         b_dv = scale_head(load_head(joint.image_dO + o_image + o_one, o_one == 0, S.E), b_row[:, None])
     for start in range(0, K if S.MATRIX else 0, C.BM):
-        o_r = start + tl.arange(0, C.BM)
-        o_rd = o_r.to(tl.int64) * S.D
-        b_dO = load_head(dO + o_rows + o_rd, o_r < K, S.E)  # [BM, E]
+        b_dO = load_classes(dO_blocks, dO + o_rows, image, start, K, head, S, C.BM)  # [BM, E]
         b_dP = dot_transposed(b_v, b_dO, S.PRECISION)  # [BN, BM]
-        b_sum = tl.zeros([C.BN, C.BM], tl.float32)  # of P
+        b_parts = ()
         for n in tl.static_range(MATRIX):
             o_kind = n * B * S.H + unit
-            b_q = load_head(queries[n] + o_rd, o_r < K, S.E)
+            b_q = load_classes(query_blocks[n], queries[n], planes[n], start, K, head, S, C.BM)
             b_m, b_scale = tl.load(joint.m + o_kind), tl.load(joint.scale + o_kind)
-            b_p = _weights(b_k, b_q, b_m, b_scale, start, o_r, K, factor, C.BM, S.PRECISION)
+            b_p = _weights(b_k, b_q, b_m, b_scale, start, K, factor, C.BM, S.PRECISION)
             if FLOAT16 and MATRIX == 2:
-                b_sum += b_p * (b_units[n] / greatest)
+                b_part = b_p * (b_units[n] / greatest)
                 b_dk = scale_head(b_dk, b_units[1 - n] / b_units[n])
             else:
-                b_sum += b_p
+                b_part = b_p
+            b_parts += (b_part,)
             b_dS = (b_p * (b_dP - tl.load(joint.delta + o_kind))).to(b_k[0].dtype)
             b_dk = add_dot(b_dk, b_dS, b_q, S.PRECISION)
-        b_sum = (b_sum * (1.0 / S.KINDS)).to(b_dO[0].dtype)
-        b_dv = add_dot(b_dv, b_sum, b_dO, S.PRECISION)
+        b_dv = add_dot(b_dv, _sum(b_parts).to(b_dO[0].dtype), b_dO, S.PRECISION)
     if FLOAT16 and MATRIX > 0:
         b_dk = scale_head(b_dk, b_units[MATRIX - 1])
         b_dv = scale_head(b_dv, greatest)
     grad_keys = grads.projections + o_rows + o_d
     store_head(grad_keys, scale_head(b_dk, grad_factor), m_n, S.E)
-    store_head(grad_keys + plane, b_dv, m_n, S.E)
+    store_head(grad_keys + plane, scale_head(b_dv, 1.0 / S.KINDS), m_n, S.E)
 
 
 def mask_attention_bwd(call: Call, projected: Projections, attended: Attended, dO: Tensor) -> AttentionGrads:
@@ -355,7 +374,7 @@ def mask_attention_bwd_joint(call: Call, attended: Attended, grads: AttentionGra
     )
     call.target.launch(
         _mask_attention_bwd_joint_kernel, joint_bwd_config(call.shapes),
-        lambda c: ((call.sizes[0] * call.shapes.H,), {}), keep=("BM",), **arguments,
+        lambda c: ((call.sizes[0] * call.shapes.H,), joint_bwd_registers(call.target)), keep=("BM",), **arguments,
         attended=attended.pointers, joint=joint, grad_query_image=grads.query_image, T=tiles,
         ROWS=call.dtype != torch.float32, TILE=attended.tile,
     )  # fmt: skip
@@ -374,14 +393,17 @@ def mask_attention_bwd_queries(
     """Fills the queries' gradients; or, with `delta`, returns joint with delta, and scale by the weights' own sum."""
     batch, classes, _ = call.sizes
 
+    described, registers = call.config(by_descriptors, classes), call.config(queries_bwd_registers, classes)
+
     def blocks(c: AttentionConfig):
         row_tiles = cdiv(classes, c.BM)
         parts = joint.m.new_empty(2 * delta, call.shapes.MATRIX, batch, call.shapes.H, row_tiles)
-        return (batch * call.shapes.H * row_tiles,), {"parts": parts}
+        rows = head_blocks(arguments["projected"].projections.flatten(0, 1), c.BN, call.shapes) if described else ()
+        return (batch * call.shapes.H * row_tiles,), {"parts": parts, "blocks": rows, **registers}
 
     launched = call.target.launch(
         _mask_attention_bwd_queries_kernel, config or call.config(queries_bwd_config, classes), blocks,
-        joint=joint, grads=grads, DELTA=delta, **arguments,
+        joint=joint, grads=grads, DELTA=delta, **arguments
     )  # fmt: skip
     if delta:
         weighted, weights = launched["parts"].sum(-1)
@@ -394,7 +416,18 @@ def mask_attention_bwd_keys(
 ) -> None:
     """Fills the gradients of keys and values."""
     batch, classes, _ = call.sizes
+    described, shapes, projected = call.config(by_descriptors, classes), call.shapes, arguments["projected"]
+
+    def blocks(c: AttentionConfig):
+        def of(rows: Tensor) -> Blocks:
+            return head_blocks(rows, c.BM, shapes) if described else ()
+
+        text, everything = projected.query_text.unsqueeze(0), projected.projections.flatten(0, 1)
+        queries = [of(rows) for rows, used in ((text, shapes.TEXT), (everything, shapes.RATIONAL)) if used]
+        grid = (batch * shapes.H * cdiv(classes, c.BN),)
+        return grid, {"dO_blocks": of(arguments["dO"]), "query_blocks": tuple(queries)}
+
     call.target.launch(
-        _mask_attention_bwd_keys_kernel, config or call.config(keys_bwd_config, classes),
-        lambda c: ((batch * call.shapes.H * cdiv(classes, c.BN),), {}), joint=joint, grads=grads, **arguments,
+        _mask_attention_bwd_keys_kernel, config or call.config(keys_bwd_config, classes), blocks,
+        joint=joint, grads=grads, **arguments | {"grad_factor": arguments["grad_factor"] / call.factors[0]},
     )  # fmt: skip

@@ -44,10 +44,10 @@ def _inverse_norms(rows, o_r, m_r, D: tl.constexpr, ZERO: tl.constexpr, NORMALIZ
 
 @triton.jit
 def _project_features(
-    rows, weight, bias, scale, query, inverse, tile, column, N, project,
+    rows, weight, bias, scale, factor, query, inverse, tile, column, N, project,
     S: tl.constexpr, C: tl.constexpr, ZERO: tl.constexpr, NORMALIZE: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """W (√s x / |x|) + c for a tile of feature rows x, if project; the first columns' program stores 1 / |x| too."""
+    """factor (W (√s x / |x|) + c) of a tile of feature rows x, if project; the first columns' program stores 1/|x|."""
     o_r = tile * C.BR + tl.arange(0, C.BR)
     o_c = column * C.BC + tl.arange(0, C.BC)
     m_r = o_r < N
@@ -63,7 +63,7 @@ def _project_features(
             b_query = tl.dot(b_rows, b_weight, b_query, input_precision=S.PRECISION)
         b_factor = tl.sqrt(tl.load(scale)) * b_inverse  # a factor per row may as well multiply the result
         b_query = b_query * b_factor[:, None] + load_columns(bias, o_c, S.D, C.BC)[None, :]
-        store_rows(query, b_query, o_r, m_r, o_c, S.D, C.BC)
+        store_rows(query, b_query * factor, o_r, m_r, o_c, S.D, C.BC)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -71,6 +71,7 @@ def _rational_projection_fwd_kernel(
     image,  # [B, D]
     text,  # [K, D]
     scale,  # []
+    factor,  # of queries
     query_image,  # a Linear each
     query_text,
     query_rational,
@@ -107,6 +108,7 @@ def _rational_projection_fwd_kernel(
             query_image.weight if is_image else query_text.weight,
             query_image.bias if is_image else query_text.bias,
             scale,
+            factor,
             out.query_image if is_image else out.query_text,
             out.inverse_image if is_image else out.inverse_text,
             tile if is_image else tile - image_tiles,
@@ -119,15 +121,17 @@ def _rational_projection_fwd_kernel(
         layer = (tile - feature_tiles) % S.LAYERS
         weight = key.weight
         bias = key.bias
+        layer_factor = 1.0
         if layer == 1:
             weight = value.weight
             bias = value.bias
         if layer == 2:
             weight = query_rational.weight
             bias = query_rational.bias
+            layer_factor = factor
         pairs = pair_rows((tile - feature_tiles) // S.LAYERS, B, K, P.BI, P.BK)
         o_c = column * C.BC + tl.arange(0, C.BC)
-        b_image = _inverse_norms(image, pairs.o_i, pairs.m_i, D, ZERO, NORMALIZE, BW) * tl.load(scale)
+        b_image = _inverse_norms(image, pairs.o_i, pairs.m_i, D, ZERO, NORMALIZE, BW) * (tl.load(scale) * layer_factor)
         b_text = _inverse_norms(text, pairs.o_k, pairs.m_k, D, ZERO, NORMALIZE, BW)
         b_out = tl.zeros([C.BR, C.BC], tl.float32)
         for start in range(0, D, C.BD):
@@ -142,12 +146,15 @@ def _rational_projection_fwd_kernel(
             b_out = tl.dot(b_x, b_weight, b_out, input_precision=S.PRECISION)
         if image.dtype.element_ty != tl.float16:
             b_out *= outer(b_image, b_text)[:, None]
-        b_out += load_columns(bias, o_c, D, C.BC)[None, :]
+        b_out += load_columns(bias, o_c, D, C.BC)[None, :] * layer_factor
         store_rows(out.projections + layer.to(tl.int64) * B * K * D, b_out, pairs.o_r, pairs.m_r, o_c, D, C.BC)
 
 
 def rational_projection_fwd(call: Call, *, save: bool, config: GemmConfig | None = None) -> Projections:
-    """W (√s x / |x|) + c of the feature rows, W x + c of the rows x of X. save: a backward pass follows."""
+    """W (√s x / |x|) + c of the feature rows, W x + c of the rows x of X. save: a backward pass follows.
+
+    Queries are multiplied by call.factors[0].
+    """
     batch, classes, width = call.sizes
     out = Projections.empty(call.image, call.text, call.options, save)
 
@@ -161,6 +168,7 @@ def rational_projection_fwd(call: Call, *, save: bool, config: GemmConfig | None
     call.target.launch(
         _rational_projection_fwd_kernel, config or call.config(forward_config, classes), blocks,
         image=call.image, text=call.text, scale=call.params.logit_scale, query_image=query_image, query_text=query_text,
+        factor=call.factors[0],
         query_rational=query_rational, key=key, value=value, out=out, B=batch, K=classes, S=call.shapes,
         LARGEST=len(out.largest) > 0, PEAK=len(out.peak) > 0,
         ZERO=ZERO_NORM, NORMALIZE=call.options.normalize, BW=min(128, next_power(width)),

@@ -35,7 +35,7 @@ class Seen:
 
     def add(self, kind: str, program: int, pointers, mask) -> None:
         # The interpreter's masks may be integers, which numpy would take for places.
-        mask = mask.data.astype(bool)
+        mask = np.asarray(mask.data).astype(bool)
         wanted = np.broadcast_to(mask, np.broadcast_shapes(pointers.data.shape, mask.shape))
         addresses = np.unique(np.broadcast_to(pointers.data, wanted.shape)[wanted]).astype(np.int64)
         width = pointers.get_element_ty().primitive_bitwidth // 8

@@ -56,10 +56,11 @@ def test_rational_projection(classes, poisoned_empty):
 
     projected = rational_projection_fwd(call, save=True)
     assert not any(cleared.any() for cleared in (projected.largest, projected.peak)), "for the reduction to raise"
-    close(projected.query_image, query["image"][:, 0])
-    close(projected.query_text, query["text"][0])
+    factor = call.factors[0]
+    close(projected.query_image, factor * query["image"][:, 0])
+    close(projected.query_text, factor * query["text"][0])
     truth = torch.stack([key, value, query["rational"]])
-    close(projected.projections, truth)
+    close(projected.projections, torch.stack([key, value, factor * query["rational"]]))
 
     upstream, masked = torch.randn(truth.shape), torch.randn(truth.shape[1:])
     of_queries = torch.randn(truth.shape[1:]), torch.randn(BATCH, WIDTH)
@@ -100,6 +101,9 @@ def test_unit_rows(normalize, poisoned_empty):
 
 def projections_of(image, text, everything, call) -> Projections:
     """What the attention and the reduction start from, of given queries, keys and values."""
+    factor = call.factors[0]
+    everything = torch.stack([*everything[:2], factor * everything[2]])
+    image, text = factor * image, factor * text
     inverse = (inverse_norms(rows) for rows in (call.image, call.text))
     cleared = (torch.zeros(len(image), dtype=dtype) for dtype in (torch.int64, torch.int32))
     return Projections(image, text, *inverse, everything, *cleared)
