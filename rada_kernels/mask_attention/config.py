@@ -89,7 +89,7 @@ def against_zero(target: Target, shapes: Shapes, classes: int) -> bool:
 def by_descriptors(target: Target, shapes: Shapes, classes: int) -> bool:
     """Whether classes are loaded by `head_blocks`. With few classes making them takes longer than they save."""
     aligned = shapes.E % 8 == 0  # of a head, 16 bytes
-    return target.device.family == "wgmma" and shapes.dtype.itemsize == 2 and aligned and bool(classes > MANY_CLASSES)
+    return target.device.descriptors and shapes.dtype.itemsize == 2 and aligned and bool(classes > MANY_CLASSES)
 
 
 # A launch option for ptxas, which does not look for one more resident program of 4 warps by itself: 128 registers a
@@ -105,9 +105,8 @@ def queries_bwd_registers(target: Target, shapes: Shapes, classes: int) -> dict[
 
 
 def joint_bwd_registers(target: Target) -> dict[str, int]:
-    return (
-        {"maxnreg": 128} if target.device.name == "sm_90" else {}
-    )  # by itself ptxas stops at 96, with 8 bytes of spill
+    """By itself ptxas stops at 96, with 8 bytes of spill."""
+    return {"maxnreg": 128} if target.device.name == "sm_90" else {}
 
 
 def _registers(most: int, target: Target, shapes: Shapes, classes: int) -> dict[str, int]:

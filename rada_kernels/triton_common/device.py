@@ -39,6 +39,13 @@ class Device:
         """Whether products accumulate in a memory of their own (tcgen05: sm_10x, sm_11x), not in registers."""
         return self.family == "wgmma" and not self.name.startswith("sm_9")
 
+    @property
+    def descriptors(self) -> bool:
+        """Whether kernels take tensor descriptors in tuples: Triton's launcher does from 3.8 on."""
+        import triton
+
+        return self.family == "wgmma" and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+
     def precision(self, dtype: torch.dtype, matmul_precision: str) -> str:
         """input_precision of tl.dot. float32 follows torch.get_float32_matmul_precision().
 

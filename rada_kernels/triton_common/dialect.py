@@ -6,11 +6,13 @@
   whose pairs are those rows (BR = BI·BK); BC columns written; BD columns contracted at a time.
 - Attention has the field's names: m row maximum, l row sum, acc accumulated values, P weights, delta; dO, dP, dS
   gradients. `unit` counts (image, head).
-- A kernel takes what is compiled into it as two constants: S, a `Shapes`, and C, the launch configuration.
+- A kernel takes what is compiled into it as two constants: S, a `Shapes`, and C, the launch configuration. Before
+  Triton 3.8 their fields are plain Python values, which jit functions refuse as strings and within lists: S is passed
+  as a whole, and `tl.full` stands for `tl.zeros`.
 - A head's rows [R, E] are a tuple of pieces, each a power of two wide: 96 = 64 + 32, 72 = 64 + 16 with 8 columns of
   padding, which are zero.
 - Rows of the last axis are contiguous. Row offsets are int64 before they are multiplied.
-- Products accumulate in float32 with `input_precision=PRECISION`; a result is rounded once, when it is stored.
+- Products accumulate in float32 with `input_precision=S.PRECISION`; a result is rounded once, when it is stored.
 - Scores are in base 2: log2(e) is folded into their factor, and exp2 takes the place of exp.
 - Launches pass every argument by keyword.
 """
@@ -196,7 +198,7 @@ def zero_head(R: tl.constexpr, E: tl.constexpr):
     WIDTHS: tl.constexpr = pieces(E)
     b_head = ()
     for i in tl.static_range(len(WIDTHS)):
-        b_head += (tl.zeros([R, WIDTHS[i]], tl.float32),)
+        b_head += (tl.full([R, WIDTHS[i]], 0.0, tl.float32),)
     return b_head
 
 
@@ -210,20 +212,20 @@ def scale_head(b_head, b_factor):
 
 
 @triton.jit
-def dot_transposed(b_left, b_right, PRECISION: tl.constexpr):
+def dot_transposed(b_left, b_right, S: tl.constexpr):
     """left rightᵀ of two heads' rows, summed over the pieces: [M, N]."""
-    b_sum = tl.dot(b_left[0], tl.trans(b_right[0]), input_precision=PRECISION)
+    b_sum = tl.dot(b_left[0], tl.trans(b_right[0]), input_precision=S.PRECISION)
     for i in tl.static_range(1, len(b_left)):
-        b_sum = tl.dot(b_left[i], tl.trans(b_right[i]), b_sum, input_precision=PRECISION)
+        b_sum = tl.dot(b_left[i], tl.trans(b_right[i]), b_sum, input_precision=S.PRECISION)
     return b_sum
 
 
 @triton.jit
-def add_dot(b_sum, b_weights, b_head, PRECISION: tl.constexpr):
+def add_dot(b_sum, b_weights, b_head, S: tl.constexpr):
     """sum + weights head, piece by piece: weights [M, N], head [N, E]."""
     b_new = ()
     for i in tl.static_range(len(b_head)):
-        b_new += (tl.dot(b_weights, b_head[i], b_sum[i], input_precision=PRECISION),)
+        b_new += (tl.dot(b_weights, b_head[i], b_sum[i], input_precision=S.PRECISION),)
     return b_new
 
 

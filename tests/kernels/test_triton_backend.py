@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,6 +155,29 @@ def test_without_triton_the_package_works_and_says_so():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "(False, 'Triton is not installed')", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "taken"), [("3.6.0", False), ("3.7.1", False), ("3.8.0", True), ("3.10.0+git", True)]
+)
+def test_descriptors_wait_for_a_launcher_that_takes_them_in_tuples(version, taken, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    assert Device("sm_90", 227 * KIB).descriptors == taken
+    assert not Device("sm_80", 163 * KIB).descriptors
+
+
+def test_kernels_keep_to_what_older_triton_compiles():
+    """Before 3.8 a field of a compiled-in dataclass is a plain value: no string among arguments, no list of them."""
+    folder = Path(backend.__file__).parents[1]
+    sources = [*folder.glob("*/triton/*.py"), *folder.glob("triton_common/*.py")]
+    assert len(sources) > 10
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("tl.zeros", "tl.zeros_like"), f"{source}:{node.lineno}"
+                strings = [a for a in node.args if isinstance(a, ast.Attribute) and a.attr == "PRECISION"]
+                assert not strings, f"{source}:{node.lineno}: {called}"
 
 
 @pytest.mark.parametrize(("setting", "nvidia", "amd"), [("highest", "ieee", "ieee"), ("high", "tf32", "bf16x3")])

@@ -67,7 +67,7 @@ def _row_shares(m, l, pairs, T, factor, S: tl.constexpr, R: tl.constexpr):
         m_t = m_unit[:, :, None] & (o_t < T)[None, None, :]
         b_top = tl.maximum(b_top, tl.load(m + o_unit[:, :, None] + o_t, mask=m_t, other=float("-inf")))
     b_m = tl.max(b_top, 2)
-    b_sum = tl.zeros([R.BI, R.BH, R.BT], tl.float32)
+    b_sum = tl.full([R.BI, R.BH, R.BT], 0.0, tl.float32)
     for start in range(0, T, R.BT):
         o_t = start + tl.arange(0, R.BT)
         m_t = m_unit[:, :, None] & (o_t < T)[None, None, :]
@@ -104,7 +104,7 @@ def _store_combined(attended, rows, pairs, B, K, T, S: tl.constexpr, R: tl.const
         o_e = block % blocks * R.BD + tl.arange(0, R.BD)
         o_d = head * S.E + o_e
         m_d = o_e < S.E
-        b_rows = tl.zeros([R.BI * R.BK, R.BD], tl.float32)
+        b_rows = tl.full([R.BI * R.BK, R.BD], 0.0, tl.float32)
         for n in tl.static_range(MATRIX):
             b_kind = load_rows(attended.rows + n * plane, pairs.o_r, pairs.m_r, o_d, S.D, R.BD, m_d).to(tl.float32)
             b_rows += _of_head(b_shares[n], head, R.BH)[:, None] * b_kind
@@ -118,7 +118,7 @@ def _store_combined(attended, rows, pairs, B, K, T, S: tl.constexpr, R: tl.const
 @triton.jit
 def output_block(rows, weight, bias, pairs, o_c, S: tl.constexpr, C: tl.constexpr):
     """max(O Woᵀ + co, -1) = M - 1 of a tile's rows and columns o_c: [BR, BC]. rows: O [B, K, D]"""
-    b_out = tl.zeros([C.BR, C.BC], tl.float32)
+    b_out = tl.full([C.BR, C.BC], 0.0, tl.float32)
     for start in range(0, S.D, C.BD):
         o_d = start + tl.arange(0, C.BD)
         b_rows = load_rows(rows, pairs.o_r, pairs.m_r, o_d, S.D, C.BD)
@@ -162,9 +162,9 @@ def _logit_reduction_fwd_kernel(
     D: tl.constexpr = S.D
     pairs = pair_rows(tl.program_id(0), B, K, R.BI, R.BK)
     _store_combined(attended, rows, pairs, B, K, T, S, R)
-    b_sum = tl.zeros([C.BR], tl.float32)
-    b_deviation = tl.zeros([C.BR], tl.float32)
-    b_place = tl.zeros([C.BR], tl.int32)
+    b_sum = tl.full([C.BR], 0.0, tl.float32)
+    b_deviation = tl.full([C.BR], 0.0, tl.float32)
+    b_place = tl.full([C.BR], 0, tl.int32)
     for start in range(0, D, C.BC):
         o_c = start + tl.arange(0, C.BC)
         b_change = output_block(rows, weight, bias, pairs, o_c, S, C)

@@ -52,7 +52,7 @@ def _joint_normaliser(m, l, o_tiles, T, BT: tl.constexpr):
         o_t = start + tl.arange(0, BT)
         b_top = tl.maximum(b_top, tl.load(m + o_tiles + o_t, mask=o_t < T, other=float("-inf")))
     b_m = tl.max(b_top, 0)
-    b_sum = tl.zeros([BT], tl.float32)
+    b_sum = tl.full([BT], 0.0, tl.float32)
     for start in range(0, T, BT):
         o_t = start + tl.arange(0, BT)
         b_share = tl.exp2(tl.load(m + o_tiles + o_t, mask=o_t < T, other=float("-inf")) - b_m)
@@ -69,7 +69,7 @@ def _image_row(keys, values, b_q, b_dO, o_k, K, factor, S: tl.constexpr):
     m_k = o_k < K
     o_d = o_k.to(tl.int64) * S.D
     b_k = load_head(keys + o_d, m_k, S.E)
-    b_s = tl.sum(dot_transposed(b_q, b_k, S.PRECISION), 0) * factor
+    b_s = tl.sum(dot_transposed(b_q, b_k, S), 0) * factor
     b_s = tl.where(m_k, b_s, float("-inf"))
     return b_k, b_s, dot_rows(load_head(values + o_d, m_k, S.E), b_dO)
 
@@ -123,7 +123,7 @@ def _mask_attention_bwd_joint_kernel(
         tl.store(joint.scale + n * units + unit, K / b_l / b_unit)
         tl.store(joint.unit + n * units + unit, b_unit)
         b_joint += ((b_m, b_l),)
-        b_deltas += (tl.zeros([C.BN], tl.float32),)
+        b_deltas += (tl.full([C.BN], 0.0, tl.float32),)
     b_sum_dO = zero_head(1, S.E)
     for start in range(0, K, C.BN):
         o_k = start + tl.arange(0, C.BN)
@@ -176,9 +176,9 @@ def _mask_attention_bwd_joint_kernel(
 
 
 @triton.jit
-def _weights(b_q, b_k, m, scale, start, K, factor, BN: tl.constexpr, PRECISION: tl.constexpr):
+def _weights(b_q, b_k, m, scale, start, K, factor, BN: tl.constexpr, S: tl.constexpr):
     """P of a block of classes from `start` on: [BM, BN]; zero past the last class."""
-    b_s = in_base_2(dot_transposed(b_q, b_k, PRECISION), factor, b_q[0].dtype)
+    b_s = in_base_2(dot_transposed(b_q, b_k, S), factor, b_q[0].dtype)
     if start + BN > K:  # the last block alone
         b_s = tl.where((start + tl.arange(0, BN) < K)[None, :], b_s, float("-inf"))
     if b_q[0].dtype == tl.float32:
@@ -238,23 +238,23 @@ def _mask_attention_bwd_queries_kernel(
         b_q = load_head(queries[n] + o_d, o_r < K, S.E)
         if DELTA:  # (K / l) / K is 1 where l is
             b_kinds += ((b_q, tl.load(joint.m + o_kind), b_scale / K, 0.0),)
-            b_sums += ((tl.zeros([C.BM], tl.float32), tl.zeros([C.BM], tl.float32)),)
+            b_sums += ((tl.full([C.BM], 0.0, tl.float32), tl.full([C.BM], 0.0, tl.float32)),)
         else:
             b_kinds += ((b_q, tl.load(joint.m + o_kind), b_scale, tl.load(joint.delta + o_kind)),)
             b_sums += (zero_head(C.BM, S.E),)
     for start in range(0, K, C.BN):
         b_k = load_classes(blocks, keys, image, start, K, head, S, C.BN)  # [BN, E]
         b_v = load_classes(blocks, keys + plane, B + image, start, K, head, S, C.BN)
-        b_dP = dot_transposed(b_dO, b_v, S.PRECISION)  # [BM, BN]
+        b_dP = dot_transposed(b_dO, b_v, S)  # [BM, BN]
         b_new = ()
         for n in tl.static_range(len(queries)):
             b_q, b_m, b_scale, b_delta = b_kinds[n]
-            b_p = _weights(b_q, b_k, b_m, b_scale, start, K, factor, C.BN, S.PRECISION)
+            b_p = _weights(b_q, b_k, b_m, b_scale, start, K, factor, C.BN, S)
             if DELTA:
                 b_new += ((b_sums[n][0] + tl.sum(b_p * b_dP, 1), b_sums[n][1] + tl.sum(b_p, 1)),)
             else:
                 b_dS = (b_p * (b_dP - b_delta)).to(b_k[0].dtype)
-                b_new += (add_dot(b_sums[n], b_dS, b_k, S.PRECISION),)
+                b_new += (add_dot(b_sums[n], b_dS, b_k, S),)
         b_sums = b_new
     for n in tl.static_range(len(queries)):
         if DELTA:
@@ -315,13 +315,13 @@ def _mask_attention_bwd_keys_kernel(
         b_dv = scale_head(load_head(joint.image_dO + o_image + o_one, o_one == 0, S.E), b_row[:, None])
     for start in range(0, K if S.MATRIX else 0, C.BM):
         b_dO = load_classes(dO_blocks, dO + o_rows, image, start, K, head, S, C.BM)  # [BM, E]
-        b_dP = dot_transposed(b_v, b_dO, S.PRECISION)  # [BN, BM]
+        b_dP = dot_transposed(b_v, b_dO, S)  # [BN, BM]
         b_parts = ()
         for n in tl.static_range(MATRIX):
             o_kind = n * B * S.H + unit
             b_q = load_classes(query_blocks[n], queries[n], planes[n], start, K, head, S, C.BM)
             b_m, b_scale = tl.load(joint.m + o_kind), tl.load(joint.scale + o_kind)
-            b_p = _weights(b_k, b_q, b_m, b_scale, start, K, factor, C.BM, S.PRECISION)
+            b_p = _weights(b_k, b_q, b_m, b_scale, start, K, factor, C.BM, S)
             if FLOAT16 and MATRIX == 2:
                 b_part = b_p * (b_units[n] / greatest)
                 b_dk = scale_head(b_dk, b_units[1 - n] / b_units[n])
@@ -329,8 +329,8 @@ def _mask_attention_bwd_keys_kernel(
                 b_part = b_p
             b_parts += (b_part,)
             b_dS = (b_p * (b_dP - tl.load(joint.delta + o_kind))).to(b_k[0].dtype)
-            b_dk = add_dot(b_dk, b_dS, b_q, S.PRECISION)
-        b_dv = add_dot(b_dv, _sum(b_parts).to(b_dO[0].dtype), b_dO, S.PRECISION)
+            b_dk = add_dot(b_dk, b_dS, b_q, S)
+        b_dv = add_dot(b_dv, _sum(b_parts).to(b_dO[0].dtype), b_dO, S)
     if FLOAT16 and MATRIX > 0:
         b_dk = scale_head(b_dk, b_units[MATRIX - 1])
         b_dv = scale_head(b_dv, greatest)

@@ -60,7 +60,7 @@ def in_base_2(b_products, factor, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _online_softmax(b_s, b_state, b_v, factor, PRECISION: tl.constexpr):
+def _online_softmax(b_s, b_state, b_v, factor, S: tl.constexpr):
     """One block of classes more: products of queries and keys [BM, BN]; state: m [BM], l [BM], acc [BM, E]."""
     b_m, b_l, b_acc = b_state
     b_new = tl.maximum(b_m, in_base_2(tl.max(b_s, 1), factor, b_v[0].dtype))
@@ -68,15 +68,15 @@ def _online_softmax(b_s, b_state, b_v, factor, PRECISION: tl.constexpr):
     b_decay = tl.exp2(b_m - b_new)
     b_l = b_l * b_decay + tl.sum(b_p, 1)
     b_acc = scale_head(b_acc, b_decay[:, None])
-    return b_new, b_l, add_dot(b_acc, b_p.to(b_v[0].dtype), b_v, PRECISION)
+    return b_new, b_l, add_dot(b_acc, b_p.to(b_v[0].dtype), b_v, S)
 
 
 @triton.jit
-def _softmax_to_zero(b_s, b_state, b_v, PRECISION: tl.constexpr):
+def _softmax_to_zero(b_s, b_state, b_v, S: tl.constexpr):
     """The same with m = 0, whatever the scores are."""
     b_m, b_l, b_acc = b_state
     b_p = tl.exp2(b_s)
-    return b_m, b_l + tl.sum(b_p, 1), add_dot(b_acc, b_p.to(b_v[0].dtype), b_v, PRECISION)
+    return b_m, b_l + tl.sum(b_p, 1), add_dot(b_acc, b_p.to(b_v[0].dtype), b_v, S)
 
 
 @triton.jit
@@ -111,19 +111,19 @@ def _attend(
             m_q = m_class | m_image
         b_qs += (load_head(p_q, m_q, S.E),)
         b_m = tl.full([C.BM], 0.0 if ZERO else float("-inf"), tl.float32)
-        b_states += ((b_m, tl.zeros([C.BM], tl.float32), zero_head(C.BM, S.E)),)
+        b_states += ((b_m, tl.full([C.BM], 0.0, tl.float32), zero_head(C.BM, S.E)),)
     for start in range(0, K, C.BN):
         b_k = load_classes(blocks, keys, unit // S.H, start, K, unit % S.H, S, C.BN)  # [BN, E]
         b_v = load_classes(blocks, keys + plane, B + unit // S.H, start, K, unit % S.H, S, C.BN)
         b_new = ()
         for n in tl.static_range(len(queries)):
-            b_s = dot_transposed(b_qs[n], b_k, S.PRECISION)
+            b_s = dot_transposed(b_qs[n], b_k, S)
             if ZERO:
-                b_new += (_softmax_to_zero(b_s, b_states[n], b_v, S.PRECISION),)
+                b_new += (_softmax_to_zero(b_s, b_states[n], b_v, S),)
             else:
                 if start + C.BN > K:  # the last block alone
                     b_s = tl.where((start + tl.arange(0, C.BN) < K)[None, :], b_s, float("-inf"))
-                b_new += (_online_softmax(b_s, b_states[n], b_v, factor, S.PRECISION),)
+                b_new += (_online_softmax(b_s, b_states[n], b_v, factor, S),)
         b_states = b_new
     for n in tl.static_range(len(queries)):
         b_m, b_l, b_acc = b_states[n]
@@ -182,7 +182,7 @@ def _mask_attention_fwd_again_kernel(
     MATRIX: tl.constexpr = S.MATRIX
     T = tl.cdiv(K + S.IMAGE, C.BM)
     unit = tl.program_id(0)
-    b_failed = tl.zeros([64], tl.int32)
+    b_failed = tl.full([64], 0, tl.int32)
     for n in tl.static_range(MATRIX):
         for start in range(0, T, 64):
             o_t = start + tl.arange(0, 64)

@@ -41,7 +41,7 @@ def _rational_projection_bwd_rows_kernel(
     o_r = (pid // columns) * C.BR + tl.arange(0, C.BR)
     o_c = (pid % columns) * C.BC + tl.arange(0, C.BC)
     m_r = o_r < N
-    b_grad = tl.zeros([C.BR, C.BC], tl.float32)
+    b_grad = tl.full([C.BR, C.BC], 0.0, tl.float32)
     for layer in tl.static_range(0, LAYERS):
         weight = key_weight if layer == 0 else (value_weight if layer == 1 else query_weight)
         grad = grad_projections + layer * N.to(tl.int64) * D
@@ -74,7 +74,7 @@ def _rational_projection_bwd_features_kernel(
     M = K if is_image else B
     start_row = n.to(tl.int64) * K if is_image else n.to(tl.int64) - B
     stride = 1 if is_image else K
-    b_grad = tl.zeros([C.BC], tl.float32)
+    b_grad = tl.full([C.BC], 0.0, tl.float32)
     for start in range(0, M, C.BR):
         o_m = start + tl.arange(0, C.BR)
         m_m = o_m < M
@@ -99,7 +99,7 @@ def _finish_rows(
     m_n = o_n < N
     b_root = tl.sqrt(tl.load(scale))
     b_inverse = tl.load(inverse + o_n, mask=m_n, other=0.0)[:, None]
-    b_along = tl.zeros([C.BR], tl.float32)
+    b_along = tl.full([C.BR], 0.0, tl.float32)
     for start in range(0, D, C.BC):
         o_c = start + tl.arange(0, C.BC)
         b_grad = load_rows(grad_units, o_n, m_n, o_c, D, C.BC)

@@ -30,7 +30,7 @@ from rada_kernels.triton_common.state import Linear, Projections
 @triton.jit
 def _inverse_norms(rows, o_r, m_r, D: tl.constexpr, ZERO: tl.constexpr, NORMALIZE: tl.constexpr, BW: tl.constexpr):
     """1 / norm of feature rows: 0 for a zero row, 1 without NORMALIZE."""
-    b_square = tl.zeros([o_r.shape[0]], tl.float32)
+    b_square = tl.full([o_r.shape[0]], 0.0, tl.float32)
     if NORMALIZE:
         for start in tl.static_range(0, D, BW):
             b_rows = load_rows(rows, o_r, m_r, start + tl.arange(0, BW), D, BW).to(tl.float32)
@@ -55,7 +55,7 @@ def _project_features(
     if column == 0:
         tl.store(inverse + o_r, b_inverse, mask=m_r)
     if project:
-        b_query = tl.zeros([C.BR, C.BC], tl.float32)
+        b_query = tl.full([C.BR, C.BC], 0.0, tl.float32)
         for start in range(0, S.D, C.BD):
             o_d = start + tl.arange(0, C.BD)
             b_rows = load_rows(rows, o_r, m_r, o_d, S.D, C.BD)  # [BR, BD]
@@ -133,7 +133,7 @@ def _rational_projection_fwd_kernel(
         o_c = column * C.BC + tl.arange(0, C.BC)
         b_image = _inverse_norms(image, pairs.o_i, pairs.m_i, D, ZERO, NORMALIZE, BW) * (tl.load(scale) * layer_factor)
         b_text = _inverse_norms(text, pairs.o_k, pairs.m_k, D, ZERO, NORMALIZE, BW)
-        b_out = tl.zeros([C.BR, C.BC], tl.float32)
+        b_out = tl.full([C.BR, C.BC], 0.0, tl.float32)
         for start in range(0, D, C.BD):
             o_d = start + tl.arange(0, C.BD)
             b_f = load_rows(image, pairs.o_i, pairs.m_i, o_d, D, C.BD)  # [BI, BD]

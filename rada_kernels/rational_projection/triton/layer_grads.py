@@ -51,8 +51,8 @@ def _rational_projection_bwd_weight_kernel(
     grad = grad_projections + layer.to(tl.int64) * B * K * D
     b_scale = tl.load(scale)
     first = inside % inputs == 0
-    b_weight = tl.zeros([C.BD, C.BC], tl.float32)  # dWᵀ: X is the first factor and stays in registers
-    b_bias = tl.zeros([C.BC], tl.float32)
+    b_weight = tl.full([C.BD, C.BC], 0.0, tl.float32)  # dWᵀ: X is the first factor and stays in registers
+    b_bias = tl.full([C.BC], 0.0, tl.float32)
     end = min(tl.cdiv(B, P.BI) * tl.cdiv(K, P.BK), (split + 1) * SPLIT)
     for tile in range(split * SPLIT, end):
         pairs = pair_rows(tile, B, K, P.BI, P.BK)
@@ -73,8 +73,8 @@ def _query_layer(rows, inverse, scale, grad_rows, grad, N, o_c, o_d, S: tl.const
     """dW = Σ_n dq[n] (√s u[n]), dc = Σ_n dq[n] of feature rows: dq [N, D] float32, u = rows inverse."""
     D: tl.constexpr = S.D
     b_root = tl.sqrt(tl.load(scale))
-    b_weight = tl.zeros([C.BC, C.BD], tl.float32)
-    b_bias = tl.zeros([C.BC], tl.float32)
+    b_weight = tl.full([C.BC, C.BD], 0.0, tl.float32)
+    b_bias = tl.full([C.BC], 0.0, tl.float32)
     for start in range(0, N, C.BR):
         o_n = start + tl.arange(0, C.BR)
         m_n = o_n < N
@@ -144,7 +144,7 @@ def _rational_projection_bwd_round_kernel(
         source += D * D
     o_x = (block if is_weight else block - weight_blocks) * C.BC + tl.arange(0, C.BC)
     m_x = o_x < (D * D if is_weight else D)
-    b_sum = tl.zeros([C.BC], tl.float32)
+    b_sum = tl.full([C.BC], 0.0, tl.float32)
     p_part = source + o_x
     for _ in range(count):
         b_sum += tl.load(p_part, mask=m_x, other=0.0)
