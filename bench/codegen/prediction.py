@@ -95,12 +95,14 @@ Left out: the loss and the optimiser, bank conflicts, latencies within a program
 
 class Work(NamedTuple):
     """Of all programs together, FLOP of products, padding included. Of one: runs of a loop around the one with the
-    products, and of loops without a product.
+    products, and of loops without a product. tiles: starts and ends of a result within the loop with the products, a
+    flat one: its arms, with all that they may do.
     """
 
     flop: int
     passes: int = 1
     rounds: int = 1
+    tiles: int = 0
 
 
 def work_of(launch: Launch) -> Work:
@@ -108,7 +110,8 @@ def work_of(launch: Launch) -> Work:
     a, s, c = launch.arguments, launch.arguments["S"], launch.arguments["C"]
     n, kinds, width = launch.programs, s.MATRIX, sum(pieces(s.E))
     if launch.name == "rational_projection_fwd":
-        return Work(n * 2 * c.BR * c.BC * s.D)
+        layers = a["LAYERS"]  # the few programs of features, which have one, count as the others
+        return Work(n * 2 * c.BR * c.BC * s.D * layers, tiles=layers if layers > 1 else 0)
     if launch.name == "rational_projection_bwd_rows":
         return Work(n * 2 * c.BR * c.BC * s.D * s.LAYERS)
     if launch.name == "rational_projection_bwd_weight":
@@ -242,10 +245,10 @@ def resident_programs(code: Code, architecture: Architecture, arch: str, warps: 
 
 
 def program_clocks(
-    code: Code, part: Part, warps: int, flop: float, passes: int = 1, rounds: int = 1
+    code: Code, part: Part, warps: int, flop: float, passes: int = 1, rounds: int = 1, tiles: int = 0
 ) -> tuple[Clocks, float]:
     """What a program takes by its machine code, and the bytes that its instructions move. flop: of its products."""
-    executed = code.way.executed(flop / warps, passes, rounds).times(warps)
+    executed = code.way.executed(flop / warps, passes, rounds, tiles).times(warps)
     on_registers = executed.mma_flop / executed.flop if executed.flop else 0.0
     by_rate = flop * ((1 - on_registers) / part.tensor + on_registers / part.mma)
     return Clocks(
@@ -263,7 +266,7 @@ def predicted(launch: Launch, arch: str, code: Code) -> Spent:
     part, warps, work = PARTS[arch], launch.arguments["num_warps"], work_of(launch)
     if code.products and not work.flop:
         raise ValueError(f"{launch.name} has products: work_of must know how many")
-    clocks, moved = program_clocks(code, part, warps, work.flop / launch.programs, work.passes, work.rounds)
+    clocks, moved = program_clocks(code, part, warps, work.flop / launch.programs, *work[1:])
     resident = max(1, resident_programs(code, ARCHITECTURES[arch], arch, warps))
     return spend(
         part, launch.programs, clocks, resident, work.flop, launch.bytes_but(code.unread), moved * launch.programs

@@ -50,19 +50,20 @@ class Counts:
 @dataclass(frozen=True)
 class Way:
     """What stands outside of loops, in loops around those that hold products, in the innermost of these, and in loops
-    that hold no product: once each.
+    that hold no product: once each. arms: all of the innermost that the way leaves out.
     """
 
     straight: Counts = Counts()
     outer: Counts = Counts()
     inner: Counts = Counts()
     plain: Counts = Counts()
+    arms: Counts = Counts()
 
-    def executed(self, flop: float, passes: float, rounds: float = 1) -> Counts:
-        """A warp's counts where its share of the products is so many FLOP, outer loops run `passes` times, and those
-        without a product `rounds` times.
+    def executed(self, flop: float, passes: float, rounds: float = 1, tiles: float = 0) -> Counts:
+        """A warp's counts where its share of the products is so many FLOP, outer loops run `passes` times, those
+        without a product `rounds` times, and the arms `tiles` times.
         """
-        around = self.straight + self.outer.times(passes) + self.plain.times(rounds)
+        around = self.straight + self.outer.times(passes) + self.plain.times(rounds) + self.arms.times(tiles)
         if not self.inner.flop:  # unrolled: the code is the work
             return around
         return around + self.inner.times(max(0.0, flop - around.flop) / self.inner.flop)
@@ -187,12 +188,17 @@ def read_way(listing: str, warps: int, sizes: Sizes = NO_SIZES) -> Way:
             goes_on[at] = after
 
     parts, at = {part: Counts() for part in ("straight", "outer", "inner", "plain")}, 0 if blocks else None
+    taken: set[int] = set()
+    run: set[int] = set()  # the innermost loops that it goes through
     while at is not None:
+        taken.add(at)
         tightest = min((loop for loop in loops if at in loop), key=len, default=None)
         holds_one = tightest and any(loop < tightest for loop in loops)
         part = "outer" if holds_one else "inner" if tightest else "straight"
         if not tightest and any(at in loop for loop in everywhere):
             part = "plain"
+        if part == "inner" and tightest:
+            run |= tightest
         parts[part] = parts[part] + blocks[at].counts
         at = goes_on[at]
-    return Way(**parts)
+    return Way(**parts, arms=sum((blocks[b].counts for b in run - taken), Counts()))

@@ -42,6 +42,14 @@ def forward_config(target: Target, shapes: Shapes, classes: int) -> GemmConfig:
     return target.config("rational_projection_fwd", shapes.dtype, (shapes.D, some + many), config)
 
 
+def layers_of_a_program(target: Target, shapes: Shapes, classes: int) -> int:
+    """Layers over X that a forward program has one after the other: with many classes all of them, which is a third of
+    the starts. Where accumulators are in tensor memory nothing is known to be gained.
+    """
+    hopper = target.device.family == "wgmma" and not target.device.tensor_memory
+    return shapes.LAYERS if hopper and shapes.dtype.itemsize == 2 and classes >= MANY_CLASSES else 1
+
+
 def weight_bwd_config(target: Target, shapes: Shapes) -> GemmConfig:
     config = GemmConfig(*look_up(WEIGHT_BWD, target.device, shapes.dtype))
     return target.config("rational_projection_bwd_weight", shapes.dtype, (shapes.D,), config)

@@ -206,6 +206,27 @@ def test_a_loop_without_products_is_told_apart():
     assert way.plain.global_bytes == 32 * 8
 
 
+def test_arms_of_the_loop_with_products_run_as_often_as_they_are_told_to():
+    """A flat loop over results and what they sum ends a result behind a branch: its stores are counted, by results."""
+    way = read_way(
+        """
+.L_loop:
+  /*0000*/ HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+  /*0010*/ @P1 BRA `(.L_next) ;
+  /*0020*/ STG.E.64 [R8], R9 ;
+  /*0030*/ FADD R1, R1 ;
+.L_next:
+  /*0040*/ @!P3 BRA `(.L_loop) ;
+  /*0050*/ STG.E.64 [R8], R9 ;
+  /*0060*/ EXIT ;
+""",
+        warps=4,
+    )
+    assert way.arms == Counts(other=2, global_bytes=32 * 8)
+    once = way.executed(12 * way.inner.flop, passes=1)
+    assert way.executed(12 * way.inner.flop, passes=1, tiles=3) == once + way.arms.times(3)
+
+
 def test_loops_around_the_one_with_products_run_as_often_as_they_are_told_to():
     way = Way(Counts(other=5), Counts(other=7), Counts(flop=100, other=3))
     assert way.executed(1200, passes=4).other == 5 + 4 * 7 + 12 * 3

@@ -136,7 +136,7 @@ def test_a_head_on_features_does_not_adapt(feature_run, capsys):
     ],
 )
 def test_the_head_is_refused_before_the_encoding(images, model_dir, tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr("rada.problem.split_features", lambda *_, **__: pytest.fail("images were encoded"))
+    monkeypatch.setattr("rada.encoders.split_features", lambda *_, **__: pytest.fail("images were encoded"))
     data = ("--data", f"folder:{images}", "--model", f"local-dir:{model_dir}", "--output", tmp_path / "run")
     assert call("train", *data, *TINY, *arguments) == 2
     assert message in capsys.readouterr().err

@@ -3,7 +3,8 @@
     image [B, D], text [K, D], six layers  →  Projections
 
 A tile's rows are all pairs of BI images and BK classes: BI + BK rows of features make BI·BK rows of X. One launch makes
-all projections: its first programs those of the feature rows, the others those of X.
+all projections: its first programs those of the feature rows, the others those of X, of one layer or of one after the
+other.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from rada_kernels.numerics import ZERO_NORM
-from rada_kernels.rational_projection.config import forward_config
+from rada_kernels.rational_projection.config import forward_config, layers_of_a_program
 from rada_kernels.triton_common.call import Call
 from rada_kernels.triton_common.config import GemmConfig, PairBlock, cdiv, next_power
 from rada_kernels.triton_common.dialect import (
@@ -66,6 +67,22 @@ def _project_features(
         store_rows(query, b_query * factor, o_r, m_r, o_c, S.D, C.BC)
 
 
+@triton.jit
+def _layer_over_x(layer, query_rational, key, value, factor):
+    """Weight, bias, and what the result is multiplied by."""
+    weight = key.weight
+    bias = key.bias
+    layer_factor = 1.0
+    if layer == 1:
+        weight = value.weight
+        bias = value.bias
+    if layer == 2:
+        weight = query_rational.weight
+        bias = query_rational.bias
+        layer_factor = factor
+    return weight, bias, layer_factor
+
+
 @triton.jit(do_not_specialize=["B", "K"])
 def _rational_projection_fwd_kernel(
     image,  # [B, D]
@@ -87,6 +104,7 @@ def _rational_projection_fwd_kernel(
     ZERO: tl.constexpr,
     NORMALIZE: tl.constexpr,
     P: tl.constexpr,  # PairBlock
+    LAYERS: tl.constexpr,  # over X, of a program
     BW: tl.constexpr,  # columns of features that are squared at a time
 ):
     D: tl.constexpr = S.D
@@ -118,36 +136,38 @@ def _rational_projection_fwd_kernel(
             S, C, ZERO, NORMALIZE, BW,
         )  # fmt: skip
     else:
-        layer = (tile - feature_tiles) % S.LAYERS
-        weight = key.weight
-        bias = key.bias
-        layer_factor = 1.0
-        if layer == 1:
-            weight = value.weight
-            bias = value.bias
-        if layer == 2:
-            weight = query_rational.weight
-            bias = query_rational.bias
-            layer_factor = factor
-        pairs = pair_rows((tile - feature_tiles) // S.LAYERS, B, K, P.BI, P.BK)
+        first = (tile - feature_tiles) * LAYERS
+        layer = first % S.LAYERS
+        weight, bias, layer_factor = _layer_over_x(layer, query_rational, key, value, factor)
+        pairs = pair_rows(first // S.LAYERS, B, K, P.BI, P.BK)
         o_c = column * C.BC + tl.arange(0, C.BC)
-        b_image = _inverse_norms(image, pairs.o_i, pairs.m_i, D, ZERO, NORMALIZE, BW) * (tl.load(scale) * layer_factor)
+        b_scale = tl.load(scale)
+        b_image = _inverse_norms(image, pairs.o_i, pairs.m_i, D, ZERO, NORMALIZE, BW)
         b_text = _inverse_norms(text, pairs.o_k, pairs.m_k, D, ZERO, NORMALIZE, BW)
-        b_out = tl.full([C.BR, C.BC], 0.0, tl.float32)
-        for start in range(0, D, C.BD):
-            o_d = start + tl.arange(0, C.BD)
-            b_f = load_rows(image, pairs.o_i, pairs.m_i, o_d, D, C.BD)  # [BI, BD]
-            b_h = load_rows(text, pairs.o_k, pairs.m_k, o_d, D, C.BD)  # [BK, BD]
-            if image.dtype.element_ty == tl.float16:  # the product of two raw features may overflow
-                b_f = b_f.to(tl.float32) * b_image[:, None]
-                b_h = b_h.to(tl.float32) * b_text[:, None]
-            b_x = outer_rows(b_f, b_h).to(image.dtype.element_ty)  # a tile of X: [BR, BD]
-            b_weight = load_transposed(weight, o_c, o_d, D, C.BC, C.BD)
-            b_out = tl.dot(b_x, b_weight, b_out, input_precision=S.PRECISION)
-        if image.dtype.element_ty != tl.float16:
-            b_out *= outer(b_image, b_text)[:, None]
-        b_out += load_columns(bias, o_c, D, C.BC)[None, :] * layer_factor
-        store_rows(out.projections + layer.to(tl.int64) * B * K * D, b_out, pairs.o_r, pairs.m_r, o_c, D, C.BC)
+        # A flat loop: the first copies of a layer are under way before the results of the one before are stored.
+        for n in tl.range(0, LAYERS, flatten=LAYERS > 1):
+            if LAYERS > 1:
+                layer = (first + n) % S.LAYERS
+                weight, bias, layer_factor = _layer_over_x(layer, query_rational, key, value, factor)
+            b_factor = b_image * (b_scale * layer_factor)
+            b_out = tl.full([C.BR, C.BC], 0.0, tl.float32)
+            for start in range(0, D, C.BD):
+                o_d = start + tl.arange(0, C.BD)
+                b_f = load_rows(image, pairs.o_i, pairs.m_i, o_d, D, C.BD)  # [BI, BD]
+                b_h = load_rows(text, pairs.o_k, pairs.m_k, o_d, D, C.BD)  # [BK, BD]
+                if image.dtype.element_ty == tl.float16:  # the product of two raw features may overflow
+                    b_f = b_f.to(tl.float32) * b_factor[:, None]
+                    b_h = b_h.to(tl.float32) * b_text[:, None]
+                b_x = outer_rows(b_f, b_h).to(image.dtype.element_ty)  # a tile of X: [BR, BD]
+                b_weight = load_transposed(weight, o_c, o_d, D, C.BC, C.BD)
+                b_out = tl.dot(b_x, b_weight, b_out, input_precision=S.PRECISION)
+            if image.dtype.element_ty != tl.float16:
+                b_out *= outer(b_factor, b_text)[:, None]
+            b_out += load_columns(bias, o_c, D, C.BC)[None, :] * layer_factor
+            p_out = out.projections + layer.to(tl.int64) * B * K * D
+            # With several layers the same rows once more, so as not to hold them in registers through the loop.
+            rows = pair_rows((first + n) // S.LAYERS, B, K, P.BI, P.BK) if LAYERS > 1 else pairs
+            store_rows(p_out, b_out, rows.o_r, rows.m_r, o_c, D, C.BC)
 
 
 def rational_projection_fwd(call: Call, *, save: bool, config: GemmConfig | None = None) -> Projections:
@@ -157,10 +177,11 @@ def rational_projection_fwd(call: Call, *, save: bool, config: GemmConfig | None
     """
     batch, classes, width = call.sizes
     out = Projections.empty(call.image, call.text, call.options, save)
+    layers = call.config(layers_of_a_program, classes)
 
     def blocks(c: GemmConfig):
         pairs = PairBlock.of(batch, classes, c.BR)
-        tiles = call.shapes.LAYERS * pairs.tiles(batch, classes) + cdiv(batch, c.BR) + cdiv(classes, c.BR)
+        tiles = call.shapes.LAYERS // layers * pairs.tiles(batch, classes) + cdiv(batch, c.BR) + cdiv(classes, c.BR)
         return (tiles * cdiv(width, c.BC),), {"P": pairs}
 
     # In the order of Params: the queries of image, text and rational matrix, keys, values.
@@ -170,7 +191,7 @@ def rational_projection_fwd(call: Call, *, save: bool, config: GemmConfig | None
         image=call.image, text=call.text, scale=call.params.logit_scale, query_image=query_image, query_text=query_text,
         factor=call.factors[0],
         query_rational=query_rational, key=key, value=value, out=out, B=batch, K=classes, S=call.shapes,
-        LARGEST=len(out.largest) > 0, PEAK=len(out.peak) > 0,
+        LAYERS=layers, LARGEST=len(out.largest) > 0, PEAK=len(out.peak) > 0,
         ZERO=ZERO_NORM, NORMALIZE=call.options.normalize, BW=min(128, next_power(width)),
     )  # fmt: skip
     return out

@@ -8,7 +8,10 @@ import torch
 from rada_kernels import Params
 from rada_kernels.mask_attention import reference
 from rada_kernels.mask_attention.triton.forward import combine_rows, mask_attention_fwd
+from rada_kernels.rational_projection.config import forward_config
+from rada_kernels.rational_projection.triton.forward import rational_projection_fwd
 from rada_kernels.triton_common.call import Call
+from rada_kernels.triton_common.config import PairBlock
 from rada_kernels.triton_common.device import KIB, Device
 from rada_kernels.triton_common.state import Projections
 from rada_kernels.triton_common.target import Target
@@ -17,6 +20,7 @@ from tests.kernels.truth import assert_as_good_as_reference, make_case
 
 CLASSES, WIDTH, HEADS = 530, 32, 2
 SM_90, SM_80 = Device("sm_90", 227 * KIB), Device("sm_80", 163 * KIB)
+SM_100 = Device("sm_100", 227 * KIB)
 
 
 class Launched(Target):
@@ -25,9 +29,11 @@ class Launched(Target):
     def __init__(self, device: Device):
         super().__init__(device, configs={})
         self.names: list[str] = []
+        self.grid: tuple[int, ...] = ()
 
     def run(self, kernel, grid, arguments):
         self.names.append(kernel.fn.__name__)
+        self.grid = grid
         super().run(kernel, grid, arguments)
 
 
@@ -132,3 +138,19 @@ def test_a_step(dtype, width, poisoned_empty):
     """Loads by descriptors, in two pieces of which the second is padded; float16 keeps the running maximum."""
     case = make_case(1, 530, width, 1, clear_gates=True, penalty="mse")
     assert_as_good_as_reference(case, on_target(Target(SM_90, configs={})), dtype)
+
+
+@pytest.mark.parametrize("queries", [("image", "text", "rational"), ("image", "text")], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_all_layers_in_a_program_are_those_of_a_program_each(dtype, queries, poisoned_empty):
+    """Blocks are the same, and so is every bit."""
+    case = make_case(3, CLASSES, WIDTH, HEADS, queries=queries).cast(dtype)
+    params, targets = Params(*case.layers, logit_scale=case.scale.float()), [Launched(SM_90), Launched(SM_100)]
+    calls = [Call(case.image, case.text, params, case.options, target) for target in targets]
+    config = calls[0].config(forward_config, CLASSES)
+    together, apart = (rational_projection_fwd(call, save=True, config=config) for call in calls)
+    tiles, features = PairBlock.of(3, CLASSES, config.BR).tiles(3, CLASSES), 6
+    layers = 2 + ("rational" in queries)
+    assert [target.grid[0] for target in targets] == [features + tiles, features + layers * tiles]
+    for mine, other in zip(together, apart, strict=True):
+        assert torch.equal(mine, other)
