@@ -64,7 +64,8 @@ def archive(tmp_path_factory) -> Path:
 def distribution(archive) -> Path:
     """The unpacked source distribution."""
     with tarfile.open(archive) as tar:
-        tar.extractall(archive.parent, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # the first releases of 3.10 and 3.11 have none
+        tar.extractall(archive.parent)
     return next(path for path in archive.parent.iterdir() if (path / "setup.py").exists())
 
 
