@@ -6,11 +6,12 @@ The head gives gradients to the features, and so to the towers.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -368,15 +369,26 @@ class FineTuner:
         }
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of what draws in training: dropout in the towers. Orders and crops depend on the seed alone."""
-    state = {"torch": torch.get_rng_state()}
+def _random_state(device: torch.device) -> dict[str, Any]:
+    """Of what draws in training: dropout in the towers, and a user's own images, from wherever they draw.
+
+    Orders and crops depend on the seed alone.
+    """
+    name, keys, *rest = cast(tuple, np.random.get_state())
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+    }
     if device.type != "cpu":
         state["device"] = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
-def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"].cpu())
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,9 +44,23 @@ def data(per_class: int = 4) -> tuple[list, torch.Tensor]:
     return images, torch.arange(3).repeat_interleave(per_class)
 
 
-def tuner(clip: RAdaCLIP, tuning: FullTuning | None = None, **options) -> FineTuner:
-    tuning = tuning or FullTuning(epochs=2, batch_size=4, lr=1e-3, head_lr=1e-2)
-    return FineTuner(clip, *data(), tuning, seed=1, **options)
+class DrawnImages(list):
+    """A user's own images, which draw when they are indexed."""
+
+    def __getitem__(self, i):
+        shift = random.randrange(60) + int(np.random.randint(60))
+        return super().__getitem__(i).point(lambda value: min(255, value + shift))
+
+
+def tuner(clip: RAdaCLIP, tuning: FullTuning | None = None, images: type = list, **options) -> FineTuner:
+    tuning, (own, labels) = tuning or FullTuning(epochs=2, batch_size=4, lr=1e-3, head_lr=1e-2), data()
+    return FineTuner(clip, images(own), labels, tuning, seed=1, **options)
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 class Killed(Exception):
@@ -52,16 +68,16 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("at", [1, 3, 4])  # in the first epoch, at its end, in the second
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_killed_and_resumed_run_gives_the_same_weights(at, precision, tmp_path):
+@pytest.mark.parametrize(("precision", "images"), [("fp32", list), ("bf16", list), ("fp32", DrawnImages)])
+def test_a_killed_and_resumed_run_gives_the_same_weights(at, precision, images, tmp_path):
     tuning = FullTuning(epochs=2, batch_size=4, lr=1e-3, head_lr=1e-2, precision=precision, clip_norm=1.0)
     whole = model()
-    torch.manual_seed(5)
-    rows = tuner(whole, tuning).run()
+    seed_all(5)
+    rows = tuner(whole, tuning, images).run()
 
     killed = model()
-    torch.manual_seed(5)
-    first = tuner(killed, tuning, folder=tmp_path, save_every=1)
+    seed_all(5)
+    first = tuner(killed, tuning, images, folder=tmp_path, save_every=1)
     take, steps = first._take_step, iter(range(at + 1))
 
     def dies(images, labels):
@@ -72,9 +88,9 @@ def test_a_killed_and_resumed_run_gives_the_same_weights(at, precision, tmp_path
     first._take_step = dies
     with pytest.raises(Killed):
         first.run()
-    torch.manual_seed(99)  # another process: its random state is another
+    seed_all(99)  # another process: its random state is another
     again = model(seed=3)  # and so are its weights
-    resumed = tuner(again, tuning, folder=tmp_path, save_every=1)
+    resumed = tuner(again, tuning, images, folder=tmp_path, save_every=1)
     assert resumed.resume()
     assert resumed.step == at
     assert resumed.run() == rows
