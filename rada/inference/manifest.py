@@ -145,7 +145,8 @@ def finished(output: Path, name: str, entry: dict, settings: str, options: Predi
 
 def _compare(output: Path, stored: dict, now: dict) -> None:
     remedy = "it takes another output, or --overwrite"
-    check_same(_flat(now), _flat(stored), f"the run in {output}", f": {remedy}")
+    entries = _flat(stored)
+    check_same(dict.fromkeys(entries) | _flat(now), entries, f"the run in {output}", f": {remedy}")
     before, after = ({shard["name"]: shard for shard in manifest["shards"]} for manifest in (stored, now))
     for name in [*before, *after]:
         if before.get(name) != after.get(name):

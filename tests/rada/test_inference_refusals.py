@@ -187,6 +187,16 @@ def test_a_manifest_that_leaves_its_folder_is_refused(checkpoint, features, tmp_
             predict(checkpoint, tmp_path / "out", SMALL, features=features, device="cpu", overwrite=overwrite)
 
 
+def test_an_entry_that_the_run_does_not_have_is_refused(checkpoint, features, tmp_path):
+    stopped(checkpoint, features, tmp_path / "out")
+    path = tmp_path / "out" / "predict.json"
+    manifest = json.loads(path.read_text())
+    manifest["options"]["temperature"] = 2
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"options.temperature: got None; the run in .* takes 2: it takes another"):
+        predict(checkpoint, tmp_path / "out", SMALL, features=features, device="cpu")
+
+
 def test_a_folder_of_other_files_is_left_alone(checkpoint, features, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
