@@ -17,6 +17,7 @@ from tqdm import tqdm
 from rada.cache import FeatureCache, Shelf
 from rada.classification import Classes
 from rada.data.decoded import Batch, Decoded
+from rada.data.record import names_of
 from rada.data.source import Images, Split
 from rada.distributed import in_shares, own_device
 from rada.templates import DEFAULT_TEMPLATES, check_templates, fill
@@ -393,14 +394,11 @@ def readable_features(
     if not skip_bad:
         return Readable(indices, features, [])
     good = ~features.isnan().any(1)
-    names = _names(split, indices[~good])
-    if len(names) == len(indices):
-        raise ValueError(f"data: none of {len(indices)} items could be read, the first is {next(iter(names), None)}")
-    return Readable(indices[good], features[good], names)
-
-
-def _names(split: Split, indices: Tensor) -> list[str]:
-    return [str(i) if split.names is None else split.names[i] for i in indices.tolist()]
+    names = names_of(split)
+    skipped = [names[i] for i in indices[~good].tolist()]
+    if len(skipped) == len(indices):
+        raise ValueError(f"data: none of {len(indices)} items could be read, the first is {next(iter(skipped), None)}")
+    return Readable(indices[good], features[good], skipped)
 
 
 def split_features(
@@ -414,7 +412,7 @@ def split_features(
         stored = split.features[indices]
         bad = ~stored.isfinite().all(1)
         if bad.any() and not skip_bad:
-            first = _names(split, indices[bad])[0]
+            first = names_of(split)[int(indices[bad][0])]
             raise ValueError(f"features: item {first}: NaN or infinity; skip_bad (--skip-bad) leaves such rows out")
         return stored.masked_fill(bad[:, None], float("nan"))
     if extractor is None or split.images is None:
