@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 from workloads import LOGIT_SCALE, Workload
 
 from rada_kernels import Options, Params
@@ -46,9 +47,18 @@ def tensors_of(values) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, torch.Tensor)]
 
 
+def described_of(values) -> list[torch.Tensor]:
+    """What tensor descriptors among them are of."""
+    return [leaf.base for leaf in tree_leaves(list(values)) if isinstance(leaf, TensorDescriptor)]
+
+
 def tensor_bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the distinct ones."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for t in tensors}.values())
+    """Bytes of the distinct ones, of views of one memory the largest."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        memory, size = tensor.untyped_storage()._cdata, tensor.numel() * tensor.element_size()
+        sizes[memory] = max(size, sizes.get(memory, 0))
+    return sum(sizes.values())
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,12 @@ class Launch:
         return tensor_bytes(tensors_of(self.arguments.values()))
 
     def bytes_but(self, unread: Iterable[int]) -> int:
-        """The same without those at these places among the kernel's pointers, which its code does not touch."""
+        """The same without those at these places among the kernel's pointers, which its code does not touch, and with
+        those that it reaches by descriptors.
+        """
         ordered = (self.arguments[name] for name in self.kernel.arg_names if name in self.arguments)
-        return tensor_bytes([t for at, t in enumerate(tensors_of(ordered)) if at not in unread])
+        touched = [t for at, t in enumerate(tensors_of(ordered)) if at not in unread]
+        return tensor_bytes(touched + described_of(self.arguments.values()))
 
 
 @dataclass(frozen=True)

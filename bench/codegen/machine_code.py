@@ -131,14 +131,16 @@ def _products(ttgir: str) -> list[_Product]:
     return found
 
 
-# A copy by a tensor descriptor, of "memdesc<1x64x1x64xbf16, ...".
-TENSOR_COPY = re.compile(r"async_tma_copy_global_to_local .*-> !ttg\.memdesc<((?:\d+x)+)[a-z]+(\d+)")
+# Copies by tensor descriptors, of "memdesc<1x64x1x64xbf16, ...".
+TENSOR_LOAD = r"async_tma_copy_global_to_local .*-> !ttg\.memdesc<((?:\d+x)+)[a-z]+(\d+)"
+TENSOR_STORE = r"async_tma_copy_local_to_global .*, !ttg\.memdesc<((?:\d+x)+)[a-z]+(\d+)"
 
 
-def _tensor_copy_bytes(ttgir: str) -> int:
-    """Of all that stand in the code together."""
-    copies = TENSOR_COPY.findall(ttgir)
-    return sum(math.prod(map(int, shape.strip("x").split("x"))) * int(bits) // 8 for shape, bits in copies)
+def _tensor_copy_bytes(pattern: str, ttgir: str, asked: int) -> float:
+    """Of one instruction, of so many that stand in the code."""
+    copies = re.findall(pattern, ttgir)
+    whole = sum(math.prod(map(int, shape.strip("x").split("x"))) * int(bits) // 8 for shape, bits in copies)
+    return whole / max(1, asked)
 
 
 def read_nvidia(compiled) -> Code:
@@ -161,8 +163,11 @@ def read_nvidia(compiled) -> Code:
     )  # tcgen05 takes 128 rows, 16 deep
     columns = getattr(compiled.metadata, "tmem_size", 0) or 0
     timed = capability in TIMED and columns <= TENSOR_COLUMNS
-    copied = _tensor_copy_bytes(compiled.asm["ttgir"]) / max(1, _count(r"\bUTMALDG\b", code))
-    sizes = Sizes(flop / max(1, asked), copied)
+    copied = (
+        _tensor_copy_bytes(pattern, compiled.asm["ttgir"], _count(rf"\b{name}\b", code))
+        for pattern, name in ((TENSOR_LOAD, "UTMALDG"), (TENSOR_STORE, "UTMASTG"))
+    )
+    sizes = Sizes(flop / max(1, asked), *copied)
     return Code(
         registers=registers,
         spill_bytes=(stack + local) if spills else 0,

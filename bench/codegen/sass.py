@@ -14,10 +14,11 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of what an instruction's name does not say: FLOP of one UTC*MMA, bytes of one UTMALDG."""
+    """Of what an instruction's name does not say: FLOP of one UTC*MMA, bytes of one UTMALDG, of one UTMASTG."""
 
     tcgen05_flop: float = 0.0
-    tensor_copy_bytes: float = 0.0
+    tensor_load_bytes: float = 0.0
+    tensor_store_bytes: float = 0.0
 
 
 NO_SIZES = Sizes()
@@ -111,8 +112,9 @@ def _count(name: str, sizes: Sizes, warps: int) -> Counts:
         return Counts(flop=flop, mma_flop=flop)
     if name.startswith("MUFU"):
         return Counts(special=1)
-    if name.startswith("UTMALDG"):  # one thread asks for a whole program's copy
-        return Counts(other=1, global_bytes=sizes.tensor_copy_bytes / warps)
+    if name.startswith(("UTMALDG", "UTMASTG")):  # one thread asks for a whole program's copy
+        copied = sizes.tensor_load_bytes if name.startswith("UTMALDG") else sizes.tensor_store_bytes
+        return Counts(other=1, global_bytes=copied / warps)
     shared, moved = SHARED.match(name), GLOBAL.match(name)
     # A narrow access takes its 32 lanes a whole clock of shared memory, as 4 bytes do.
     return Counts(

@@ -104,6 +104,12 @@ def queries_bwd_registers(target: Target, shapes: Shapes, classes: int) -> dict[
     return _registers(168, target, shapes, classes) if shapes.E <= 64 else {}
 
 
+def keys_bwd_registers(target: Target, shapes: Shapes, classes: int) -> dict[str, int]:
+    """float16, whose weights bear units, spills so."""
+    fits = shapes.E <= 96 and shapes.dtype == torch.bfloat16
+    return _registers(168, target, shapes, classes) if fits else {}
+
+
 def joint_bwd_registers(target: Target) -> dict[str, int]:
     """By itself ptxas stops at 96, with 8 bytes of spill."""
     return {"maxnreg": 128} if target.device.name == "sm_90" else {}
@@ -120,12 +126,12 @@ def queries_bwd_config(target: Target, shapes: Shapes, classes: int) -> Attentio
 
 def keys_bwd_config(target: Target, shapes: Shapes, classes: int) -> AttentionConfig:
     config = _look_up(KEYS_BWD, target, shapes)
-    if shapes.E > 128 and target.device.family == "wgmma" and shapes.dtype.itemsize == 2:
-        hopper = target.device.name.startswith("sm_9")  # accumulators in registers; later devices have tensor memory
+    if shapes.E > 64 and target.device.family == "wgmma" and shapes.dtype.itemsize == 2:
+        hopper = not target.device.tensor_memory  # accumulators in registers; later devices have tensor memory
         if shapes.E > 192 or (hopper and shapes.E > 160):
             config = config.changed(BM=16, BN=32, num_stages=2)
         elif hopper:
-            config = config.changed(BM=16)
+            config = config.changed(BM=16) if shapes.E > 128 else config.changed(num_stages=2)
     return _of_few("mask_attention_bwd_keys", target, shapes, config, classes)
 
 

@@ -193,6 +193,18 @@ def store_head(p_rows, b_head, m_r, E: tl.constexpr):
 
 
 @triton.jit
+def store_classes(blocks, p_rows, plane, start, m_r, head, b_head, S: tl.constexpr):
+    """Round pieces and store them where load_classes would read them. p_rows [R]: where the rows begin."""
+    if len(blocks) > 0:
+        WIDTHS: tl.constexpr = pieces(S.E)
+        for i in tl.static_range(len(WIDTHS)):
+            b_piece = b_head[i].to(p_rows.dtype.element_ty).reshape(1, b_head[i].shape[0], 1, WIDTHS[i])
+            blocks[i].store([plane, start, head, piece_start(WIDTHS, i)], b_piece)
+    else:
+        store_head(p_rows, b_head, m_r, S.E)
+
+
+@triton.jit
 def zero_head(R: tl.constexpr, E: tl.constexpr):
     """Pieces of float32."""
     WIDTHS: tl.constexpr = pieces(E)

@@ -29,7 +29,8 @@ from codegen.prediction import (
     together,
     work_of,
 )
-from codegen.sass import Counts, Way, read_way
+from codegen.sass import Counts, Sizes, Way, read_way
+from triton.tools.tensor_descriptor import TensorDescriptor
 from workloads import WORKLOADS
 
 H100 = PARTS["sm_90"]
@@ -187,6 +188,20 @@ def test_a_way_through_a_kernel():
     assert (executed.flop, executed.special, executed.other) == (10 * flop, 11, 56)
 
 
+def test_what_tensor_descriptors_move_is_counted():
+    """One thread asks for a whole program's block, of four warps."""
+    listing = """
+.L_loop:
+  /*0000*/ @UP0 UTMALDG.4D [UR32], [UR4] ;
+  /*0010*/ HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+  /*0020*/ @!P3 BRA `(.L_loop) ;
+  /*0030*/ @UP1 UTMASTG.4D [UR40], [UR4] ;
+  /*0040*/ EXIT ;
+"""
+    way = read_way(listing, 4, Sizes(tensor_load_bytes=8192, tensor_store_bytes=4096))
+    assert (way.inner.global_bytes, way.straight.global_bytes) == (2048, 1024)
+
+
 def test_a_loop_without_products_is_told_apart():
     way = read_way(
         """
@@ -283,6 +298,15 @@ def test_tensors_that_a_kernel_does_not_touch_are_no_bytes():
     kernel = types.SimpleNamespace(arg_names=["p", "n", "q", "p_2"])
     launch = Launch(kernel, (1,), {"n": 3} | dict(reversed(tensors.items())))
     assert (launch.bytes, launch.bytes_but((1,))) == (60, 40)
+
+
+def test_tensors_behind_descriptors_are_bytes():
+    """Once, where a kernel takes a pointer to them too."""
+    rows = torch.empty(2, 16, 32, dtype=torch.bfloat16, device="meta")
+    described = TensorDescriptor.from_tensor(rows.unflatten(-1, (2, 16)), [1, 16, 1, 16])
+    kernel = types.SimpleNamespace(arg_names=["blocks", "rows"])
+    launch = Launch(kernel, (1,), {"blocks": (described,), "rows": rows})
+    assert launch.bytes_but(()) == launch.bytes_but((0,)) == 2048
 
 
 def test_a_kernel_with_unknown_products_is_refused():

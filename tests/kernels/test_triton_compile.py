@@ -50,6 +50,18 @@ def test_forward_kernels(arch, name, dtype):
             assert resident_programs(code, ARCHITECTURES[arch], arch, warps) >= 2, launch.name
 
 
+def test_attention_programs_that_reside_on_an_h100():
+    """With many classes, in bfloat16: what their registers are limited for, without a spill."""
+    resident = {}
+    for launch in record_launches(WORKLOADS["imagenet"], "step", torch.bfloat16, recorder()):
+        if launch.name in ("mask_attention_fwd", "mask_attention_bwd_queries", "mask_attention_bwd_keys"):
+            code = compile_launch("sm_90", launch)
+            assert code.spill_bytes == 0, launch.name
+            warps = launch.arguments["num_warps"]
+            resident[launch.name] = resident_programs(code, ARCHITECTURES["sm_90"], "sm_90", warps)
+    assert resident == {"mask_attention_fwd": 4, "mask_attention_bwd_queries": 3, "mask_attention_bwd_keys": 3}
+
+
 @pytest.mark.parametrize(
     ("arch", "head_width", "wish", "limit"),
     [

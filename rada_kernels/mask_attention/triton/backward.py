@@ -22,6 +22,7 @@ from rada_kernels.mask_attention.config import (
     joint_bwd_config,
     joint_bwd_registers,
     keys_bwd_config,
+    keys_bwd_registers,
     queries_bwd_config,
     queries_bwd_registers,
 )
@@ -37,6 +38,7 @@ from rada_kernels.triton_common.dialect import (
     load_classes,
     load_head,
     scale_head,
+    store_classes,
     store_head,
     sum_rows,
     zero_head,
@@ -189,9 +191,9 @@ def _weights(b_q, b_k, m, scale, start, K, factor, BN: tl.constexpr, S: tl.const
 
 @triton.jit
 def _sum(b_parts):
-    b_sum = b_parts[0]
+    b_sum = b_parts[0].to(tl.float32)
     for n in tl.static_range(1, len(b_parts)):
-        b_sum += b_parts[n]
+        b_sum += b_parts[n].to(tl.float32)
     return b_sum
 
 
@@ -271,6 +273,7 @@ def _mask_attention_bwd_keys_kernel(
     dO,  # [B, K, D]
     projected,  # Projections
     dO_blocks,  # head_blocks of dO, or none
+    grad_blocks,  # of the projections' gradients
     query_blocks,  # of [1, K, D] text and [LAYERS B, K, D] rational queries
     joint,  # Joint
     grads,  # AttentionGrads: keys and values are written
@@ -287,7 +290,7 @@ def _mask_attention_bwd_keys_kernel(
     """
     MATRIX: tl.constexpr = S.MATRIX
     FLOAT16: tl.constexpr = dO.dtype.element_ty == tl.float16
-    unit, _, _, o_n = _row_tile(K, C.BN)
+    unit, tile, _, o_n = _row_tile(K, C.BN)
     image, head = unit // S.H, unit % S.H
     o_head, o_image, o_rows, plane = unit_offsets(unit, B, K, S)
     m_n = o_n < K
@@ -327,16 +330,17 @@ def _mask_attention_bwd_keys_kernel(
                 b_dk = scale_head(b_dk, b_units[1 - n] / b_units[n])
             else:
                 b_part = b_p
-            b_parts += (b_part,)
+            # Where registers decide on how many programs reside, half of what waits for the other kind.
+            b_parts += (b_part.to(b_k[0].dtype) if len(dO_blocks) > 0 else b_part,)
             b_dS = (b_p * (b_dP - tl.load(joint.delta + o_kind))).to(b_k[0].dtype)
             b_dk = add_dot(b_dk, b_dS, b_q, S)
         b_dv = add_dot(b_dv, _sum(b_parts).to(b_dO[0].dtype), b_dO, S)
     if FLOAT16 and MATRIX > 0:
         b_dk = scale_head(b_dk, b_units[MATRIX - 1])
         b_dv = scale_head(b_dv, greatest)
-    grad_keys = grads.projections + o_rows + o_d
-    store_head(grad_keys, scale_head(b_dk, grad_factor), m_n, S.E)
-    store_head(grad_keys + plane, scale_head(b_dv, 1.0 / S.KINDS), m_n, S.E)
+    p_keys = grads.projections + o_rows + o_d
+    store_classes(grad_blocks, p_keys, image, tile * C.BN, m_n, head, scale_head(b_dk, grad_factor), S)
+    store_classes(grad_blocks, p_keys + plane, B + image, tile * C.BN, m_n, head, scale_head(b_dv, 1.0 / S.KINDS), S)
 
 
 def mask_attention_bwd(call: Call, projected: Projections, attended: Attended, dO: Tensor) -> AttentionGrads:
@@ -417,15 +421,17 @@ def mask_attention_bwd_keys(
     """Fills the gradients of keys and values."""
     batch, classes, _ = call.sizes
     described, shapes, projected = call.config(by_descriptors, classes), call.shapes, arguments["projected"]
+    registers = call.config(keys_bwd_registers, classes)
 
     def blocks(c: AttentionConfig):
-        def of(rows: Tensor) -> Blocks:
-            return head_blocks(rows, c.BM, shapes) if described else ()
+        def of(rows: Tensor, block: int = c.BM) -> Blocks:
+            return head_blocks(rows, block, shapes) if described else ()
 
         text, everything = projected.query_text.unsqueeze(0), projected.projections.flatten(0, 1)
         queries = [of(rows) for rows, used in ((text, shapes.TEXT), (everything, shapes.RATIONAL)) if used]
-        grid = (batch * shapes.H * cdiv(classes, c.BN),)
-        return grid, {"dO_blocks": of(arguments["dO"]), "query_blocks": tuple(queries)}
+        keys = of(grads.projections.flatten(0, 1), c.BN)
+        rows = {"dO_blocks": of(arguments["dO"]), "grad_blocks": keys, "query_blocks": tuple(queries)}
+        return (batch * shapes.H * cdiv(classes, c.BN),), {**rows, **registers}
 
     call.target.launch(
         _mask_attention_bwd_keys_kernel, config or call.config(keys_bwd_config, classes), blocks,
