@@ -132,9 +132,9 @@ def work_of(launch: Launch) -> Work:
     if launch.name in ("mask_attention_fwd", "mask_attention_bwd_queries"):
         products = 2 * kinds if launch.name.endswith("fwd") else kinds + 1 + kinds * (not a["DELTA"])
         return Work(2 * n * c.BM * -(-a["K"] // c.BN) * c.BN * width * products)
-    if launch.name == "mask_attention_bwd_joint":  # the image's row is one of 16, in two passes over the classes
+    if launch.name == "mask_attention_bwd_joint":  # the image's row is one of 16
         blocks = -(-a["K"] // c.BN)
-        return Work(2 * n * 16 * blocks * c.BN * width * 2 * s.IMAGE, rounds=blocks)
+        return Work(2 * n * 16 * blocks * c.BN * width * s.IMAGE, rounds=blocks)
     if launch.name == "mask_attention_bwd_keys":
         return Work(2 * n * c.BN * -(-a["K"] // c.BM) * c.BM * width * (2 * kinds + 2))
     return Work(0)
@@ -259,6 +259,14 @@ def program_clocks(
     ), executed.global_bytes
 
 
+def memory_bytes(launch: Launch, code: Code) -> int:
+    """Each tensor that the kernel touches, once."""
+    whole = launch.bytes_but(code.unread)
+    if launch.name == "mask_attention_bwd_joint":  # of the projections it reads keys and values alone
+        whole -= sum(t.numel() * t.element_size() for t in launch.arguments["projected"].projections[2:])
+    return whole
+
+
 def predicted(launch: Launch, arch: str, code: Code) -> Spent:
     """A launch with 16-bit products. Raises ValueError for a kernel whose products are not known."""
     if launch.name == "mask_attention_fwd_again":  # which finds nothing to do
@@ -268,9 +276,8 @@ def predicted(launch: Launch, arch: str, code: Code) -> Spent:
         raise ValueError(f"{launch.name} has products: work_of must know how many")
     clocks, moved = program_clocks(code, part, warps, work.flop / launch.programs, *work[1:])
     resident = max(1, resident_programs(code, ARCHITECTURES[arch], arch, warps))
-    return spend(
-        part, launch.programs, clocks, resident, work.flop, launch.bytes_but(code.unread), moved * launch.programs
-    )
+    of_memory = memory_bytes(launch, code)
+    return spend(part, launch.programs, clocks, resident, work.flop, of_memory, moved * launch.programs)
 
 
 def product_rate(flop_s: dict[str, float], dtype: torch.dtype, precision: str) -> float:

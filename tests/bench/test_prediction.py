@@ -21,6 +21,7 @@ from codegen.prediction import (
     START_S,
     Clocks,
     chain_clocks,
+    memory_bytes,
     predicted,
     predicted_torch,
     program_clocks,
@@ -307,6 +308,14 @@ def test_tensors_behind_descriptors_are_bytes():
     kernel = types.SimpleNamespace(arg_names=["blocks", "rows"])
     launch = Launch(kernel, (1,), {"blocks": (described,), "rows": rows})
     assert launch.bytes_but(()) == launch.bytes_but((0,)) == 2048
+
+
+def test_a_layer_that_is_not_read_is_no_bytes():
+    load = WORKLOADS["imagenet"]
+    launches = record_launches(load, "step", torch.bfloat16, Recorder(device_named("sm_90")))
+    joint, keys = (one for one in launches if one.name in ("mask_attention_bwd_joint", "mask_attention_bwd_keys"))
+    assert joint.bytes - memory_bytes(joint, code()) == 2 * load.batch * load.classes * load.width
+    assert keys.bytes == memory_bytes(keys, code())
 
 
 def test_a_kernel_with_unknown_products_is_refused():

@@ -151,29 +151,35 @@ def _mask_attention_bwd_joint_kernel(
         o_16 = tl.arange(0, 16)
         b_q = load_head(projected.query_image + o_image + o_16 * 0, o_16 == 0, S.E)  # [16, E]
         keys = projected.projections + o_rows
+        p_row = unit.to(tl.int64) * K
         # A softmax of its own again: rounded otherwise, the forward pass's would not cancel where dP - delta does.
         row_m = float("-inf")
         row_l = 0.0
         row_delta = 0.0
+        b_key = zero_head(1, S.E)  # Σ P k
+        b_dP_key = zero_head(1, S.E)  # Σ P dP k
         for start in range(0, K, C.BN):
             o_k = start + tl.arange(0, C.BN)
             b_k, b_s, b_dP = _image_row(keys, keys + plane, b_q, b_sum_dO, o_k, K, factor, S)
+            tl.store(joint.image_P + p_row + o_k, b_s, mask=o_k < K)
+            tl.store(joint.image_dS + p_row + o_k, b_dP, mask=o_k < K)
             new_m = tl.maximum(row_m, tl.max(b_s, 0))
             b_p = tl.exp2(b_s - new_m)
             decay = tl.exp2(row_m - new_m)
             row_l = row_l * decay + tl.sum(b_p, 0)
             row_delta = row_delta * decay + tl.sum(b_p * b_dP, 0)
+            b_key = add_heads(scale_head(b_key, decay), sum_rows(scale_head(b_k, b_p[:, None])))
+            b_dP_key = add_heads(scale_head(b_dP_key, decay), sum_rows(scale_head(b_k, (b_p * b_dP)[:, None])))
             row_m = new_m
         row_delta /= row_l
-        b_dq = zero_head(1, S.E)
+        b_dq = scale_head(add_heads(b_dP_key, scale_head(b_key, -row_delta)), 1.0 / row_l)
+        tl.debug_barrier()  # scores and dP lie where P and dS will, stored by other threads
         for start in range(0, K, C.BN):
             o_k = start + tl.arange(0, C.BN)
-            b_k, b_s, b_dP = _image_row(keys, keys + plane, b_q, b_sum_dO, o_k, K, factor, S)
-            b_p = tl.exp2(b_s - row_m) / row_l
-            b_dS = b_p * (b_dP - row_delta)
-            tl.store(joint.image_P + unit.to(tl.int64) * K + o_k, b_p, mask=o_k < K)
-            tl.store(joint.image_dS + unit.to(tl.int64) * K + o_k, b_dS, mask=o_k < K)
-            b_dq = add_heads(b_dq, sum_rows(scale_head(b_k, b_dS[:, None])))
+            b_p = tl.exp2(tl.load(joint.image_P + p_row + o_k, mask=o_k < K, other=float("-inf")) - row_m) / row_l
+            b_dS = b_p * (tl.load(joint.image_dS + p_row + o_k, mask=o_k < K, other=0.0) - row_delta)
+            tl.store(joint.image_P + p_row + o_k, b_p, mask=o_k < K)
+            tl.store(joint.image_dS + p_row + o_k, b_dS, mask=o_k < K)
         store_head(grad_query_image + o_image + o_one, scale_head(b_dq, grad_factor), o_one == 0, S.E)
 
 
@@ -378,7 +384,7 @@ def mask_attention_bwd_joint(call: Call, attended: Attended, grads: AttentionGra
     )
     call.target.launch(
         _mask_attention_bwd_joint_kernel, joint_bwd_config(call.shapes),
-        lambda c: ((call.sizes[0] * call.shapes.H,), joint_bwd_registers(call.target)), keep=("BM",), **arguments,
+        lambda c: ((call.sizes[0] * call.shapes.H,), call.config(joint_bwd_registers)), keep=("BM",), **arguments,
         attended=attended.pointers, joint=joint, grad_query_image=grads.query_image, T=tiles,
         ROWS=call.dtype != torch.float32, TILE=attended.tile,
     )  # fmt: skip
