@@ -57,8 +57,8 @@ def _compare(backend, plain, *head) -> tuple[bool, str]:
                 key: _rms(mine[key].double() - value.double()) / max(_rms(value.double()), 1e-30)
                 for key, value in other.items()
             }
-        except Exception as error:  # whatever keeps it from running keeps it from serving
-            return False, f"self-check: {type(error).__name__} with {batch} images and {classes} classes: {error}"
+        except Exception as fault:  # whatever keeps it from running keeps it from serving
+            return False, f"self-check: {type(fault).__name__} with {batch} images and {classes} classes: {fault}"
         for key, error in errors.items():
             if not error <= LIMIT:  # NaN too
                 what = f"{key} of {batch} images and {classes} classes"
