@@ -583,19 +583,41 @@ def specialisations(launch) -> tuple:
     return tuple(key)
 
 
-def test_shapes_do_not_compile_anew():
-    """Twenty sizes, eight images or more: one set of kernels up to 256 classes, one up to 512, one above."""
-    pytest.importorskip("triton")
+def variants(batch: int, classes: int, mode: str = "step-features") -> dict[str, set]:
+    """What a pass of these sizes compiles, by kernel."""
     from codegen.launches import Recorder, record_launches
     from workloads import Workload
 
-    sizes = [(b, k) for b in (8, 17, 32, 100) for k in (64, 101, 397, 1000, 2049)]
     compiled: dict[str, set] = {}
-    for batch, classes in sizes:
-        load = Workload("size", batch, classes, 512, 8)
-        for launch in record_launches(load, "step-features", torch.bfloat16, Recorder(SM_90.device, configs={})):
-            compiled.setdefault(launch.name, set()).add(specialisations(launch))
+    load = Workload("size", batch, classes, 512, 8)
+    for launch in record_launches(load, mode, torch.bfloat16, Recorder(SM_90.device, configs={})):
+        compiled.setdefault(launch.name, set()).add(specialisations(launch))
+    return compiled
+
+
+def test_shapes_do_not_compile_anew():
+    """Twenty sizes, eight images or more: one set of kernels up to 256 classes, one up to 512, one above."""
+    pytest.importorskip("triton")
+    compiled: dict[str, set] = {}
+    for batch, classes in itertools.product((8, 17, 32, 100), (64, 101, 397, 1000, 2049)):
+        for name, variant in variants(batch, classes).items():
+            compiled.setdefault(name, set()).update(variant)
     assert len(compiled) == 14
     # 100 images of 1000 classes are beyond the budget: their forward pass does not look for where the largest is.
     of_places = {"rational_projection_fwd": 4}
     assert {name: len(variants) for name, variants in compiled.items() if len(variants) > 3} == of_places
+
+
+@pytest.mark.parametrize("classes", [47, 101, 1000, 1001])
+def test_a_last_batch_compiles_nothing(classes):
+    """Of five images or more; of four, two and one, the kernels whose tiles are pairs of images and classes."""
+    pytest.importorskip("triton")
+    compiled = variants(32, classes)
+    assert all(variants(batch, classes) == compiled for batch in (31, 17, 9, 7, 5))
+    of_few = [variants(batch, classes) for batch in (4, 3, 2, 1)]
+    assert of_few[0] == of_few[1]
+    of_pairs = {name for name in compiled if any(few[name] != compiled[name] for few in of_few)}
+    assert of_pairs <= {
+        "rational_projection_fwd", "logit_reduction_fwd", "logit_reduction_bwd", "rational_projection_bwd_weight",
+        "rational_projection_bwd_features",
+    }  # fmt: skip
