@@ -152,7 +152,7 @@ def test_without_pytest_the_rest_goes_on(run, tmp_path, monkeypatch):
 
 
 def test_what_was_tuned_serves_the_stages_after_it(run, tmp_path):
-    show = "import os; print(os.environ.get('RADA_TUNED'))"
+    show = "import os; print(os.environ.get('RADA_TUNED'), end=''); assert os.environ['RADA_SELF_CHECK'] == '0'"
     write = f"open(r'{tmp_path / 'tuned.json'}', 'w').write('{{}}'); {show}"
     assert run(python(write), python(show, name="benchmark")) == 0
     logs = [(tmp_path / f"{name}.log").read_text().strip() for name in ("tuning", "benchmark")]

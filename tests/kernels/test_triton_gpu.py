@@ -9,8 +9,9 @@ from implementations import all_methods, work
 from workloads import Inputs, Workload, make_inputs
 
 from rada_kernels import Params, rada_logits
-from rada_kernels.backends import reference
+from rada_kernels.backends import plain, reference
 from rada_kernels.backends import triton as backend
+from rada_kernels.self_check import self_check
 from tests.kernels.on_device import *  # noqa: F403
 from tests.kernels.reached import SIZES as REACHED
 from tests.kernels.truth import assert_as_good_as_reference, make_case, results
@@ -56,6 +57,17 @@ def test_every_configuration(dtype, head_width, classes, device, poisoned_empty)
         pytest.skip(reason)
     case = make_case(2, classes, 2 * head_width, 2, clear_gates=True, penalty="l1").to(device)
     assert_as_good_as_reference(case, "triton", dtype)
+
+
+@pytest.mark.parametrize("dtype", backend.DTYPES, ids=str)
+def test_self_check(dtype, device, monkeypatch):
+    usable, reason = backend.usable(dtype, device, 128, 2)
+    if not usable:
+        pytest.skip(reason)
+    monkeypatch.delenv("RADA_SELF_CHECK", raising=False)
+    agrees, found = self_check(backend, plain, dtype, device, 128, 2)
+    assert agrees, found
+    assert "agrees with torch" in found
 
 
 def step(case) -> list[torch.Tensor]:
