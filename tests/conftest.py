@@ -13,6 +13,10 @@ def pytest_configure():
     torch._inductor.config.force_disable_caches = True
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

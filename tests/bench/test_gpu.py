@@ -189,12 +189,24 @@ def find_spec(cls, name, path=None, target=None):
     return None if name.partition(".")[0] in MISSING else find(name, path, target)
 
 PathFinder.find_spec = find_spec
+
+import socket
+
+connect = socket.socket.connect
+
+
+def local(self, address):
+    assert self.family == socket.AF_UNIX, f"no network: {address}"
+    return connect(self, address)
+
+
+socket.socket.connect = local
 """
 
 
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
-    """Of a process: nothing but torch, its Triton and pytest can be imported."""
+    """Of a process: nothing but torch, its Triton and pytest can be imported, and there is no network."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
@@ -206,6 +218,8 @@ def test_the_gpu_tests_are_collected_from_the_checkout_alone(tmp_path, bare):
     told = (tmp_path / "tests.log").read_text()
     assert outcome.status == DONE, told[-2000:]
     assert int(re.search(r"(\d+)/\d+ tests collected", told)[1]) > 100
+    first = told.splitlines()[0]
+    assert "test_target_shapes[1000-torch.bfloat16]" in first, "time may not last for all"
 
 
 @pytest.mark.slow
