@@ -1,6 +1,7 @@
 """Search the Triton kernels' launch configurations on this machine's GPU: python bench/autotune.py --out tuned.json
 
 Set RADA_TUNED=tuned.json and the library prefers what was found; what was not searched keeps its table's.
+The file holds for the kernels and the Triton that it was made with.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from workloads import DTYPES, WORKLOADS, Workload, make_inputs
 
 from rada_kernels.backends import triton as backend
 from rada_kernels.options import Wanted
-from rada_kernels.triton_common.config import Config, config_key
+from rada_kernels.triton_common.config import Config, config_key, read_tuned, write_tuned
 from rada_kernels.triton_common.target import Gpu, Target, target_of
 
 SAMPLES = 10
@@ -153,8 +153,8 @@ def tune(
         return statistics.median(clock.time(timed) for _ in range(SAMPLES))
 
     start, best = search(seconds, target, passes, deadline)
-    tuned = json.loads(out.read_text()) if out.exists() else {}
-    out.write_text(json.dumps(tuned | target.configs, indent=1) + "\n")
+    tuned = read_tuned(str(out)) if out.exists() else {}
+    write_tuned(out, tuned | target.configs)
     print(f"{name} {kind}: {start * 1e3:.3f} ms by the tables, {best * 1e3:.3f} ms tuned", flush=True)
 
 
@@ -177,7 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--dtype", action="append", choices=DTYPES, help="default: bfloat16 and float32")
     add("--passes", type=int, default=2, help="how often to go over all kernels of a workload; default: %(default)s")
     add("--seconds", type=float, default=float("inf"), help="for all searches together; default: no limit")
-    add("--out", type=Path, default=Path("tuned.json"), help="the file to write; what it holds already is kept")
+    add(
+        "--out",
+        type=Path,
+        default=Path("tuned.json"),
+        help="the file to write; what it holds of the same kernels is kept",
+    )
     add("--dry-run", action="store_true", help="no GPU: launches are recorded, and fewer programs count as faster")
     options = parser.parse_args(arguments)
     if not (options.dry_run or torch.cuda.is_available()):

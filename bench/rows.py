@@ -146,7 +146,7 @@ def environment(device: torch.device, threads: int) -> dict:
         "triton": triton_version,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -159,7 +159,7 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit that is measured, with "+" where tracked files differ from it."""
     root = Path(__file__).parent
     try:

@@ -13,6 +13,10 @@ def pytest_configure():
     torch._inductor.config.force_disable_caches = True
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -25,3 +29,12 @@ def poisoned_empty():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_runtest_teardown(item):
+    """A kernel that reads where it may not leaves the process without its GPU: every later test would fail of it."""
+    if item.get_closest_marker("gpu") and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"{item.nodeid} left the GPU unusable: {error}", returncode=1)

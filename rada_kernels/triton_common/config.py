@@ -2,16 +2,19 @@
 
 Each step's config.py has the tables of its kernels. A table gives a family of devices, 16 or 32 bits and a head width
 up to 64 or above a configuration to start from. `Target.launch` halves it until it fits the device. What stands in
-the file that RADA_TUNED names is preferred; `bench/autotune.py` writes that file.
+the file that RADA_TUNED names is preferred; `bench/autotune.py` writes that file, for the kernels as they are then.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -124,16 +127,35 @@ def config_key(kernel: str, device: Device, dtype: torch.dtype, *sizes: int) -> 
 
 
 def tuned_file() -> Mapping[str, Mapping[str, int]]:
-    """What RADA_TUNED names: {config_key: {field: number}}; nothing where it is not set.
+    """What RADA_TUNED names: {config_key: {field: number}}; nothing where it is not set, or of other kernels.
 
     Raises ValueError naming the file, the entry, what it got and what it takes.
     """
     path = os.environ.get(TUNED)
-    return _read_tuned(path) if path else {}
+    return read_tuned(path) if path else {}
 
 
 @functools.lru_cache
-def _read_tuned(path: str) -> dict[str, dict[str, int]]:
+def kernels_version() -> str:
+    """What configurations are tuned for: a digest of the kernels' sources and of Triton's version."""
+    from triton import __version__ as triton_version
+
+    digest = hashlib.blake2b(triton_version.encode(), digest_size=6)
+    package = Path(__file__).parents[1]
+    for source in sorted([*package.glob("*/triton/*.py"), package / "triton_common" / "dialect.py"]):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def write_tuned(path: Path, configs: Mapping[str, Mapping[str, int]]) -> None:
+    """The file that RADA_TUNED may name."""
+    path.write_text(json.dumps({"kernels": kernels_version(), "configs": configs}, indent=1) + "\n")
+    read_tuned.cache_clear()
+
+
+@functools.lru_cache
+def read_tuned(path: str) -> dict[str, dict[str, int]]:
+    """Its configurations. One warning and none of them where the file was tuned for other kernels."""
     try:
         with open(path) as file:
             content = json.load(file)
@@ -141,14 +163,25 @@ def _read_tuned(path: str) -> dict[str, dict[str, int]]:
         raise _wrong(f"{path}: {error}", "a file that bench/autotune.py wrote") from error
     if not isinstance(content, dict):
         raise _wrong(f"{path}: got {content!r}", "an object")
-    for key, entry in content.items():
+    if (version := content.get("kernels")) != kernels_version():
+        got = "it tells of no version" if version is None else f"of version {version}"
+        warnings.warn(
+            f"{TUNED}: {path} is ignored: {got}, and the kernels are of version {kernels_version()}; "
+            "bench/autotune.py writes a new one",
+            stacklevel=2,
+        )
+        return {}
+    configs = content.get("configs")
+    if not isinstance(configs, dict):
+        raise _wrong(f"{path}: configs: got {configs!r}", "an object")
+    for key, entry in configs.items():
         if not isinstance(entry, dict):
             raise _wrong(f"{path}: {key}: got {entry!r}", "an object")
         for name, value in entry.items():
             takes = LAUNCH_OPTIONS.get(name, BLOCKS)
             if type(value) is not int or value not in takes:
                 raise _wrong(f"{path}: {key}: {name}: got {value!r}", f"one of {takes}")
-    return content
+    return configs
 
 
 def _wrong(got: str, takes: str) -> ValueError:

@@ -18,6 +18,7 @@ from workloads import WORKLOADS
 from rada_kernels import Options
 from rada_kernels.rational_projection.config import forward_config
 from rada_kernels.triton_common.call import Shapes
+from rada_kernels.triton_common.config import kernels_version, write_tuned
 from rada_kernels.triton_common.target import Usage
 
 LOAD = WORKLOADS["imagenet-r"]
@@ -65,12 +66,12 @@ def test_what_tuning_finds_is_what_the_library_then_launches(tmp_path, monkeypat
     monkeypatch.setattr(autotune, "SAMPLES", 1)
     out = tmp_path / "tuned.json"
     kept = {"rational_projection_bwd_rows sm_80 float16 512": dict(BR=16, BC=16, BD=16, num_warps=1, num_stages=1)}
-    out.write_text(json.dumps(kept))
+    write_tuned(out, kept)
     before = record_launches(LOAD, "step-features", torch.bfloat16, Recorder(device_named("sm_90")))
     target = TuningRecorder()
     autotune.tune("imagenet-r", "bfloat16", run_on(target), target, FakeClock(), 2, out)
     assert "6000.000 ms by the tables, 1000.000 ms tuned" in capsys.readouterr().out
-    tuned = json.loads(out.read_text())
+    tuned = json.loads(out.read_text())["configs"]
     assert kept.items() <= tuned.items()
     assert {key.split()[0] for key in tuned.keys() - kept.keys()} == {*WISHES}, (
         "what no trial improved keeps its table's"
@@ -86,6 +87,16 @@ def test_what_tuning_finds_is_what_the_library_then_launches(tmp_path, monkeypat
             assert before[kernel][name] != wish == after[kernel][name], (kernel, name)
     float16 = Shapes.of(Options(), 512, torch.float16, library.device, "highest")
     assert forward_config(library, float16, 200).num_warps == 4, "another dtype"
+
+
+def test_what_was_tuned_for_other_kernels_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune, "SAMPLES", 1)
+    out = tmp_path / "tuned.json"
+    out.write_text(json.dumps({"kernels": "0a1b", "configs": {"mask_attention_fwd sm_90 bfloat16": {"BX": 16}}}))
+    target = TuningRecorder()
+    with pytest.warns(UserWarning, match="is ignored: of version 0a1b"):
+        autotune.tune("imagenet-r", "bfloat16", run_on(target), target, FakeClock(), 1, out, deadline=0.0)
+    assert json.loads(out.read_text()) == {"kernels": kernels_version(), "configs": {}}
 
 
 def test_a_trial_that_is_no_gain_is_not_kept():
@@ -132,4 +143,4 @@ def test_a_dry_run_searches_without_a_gpu(tmp_path, capsys):
     options = ["--dry-run", "--workload", "caltech101", "--dtype", "bfloat16", "--passes", "1", "--seconds", "5"]
     autotune.main([*options, "--out", str(out)])
     assert "caltech101 bfloat16: " in capsys.readouterr().out
-    assert json.loads(out.read_text()), "larger blocks are fewer programs"
+    assert json.loads(out.read_text())["configs"], "larger blocks are fewer programs"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import torch
 
 from rada_kernels.logit_reduction import config as reduction
@@ -19,15 +22,29 @@ MANY_WIDTHS = (9, 16, 64, 96, 144, 256)
 SIZES = [(k, e) for e in HEAD_WIDTHS for k in FEW] + [(k, e) for e in MANY_WIDTHS for k in MANY]
 
 
+def choices() -> list[Callable]:
+    """Every function of the steps' config.py that chooses by target and shapes, and maybe by the number of classes."""
+    takes = ["target", "shapes", "classes"]
+    return [
+        function
+        for module in (projection, attention, reduction)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__
+        and not name.startswith("_")
+        and [*inspect.signature(function).parameters] in (takes, takes[:2])
+    ]
+
+
+CHOICES = choices()
+
+
 def configurations(device: Device, dtype: torch.dtype, classes: int, head_width: int) -> set[tuple]:
-    """(function, configuration) of every kernel of a step with two heads."""
+    """(function, what it chooses) for every kernel of a step with two heads."""
     target = Target(device, configs={})
     shapes = Shapes.of(Options(2), 2 * head_width, dtype, device, "highest")
-    of_classes = (
-        projection.forward_config, attention.forward_config, attention.queries_bwd_config, attention.keys_bwd_config,
-        reduction.forward_config, reduction.backward_config,
-    )  # fmt: skip
-    made = {(f"{f.__module__}.{f.__name__}", f(target, shapes, classes)) for f in of_classes}
-    for f in (projection.weight_bwd_config, projection.rows_bwd_config):
-        made.add((f"{f.__module__}.{f.__name__}", f(target, shapes)))
-    return made | {("joint", attention.joint_bwd_config(shapes))}
+    made = {("joint", attention.joint_bwd_config(shapes))}
+    for choose in CHOICES:
+        arguments = (target, shapes, classes)[: choose.__code__.co_argcount]
+        chosen = choose(*arguments)
+        made.add((choose.__name__, choose.__module__, tuple(chosen.items()) if isinstance(chosen, dict) else chosen))
+    return made

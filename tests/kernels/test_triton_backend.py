@@ -22,7 +22,15 @@ from rada_kernels.options import QUERIES, Options, Params
 from rada_kernels.rational_projection import config as projection
 from rada_kernels.triton_common import device as devices
 from rada_kernels.triton_common.call import Call, Shapes
-from rada_kernels.triton_common.config import BLOCKS, AttentionConfig, GemmConfig, PairBlock, config_key
+from rada_kernels.triton_common.config import (
+    BLOCKS,
+    AttentionConfig,
+    GemmConfig,
+    PairBlock,
+    config_key,
+    kernels_version,
+    write_tuned,
+)
 from rada_kernels.triton_common.device import INTERPRETER, KIB, Device
 from rada_kernels.triton_common.state import Attended, Projections
 from rada_kernels.triton_common.target import Gpu, Target, Usage, fit
@@ -239,7 +247,10 @@ def tuned_file(tmp_path, monkeypatch):
 
     def write(content) -> str:
         path = tmp_path / f"tuned-{next(numbers)}.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        if isinstance(content, str):
+            path.write_text(content)
+        else:
+            write_tuned(path, content)
         monkeypatch.setenv("RADA_TUNED", str(path))
         return str(path)
 
@@ -255,7 +266,8 @@ GOOD = {"BR": 128, "BC": 128, "BD": 32, "num_warps": 4, "num_stages": 2}
     ("content", "parts"),
     [
         ("{", ["Expecting property name", "it takes a file that bench/autotune.py wrote"]),
-        ([], ["got []; it takes an object"]),
+        ("[]", ["got []; it takes an object"]),
+        ([], ["configs: got []; it takes an object"]),
         ({KEY: 3}, [f"{KEY}: got 3; it takes an object"]),
         ({"projection": {KEY: GOOD}}, [f"projection: {KEY}: got {GOOD}; it takes one of (16, 32"]),
         (
@@ -282,6 +294,29 @@ def test_a_missing_tuned_file_is_named(monkeypatch):
     monkeypatch.setenv("RADA_TUNED", "/nowhere/tuned.json")
     with pytest.raises(ValueError, match=r"^RADA_TUNED: /nowhere/tuned.json: .*No such file"):
         projection_of(SM_90)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "told"), [({"kernels": "0a1b"}, "of version 0a1b"), ({}, "it tells of no version")]
+)
+def test_a_file_tuned_for_other_kernels_is_ignored_with_one_warning(tuned_file, kernels, told):
+    """Whatever it holds: fields may have had other names."""
+    path = tuned_file(json.dumps({**kernels, "configs": {KEY: {"BX": 7}}}))
+    with pytest.warns(UserWarning, match=rf"^RADA_TUNED: {re.escape(path)} is ignored: {told}") as caught:
+        assert projection_of(SM_90) == projection_of(SM_90) == projection_of(Target(SM_90.device, configs={}))
+    assert len(caught) == 1
+
+
+def test_a_tuned_file_is_of_the_kernels_and_triton(monkeypatch):
+    triton = pytest.importorskip("triton")
+    here = kernels_version()
+    assert kernels_version.__wrapped__() == here
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    assert kernels_version.__wrapped__() != here
+    monkeypatch.undo()
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + b"#" * (path.parent.name == "triton"))
+    assert kernels_version.__wrapped__() != here
 
 
 def usages(table: dict):
@@ -548,19 +583,41 @@ def specialisations(launch) -> tuple:
     return tuple(key)
 
 
-def test_shapes_do_not_compile_anew():
-    """Twenty sizes, eight images or more: one set of kernels up to 256 classes, one up to 512, one above."""
-    pytest.importorskip("triton")
+def variants(batch: int, classes: int, mode: str = "step-features") -> dict[str, set]:
+    """What a pass of these sizes compiles, by kernel."""
     from codegen.launches import Recorder, record_launches
     from workloads import Workload
 
-    sizes = [(b, k) for b in (8, 17, 32, 100) for k in (64, 101, 397, 1000, 2049)]
     compiled: dict[str, set] = {}
-    for batch, classes in sizes:
-        load = Workload("size", batch, classes, 512, 8)
-        for launch in record_launches(load, "step-features", torch.bfloat16, Recorder(SM_90.device, configs={})):
-            compiled.setdefault(launch.name, set()).add(specialisations(launch))
+    load = Workload("size", batch, classes, 512, 8)
+    for launch in record_launches(load, mode, torch.bfloat16, Recorder(SM_90.device, configs={})):
+        compiled.setdefault(launch.name, set()).add(specialisations(launch))
+    return compiled
+
+
+def test_shapes_do_not_compile_anew():
+    """Twenty sizes, eight images or more: one set of kernels up to 256 classes, one up to 512, one above."""
+    pytest.importorskip("triton")
+    compiled: dict[str, set] = {}
+    for batch, classes in itertools.product((8, 17, 32, 100), (64, 101, 397, 1000, 2049)):
+        for name, variant in variants(batch, classes).items():
+            compiled.setdefault(name, set()).update(variant)
     assert len(compiled) == 14
     # 100 images of 1000 classes are beyond the budget: their forward pass does not look for where the largest is.
     of_places = {"rational_projection_fwd": 4}
     assert {name: len(variants) for name, variants in compiled.items() if len(variants) > 3} == of_places
+
+
+@pytest.mark.parametrize("classes", [47, 101, 1000, 1001])
+def test_a_last_batch_compiles_nothing(classes):
+    """Of five images or more; of four, two and one, the kernels whose tiles are pairs of images and classes."""
+    pytest.importorskip("triton")
+    compiled = variants(32, classes)
+    assert all(variants(batch, classes) == compiled for batch in (31, 17, 9, 7, 5))
+    of_few = [variants(batch, classes) for batch in (4, 3, 2, 1)]
+    assert of_few[0] == of_few[1]
+    of_pairs = {name for name in compiled if any(few[name] != compiled[name] for few in of_few)}
+    assert of_pairs <= {
+        "rational_projection_fwd", "logit_reduction_fwd", "logit_reduction_bwd", "rational_projection_bwd_weight",
+        "rational_projection_bwd_features",
+    }  # fmt: skip

@@ -9,8 +9,9 @@ from implementations import all_methods, work
 from workloads import Inputs, Workload, make_inputs
 
 from rada_kernels import Params, rada_logits
-from rada_kernels.backends import reference
+from rada_kernels.backends import plain, reference
 from rada_kernels.backends import triton as backend
+from rada_kernels.self_check import self_check
 from tests.kernels.on_device import *  # noqa: F403
 from tests.kernels.reached import SIZES as REACHED
 from tests.kernels.truth import assert_as_good_as_reference, make_case, results
@@ -33,6 +34,31 @@ def precision(request):
     torch.set_float32_matmul_precision("highest")
 
 
+def steady_inputs(classes: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """The 32 of 96 images whose largest |M - 1| stands out most: ties decide where linf's gradient goes."""
+    inputs = make_inputs(Workload("steady", 96, classes, 512, 8), "step-features", dtype, device)
+    single, gaps = inputs.to(torch.float32, "forward"), []
+    for image in single.image.split(1):
+        mask = reference.mask(image, single.text, single.params, single.options)
+        largest, second = (mask - 1).abs().flatten().topk(2).values
+        gaps.append((largest - second) / largest)
+    return inputs.to(dtype, "step-features", torch.stack(gaps).topk(32).indices)
+
+
+@pytest.mark.first
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [1000, 1023, 1024])
+def test_target_shapes(classes, dtype, device):
+    """32 images, D = 512, eight heads, "linf": right by the one rule, and the same bits twice."""
+    inputs = steady_inputs(classes, dtype, device)
+    step = work(all_methods()["triton"], inputs)
+    first, second = step(), step()
+    verdict = Judge(inputs).judge(first)
+    assert verdict.right, verdict.account
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
 @SIZES
 @pytest.mark.parametrize("precision", ["highest", "high"], indirect=True)
 def test_float32(classes, precision, device, poisoned_empty):
@@ -48,6 +74,7 @@ def test_16_bits(classes, dtype, device, poisoned_empty):
     assert_as_good_as_reference(case, "triton", dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("classes", "head_width"), REACHED, ids=lambda number: str(number))
 @pytest.mark.parametrize("dtype", backend.DTYPES, ids=str)
 def test_every_configuration(dtype, head_width, classes, device, poisoned_empty):
@@ -56,6 +83,18 @@ def test_every_configuration(dtype, head_width, classes, device, poisoned_empty)
         pytest.skip(reason)
     case = make_case(2, classes, 2 * head_width, 2, clear_gates=True, penalty="l1").to(device)
     assert_as_good_as_reference(case, "triton", dtype)
+
+
+@pytest.mark.first
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_self_check(dtype, device, monkeypatch):
+    usable, reason = backend.usable(dtype, device, 128, 2)
+    if not usable:
+        pytest.skip(reason)
+    monkeypatch.delenv("RADA_SELF_CHECK", raising=False)
+    agrees, found = self_check(backend, plain, dtype, device, 128, 2)
+    assert agrees, found
+    assert "agrees with torch" in found
 
 
 def step(case) -> list[torch.Tensor]:
@@ -85,6 +124,7 @@ def tensors_of(case) -> list[torch.Tensor]:
     return [case.image, case.text, case.weight, *case.layers]
 
 
+@pytest.mark.first
 @CLASSES  # noqa: F405
 def test_a_step_is_captured_in_a_cuda_graph(classes, device):
     case, other = step_case(classes, device), step_case(classes, device, seed=1)
@@ -103,6 +143,7 @@ def test_a_step_is_captured_in_a_cuda_graph(classes, device):
         assert torch.equal(mine, eager)
 
 
+@pytest.mark.first
 @CLASSES  # noqa: F405
 def test_the_current_stream_is_used(classes, device):
     """Inputs that become right late, on the stream of the call: a launch on another stream would read the old ones."""
@@ -119,6 +160,7 @@ def test_the_current_stream_is_used(classes, device):
         assert torch.equal(late, eager)
 
 
+@pytest.mark.first
 @CLASSES  # noqa: F405
 def test_a_device_that_is_not_the_current_one(classes, device):
     if torch.cuda.device_count() < 2:
@@ -146,30 +188,6 @@ def test_memory_does_not_grow_with_pairs_of_classes(device):
     few, many = peak_bytes(2048, device), peak_bytes(4096, device)
     assert many < 2.2 * few
     assert many < 4 * 3 * 2 * 4096**2, "less than one [B, H, K, K]"
-
-
-def steady_inputs(classes: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """The 32 of 96 images whose largest |M - 1| stands out most: ties decide where linf's gradient goes."""
-    inputs = make_inputs(Workload("steady", 96, classes, 512, 8), "step-features", dtype, device)
-    single, gaps = inputs.to(torch.float32, "forward"), []
-    for image in single.image.split(1):
-        mask = reference.mask(image, single.text, single.params, single.options)
-        largest, second = (mask - 1).abs().flatten().topk(2).values
-        gaps.append((largest - second) / largest)
-    return inputs.to(dtype, "step-features", torch.stack(gaps).topk(32).indices)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("classes", [1000, 1023, 1024])
-def test_target_shapes(classes, dtype, device):
-    """32 images, D = 512, eight heads, "linf": right by the one rule, and the same bits twice."""
-    inputs = steady_inputs(classes, dtype, device)
-    step = work(all_methods()["triton"], inputs)
-    first, second = step(), step()
-    verdict = Judge(inputs).judge(first)
-    assert verdict.right, verdict.account
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
 
 
 def test_more_than_two_to_the_31_elements(device, monkeypatch):

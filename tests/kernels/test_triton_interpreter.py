@@ -28,6 +28,8 @@ TESTS = Path(__file__).parent
         ("test_self_check.py", "not slow"),
         pytest.param("test_triton_operator.py", "slow", marks=pytest.mark.slow),
         pytest.param("test_triton_races.py", "slow", marks=pytest.mark.slow),
+        pytest.param("test_triton_rounding.py", "slow", marks=pytest.mark.slow),
+        pytest.param("test_triton_many_classes.py", "slow", marks=pytest.mark.slow),
     ],
 )
 def test_under_the_interpreter(module, marks):

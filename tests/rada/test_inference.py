@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from rada.checkpoint import save_model
 from rada.clip import RAdaCLIP
 from rada.data.feature_files import FeatureFile
 from rada.inference import PredictOptions, Predictor, plan_shards, predict, predict_to_folder, read_manifest
+from rada.inference import predictor as predictor_module
 from rada.models import ModelSpec
 from tests.rada.predictions import CLASSES, NAMES, ROWS, SMALL, WIDTH, checkpoint_of, rows, saved, table_of
 
@@ -60,6 +62,30 @@ def test_numpy_shards(checkpoint, features, tmp_path, what):
         torch.testing.assert_close(stored("probabilities"), best.values)
     else:
         torch.testing.assert_close(stored(what), expected(what))
+
+
+def test_the_head_is_graphed_once_and_all_batches_go_through(checkpoint, features, tmp_path, monkeypatch):
+    """Of the first batch, a whole one; the last ones of the shards are smaller."""
+    captured, replayed = [], []
+
+    def graphed(head, batch):
+        captured.append((len(batch), threading.get_ident()))
+
+        def replay(rows):
+            replayed.append((len(rows), threading.get_ident()))
+            return head(rows)
+
+        return replay
+
+    monkeypatch.setattr(predictor_module, "graphed", graphed)
+    options = {"features": features, "device": "cpu"}
+    predict(checkpoint, tmp_path / "graphed", SMALL, cuda_graph=True, **options)
+    predict(checkpoint, tmp_path / "out", SMALL, **options)
+    here = threading.get_ident()
+    assert captured == [(8, here)]
+    assert sum(count for count, _ in replayed) == ROWS
+    assert {thread for _, thread in replayed} == {here}, "a graph is not for several threads"
+    assert table_of(tmp_path / "graphed") == table_of(tmp_path / "out")
 
 
 def test_one_file_holds_what_the_shards_hold(checkpoint, features, tmp_path):

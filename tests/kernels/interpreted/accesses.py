@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from codegen.launches import Launch
+from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rada_kernels.triton_common.device import INTERPRETER, Device
 from rada_kernels.triton_common.target import Target
@@ -54,9 +57,37 @@ class Seen:
         empty = np.empty(0, np.int64)
         return Access(np.concatenate([empty, *unique.values()]), np.concatenate([empty, *programs]))
 
+    @property
+    def outside(self) -> np.ndarray:
+        """Granules that are accessed and belong to none of the launch's tensors."""
+        tensors = [tensor for tensor in _tensors(self.launch.arguments.values()) if tensor.numel()]
+        first, count = (np.array(column) for column in zip(*map(_granules, tensors), strict=True))
+        order = np.argsort(first)
+        accessed = np.unique(self.of("load", "store", "atomic").granules)
+        at = np.searchsorted(first[order], accessed, "right") - 1
+        inside = (at >= 0) & (accessed < (first + count)[order][at])
+        return accessed[~inside]
+
     def bytes_of(self, *kinds: str) -> int:
         """Distinct ones."""
         return GRANULE * len(np.unique(self.of(*kinds).granules))
+
+
+def _granules(tensor: Tensor) -> tuple[int, int]:
+    """The first, and how many."""
+    return tensor.data_ptr() // GRANULE, tensor.numel() * tensor.element_size() // GRANULE
+
+
+def _tensors(arguments) -> Iterator[Tensor]:
+    """Those of a kernel's arguments: by themselves, within tuples, under descriptors."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            assert argument.is_contiguous()
+            yield argument
+        elif isinstance(argument, TensorDescriptor):
+            yield argument.base
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
 
 
 class Recorded(Target):

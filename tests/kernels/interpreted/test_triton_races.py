@@ -1,4 +1,4 @@
-"""No launch has a race: from the addresses of every load and store, by program.
+"""No launch has a race, or leaves its tensors: from the addresses of every load and store, by program.
 
 The interpreter runs programs one after another, so that values alone would hide two programs that write one address, or
 one that reads what another writes: on a GPU their order is open.
@@ -87,6 +87,7 @@ def test_no_launch_has_a_race(classes, device, dtype, monkeypatch):
     for seen in target.launches:
         assert races(seen) == [], f"{seen.launch.name}, {seen.launch.grid} programs"
         assert seen.of("store").granules.size, seen.launch.name
+        assert not seen.outside.size, f"{seen.launch.name} reads or writes what is none of its tensors"
 
 
 @triton.jit
@@ -109,3 +110,19 @@ def test_a_race_is_found(write, found, monkeypatch):
         target = Recorded(patch)
         target.run(_racing_kernel, (2,), {"x": torch.randn(32), "y": torch.randn(32), "WRITE": write})
     assert races(target.launches[0]) == [found]
+
+
+@triton.jit
+def _leaving_kernel(x, y, N: tl.constexpr):
+    o = tl.arange(0, 16)
+    tl.store(y + o, tl.load(x + o, mask=o < N, other=0.0))
+
+
+@pytest.mark.parametrize(("rows", "written", "left"), [(12, 16, 0), (16, 16, 8), (12, 12, 8)])
+def test_an_access_outside_is_found(rows, written, left, monkeypatch):
+    """In granules of two bytes; memory beyond them is the test's own."""
+    memory = torch.randn(2, 64)
+    with monkeypatch.context() as patch:
+        target = Recorded(patch)
+        target.run(_leaving_kernel, (1,), {"x": memory[0, :12], "y": memory[1, :written], "N": rows})
+    assert len(target.launches[0].outside) == left
