@@ -52,6 +52,27 @@ def test_forward_kernels(arch, name, dtype):
 
 
 @pytest.mark.parametrize(
+    ("arch", "head_width"),
+    [
+        ("sm_90", 144),
+        pytest.param("sm_86", 192, marks=pytest.mark.slow),
+        pytest.param("sm_90", 256, marks=pytest.mark.slow),
+        pytest.param("sm_100", 192, marks=pytest.mark.slow),
+    ],
+)
+def test_wide_heads_of_float32_do_not_spill(arch, head_width):
+    """The gradients of few classes, which have the least blocks that there are."""
+    with float32_precision("high"):
+        launches = record_launches(SIZES[f"E{head_width}-K10"], "step", torch.float32, recorder(arch))
+    gradients = [launch for launch in launches if launch.name.startswith("mask_attention_bwd")]
+    assert len(gradients) == 4, "joint, the queries' delta, queries, keys"
+    for launch in gradients:
+        code = compile_launch(arch, launch)
+        assert code.spill_bytes == 0, (launch.name, launch.arguments["C"])
+        assert code.shared_bytes <= device_named(arch).shared_bytes, launch.name
+
+
+@pytest.mark.parametrize(
     ("arch", "head_width", "wish", "limit"),
     [
         ("sm_90", 128, AttentionConfig(64, 64, 4, 2), None),  # spills 112 bytes

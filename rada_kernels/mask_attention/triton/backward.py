@@ -22,6 +22,7 @@ from rada_kernels.mask_attention.config import (
     joint_bwd_config,
     joint_bwd_registers,
     keys_bwd_config,
+    keys_bwd_registers,
     queries_bwd_config,
     queries_bwd_registers,
 )
@@ -417,6 +418,7 @@ def mask_attention_bwd_keys(
     """Fills the gradients of keys and values."""
     batch, classes, _ = call.sizes
     described, shapes, projected = call.config(by_descriptors, classes), call.shapes, arguments["projected"]
+    registers = call.config(keys_bwd_registers)
 
     def blocks(c: AttentionConfig):
         def of(rows: Tensor) -> Blocks:
@@ -425,7 +427,7 @@ def mask_attention_bwd_keys(
         text, everything = projected.query_text.unsqueeze(0), projected.projections.flatten(0, 1)
         queries = [of(rows) for rows, used in ((text, shapes.TEXT), (everything, shapes.RATIONAL)) if used]
         grid = (batch * shapes.H * cdiv(classes, c.BN),)
-        return grid, {"dO_blocks": of(arguments["dO"]), "query_blocks": tuple(queries)}
+        return grid, {"dO_blocks": of(arguments["dO"]), "query_blocks": tuple(queries), **registers}
 
     call.target.launch(
         _mask_attention_bwd_keys_kernel, config or call.config(keys_bwd_config, classes), blocks,
