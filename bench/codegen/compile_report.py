@@ -6,9 +6,9 @@ once and its machine code read (machine_code.py); a configuration that does not 
 launches are recorded again, until nothing is left to compile. Times of 16-bit workloads are predicted by a model
 (prediction.py) on the parts for which published measurements calibrate it (calibration.py).
 
+What is compiled is chosen so that no kernel is compiled twice that cannot differ in kind: `loads_of`, `covered`.
 What is compiled is kept in runs/codes.jsonl: a run that was stopped goes on, and after a change only what
-changed is compiled again. From nothing, about 7,000 kernels of 2 to 5 seconds: hours on two cores. Tables of every
-kernel and of every predicted call go to runs/compile_report/.
+changed is compiled again. Tables of every kernel and of every predicted call go to runs/compile_report/.
 """
 
 from __future__ import annotations
@@ -49,25 +49,50 @@ from rada_kernels.backends.triton import spills
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "runs"
+PREDICTED = "bfloat16"
 FEW_CLASSES = 256  # up to here two programs are to reside on a multiprocessor
-# (dtype, torch.get_float32_matmul_precision(), architectures or None for all). What a device's registers do not hold is
-# left out, as `usable` leaves it to torch.
+# (dtype, torch.get_float32_matmul_precision(), architectures or None for all, class numbers of its sizes). What a
+# device's registers do not hold is left out, as `usable` leaves it to torch.
 KINDS = {
-    "bfloat16": (torch.bfloat16, "highest", None),
-    "float16": (torch.float16, "highest", None),
-    "float32": (torch.float32, "high", None),
-    "float32-highest": (torch.float32, "highest", ["sm_90"]),
+    "bfloat16": (torch.bfloat16, "highest", None, (10, 24, 100, 1000)),
+    "float16": (torch.float16, "highest", None, (1000,)),
+    "float32": (torch.float32, "high", None, (10, 24, 1000)),
+    "float32-highest": (torch.float32, "highest", ["sm_90"], (10, 1000)),
 }
-# Every head width at a CLIP's width D: (E, D). 10 and 24 classes have blocks of 16 and 32, 100 and 1000 those of few
-# and of many classes.
-HEADS = ((16, 512), (32, 512), (48, 768), (64, 512), (80, 640), (96, 768), (128, 512))
-HEADS += ((144, 1152), (160, 1280), (192, 1536), (256, 2048))
-CLASSES = (10, 24, 100, 1000)
-SIZES = {
-    load.name: load
-    for head_width, width in HEADS
-    for load in (Workload(f"E{head_width}-K{k}", 32, k, width, width // head_width) for k in CLASSES)
-}
+SAME_CODE = {"sm_89": "sm_86"}  # the same PTX and machine code: tests/kernels/test_triton_compile.py
+ARCHS = [arch for arch in ARCHITECTURES if arch not in SAME_CODE]
+# With eight heads: every width of open_clip's encoders, and the widest that the kernels take. 10 and 24 classes have
+# blocks of 16 and 32, 100 and 1000 those of few and of many classes.
+HEADS = (32, 48, 64, 80, 96, 128, 144, 160, 192, 256)
+CLASSES = KINDS["bfloat16"][-1]
+SIZES = {load.name: load for width in HEADS for load in (Workload(f"E{width}-K{k}", 32, k, 8 * width) for k in CLASSES)}
+BASIC = "eurosat", "caltech101", "imagenet"  # few classes, some and many
+WHOLE = "bfloat16", 1000  # dtype and class number of the sizes whose every kernel is compiled
+
+
+def loads_of(arch: str, kind: str) -> list[Workload]:
+    """The sizes, and the basic workloads, or all of them where their times are predicted."""
+    names = WORKLOADS if arch in PARTS and kind == PREDICTED else BASIC
+    return [WORKLOADS[name] for name in names] + [load for load in SIZES.values() if load.classes in KINDS[kind][-1]]
+
+
+def covered(kind: str, load: Workload, call: Launch | TorchCall) -> bool:
+    """Whether a call is part of the report. The attention's registers follow from a head's width: it is compiled at
+    every size. The other kernels are at every width in one dtype; at all class numbers and dtypes workloads have them.
+    """
+    if load.name in WORKLOADS:
+        return True
+    return isinstance(call, Launch) and (call.name.startswith("mask_attention") or (kind, load.classes) == WHOLE)
+
+
+WHAT = [
+    f"They are all kernels of {', '.join(BASIC)}, in bfloat16 on {' and '.join(PARTS)} of every workload; for heads of",
+    f"{', '.join(map(str, HEADS))} columns, eight of them, the attention with "
+    + "; ".join(f"{', '.join(map(str, classes))} classes in {kind}" for kind, (*_, classes) in KINDS.items())
+    + ";",
+    f"of these in {WHOLE[0]} with {WHOLE[1]} classes the other kernels too. sm_89 has the machine code of sm_86.",
+    "",
+]
 
 
 def pass_of(row: dict) -> tuple:
@@ -79,8 +104,10 @@ def modes_of(load: Workload) -> tuple[str, ...]:
     return load.modes if load.name in WORKLOADS else ("step-features",)
 
 
-def gather(archs: list[str], kinds: list[str], loads: list[Workload], codes: dict[str, Code]) -> list[dict]:
-    """A row for every call of every pass. codes: what is compiled already, by which blocks are fitted."""
+def gather(archs: list[str], kinds: list[str], loads: list[Workload] | None, codes: dict[str, Code]) -> list[dict]:
+    """A row for every call of every pass. loads: None for loads_of. codes: what is compiled already, by which blocks
+    are fitted.
+    """
     rows = []
     for arch in archs:
 
@@ -89,26 +116,28 @@ def gather(archs: list[str], kinds: list[str], loads: list[Workload], codes: dic
             return code and code.usage
 
         for kind in kinds:
-            dtype, precision, only = KINDS[kind]
+            dtype, precision, only, _ = KINDS[kind]
             if only and arch not in only:
                 continue
             recorder = Recorder(device_named(arch), usage_of, configs={})
-            for load in loads:
+            for load in loads or loads_of(arch, kind):
                 if spills(recorder.device, dtype, load.width / load.heads):
                     continue
                 for mode in modes_of(load):
                     with float32_precision(precision):
-                        rows += [
-                            {
-                                "arch": arch,
-                                "kind": kind,
-                                "load": load,
-                                "mode": mode,
-                                "call": call,
-                                "key": key_of(arch, call) if isinstance(call, Launch) else None,
-                            }
-                            for call in record_calls(load, mode, dtype, recorder)
-                        ]
+                        calls = record_calls(load, mode, dtype, recorder)
+                    rows += [
+                        {
+                            "arch": arch,
+                            "kind": kind,
+                            "load": load,
+                            "mode": mode,
+                            "call": call,
+                            "key": key_of(arch, call) if isinstance(call, Launch) else None,
+                        }
+                        for call in calls
+                        if covered(kind, load, call)
+                    ]
     return rows
 
 
@@ -154,7 +183,7 @@ def predict(rows: list[dict], codes: dict[str, Code]) -> list[tuple[dict, Spent]
     """The calls whose time is predicted, those of bfloat16 workloads on calibrated parts, and what they spend."""
     out = []
     for row in rows:
-        if row["load"].name in WORKLOADS and row["kind"] == "bfloat16" and row["arch"] in PARTS:
+        if row["load"].name in WORKLOADS and row["kind"] == PREDICTED and row["arch"] in PARTS:
             call, arch = row["call"], row["arch"]
             if isinstance(call, Launch):
                 out.append((row, predicted(call, arch, codes[row["key"]])))
@@ -184,6 +213,7 @@ def render(rows: list[dict], codes: dict[str, Code], left: int) -> tuple[str, li
         "",
         f"{len(kernels)} distinct kernels were compiled; {meet} meet every figure."
         + (f" {left} more were not compiled in this run." if left else ""),
+        *WHAT,
         "The figures: no byte spilled; a tensor-core instruction for every product; shared memory within the device's",
         f"limit; a program resident on a multiprocessor, two where K ≤ {FEW_CLASSES}.",
         'float32 is compiled as torch.set_float32_matmul_precision("high") asks, and for sm_90 as "highest" does too,',
@@ -317,9 +347,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loads = WORKLOADS | SIZES
     parser = argparse.ArgumentParser(description=main.__doc__)
     add = parser.add_argument
-    add("--arch", action="append", choices=ARCHITECTURES, help="default: all")
+    add("--arch", action="append", choices=ARCHS, help="default: all")
     add("--dtype", action="append", choices=KINDS, help="default: all")
-    add("--workload", action="append", choices=loads, metavar="NAME", help="or a size such as E64-K100; default: all")
+    add(
+        "--workload",
+        action="append",
+        choices=loads,
+        metavar="NAME",
+        help="or a size such as E64-K100; default: `loads_of`",
+    )
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: the cores")
     add("--count", action="store_true", help="say how many kernels there are to compile, and stop")
     add("--stored", action="store_true", help="compile nothing: write the report of what a stopped run has compiled")
@@ -327,9 +363,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--tables", type=Path, default=RUNS / "compile_report", help="the folder of the .csv tables")
     options = parser.parse_args(arguments)
     chosen = (
-        options.arch or [*ARCHITECTURES],
+        options.arch or ARCHS,
         options.dtype or [*KINDS],
-        [loads[name] for name in options.workload or loads],
+        [loads[name] for name in options.workload] if options.workload else None,
     )
     RUNS.mkdir(exist_ok=True)
     store = Store(RUNS / "codes.jsonl")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
@@ -143,43 +143,53 @@ def _tensor_copy_bytes(pattern: str, ttgir: str, asked: int) -> float:
     return whole / max(1, asked)
 
 
-def read_nvidia(compiled) -> Code:
-    capability = compiled.metadata.target.arch
+# Of 16 bytes.
+WIDE_ACCESS = r"\b(?:(?:ld|st)\.global\b[.\w:]*\.v(?:4\.[bfu]32|2\.[bfu]64)|cp\.async\.cg\.shared\.global\b)"
+
+
+def _tool(name: str, options: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
+        command = [str(TOOLS / name), *options.split(), file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        def tool(*command: str) -> str:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage = tool(str(TOOLS / "cuobjdump"), "-res-usage", file.name)
-        code = tool(str(TOOLS / "nvdisasm"), "-c", file.name)
+def read_nvidia(compiled) -> Code:
+    """Products and wide accesses stand in PTX as in machine code. That is listed only where its way is wanted, as
+    nvdisasm takes a quarter of a second to start.
+    """
+    usage = _tool("cuobjdump", "-res-usage", compiled.asm["cubin"])
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    spills = _count(r"\b(?:STL|LDL)\b", code)
-    products = _products(compiled.asm["ttgir"])
+    ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
+    products = _products(ttgir)
     flop = sum(product.flop for product in products)
-    asked = sum(
-        -(-product.rows // 128) * product.depth // 16 for product in products
-    )  # tcgen05 takes 128 rows, 16 deep
     columns = getattr(compiled.metadata, "tmem_size", 0) or 0
-    timed = capability in TIMED and columns <= TENSOR_COLUMNS
+    timed = compiled.metadata.target.arch in TIMED and columns <= TENSOR_COLUMNS
+    return Code(
+        registers=registers,
+        spill_bytes=stack + local,  # as a GPU's driver counts them
+        shared_bytes=compiled.metadata.shared,
+        tensor_core=_by_name(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx),
+        products=_count(r"tt\.dot ", compiled.asm["ttir"]),
+        wide_accesses=_count(WIDE_ACCESS, ptx),
+        tensor_columns=columns,
+        operand_bytes_per_flop=sum(product.operand_bytes for product in products) / max(1, flop),
+        unread=_unread(compiled.asm["ttir"]),
+        way=_way(compiled, products) if timed else NO_WAY,
+    )
+
+
+def _way(compiled, products: list[_Product]) -> Way:
+    code = _tool("nvdisasm", "-c -ndf", compiled.asm["cubin"])
+    # tcgen05 takes 128 rows, 16 deep.
+    asked = sum(-(-product.rows // 128) * product.depth // 16 for product in products)
     copied = (
         _tensor_copy_bytes(pattern, compiled.asm["ttgir"], _count(rf"\b{name}\b", code))
         for pattern, name in ((TENSOR_LOAD, "UTMALDG"), (TENSOR_STORE, "UTMASTG"))
     )
-    sizes = Sizes(flop / max(1, asked), *copied)
-    return Code(
-        registers=registers,
-        spill_bytes=(stack + local) if spills else 0,
-        shared_bytes=compiled.metadata.shared,
-        tensor_core=_by_name(r"\b(UTC\w*MMA|HGMMA|HMMA)\b", code),
-        products=_count(r"tt\.dot ", compiled.asm["ttir"]),
-        wide_accesses=_count(r"\b(?:LDG|STG|LDGSTS)[.\w]*\.128\b", code),
-        tensor_columns=columns,
-        operand_bytes_per_flop=sum(product.operand_bytes for product in products) / max(1, flop),
-        unread=_unread(compiled.asm["ttir"]),
-        way=read_way(code, compiled.metadata.num_warps, sizes) if timed else NO_WAY,
-    )
+    sizes = Sizes(sum(product.flop for product in products) / max(1, asked), *copied)
+    return read_way(code, compiled.metadata.num_warps, sizes)
 
 
 def read_amd(compiled) -> Code:
@@ -199,9 +209,13 @@ def read_amd(compiled) -> Code:
     )
 
 
-def compile_launch(arch: str, launch: Launch) -> Code:
+def compiled_for(arch: str, launch: Launch) -> CompiledKernel:
     source, options = source_of(arch, launch)
-    compiled = triton.compile(source, target=target_of(arch), options=options)
+    return triton.compile(source, target=target_of(arch), options=options)
+
+
+def compile_launch(arch: str, launch: Launch) -> Code:
+    compiled = compiled_for(arch, launch)
     return read_amd(compiled) if arch.startswith("gfx") else read_nvidia(compiled)
 
 

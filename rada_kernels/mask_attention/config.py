@@ -30,15 +30,16 @@ FORWARD = {
     "rdna": {16: ((64, 16, 4, 1),) * 3},  # up to E = 64, which is what its registers hold
     "interpreter": {16: ((64, 64, 4, 1),) * 3, 32: ((64, 64, 4, 1),) * 3},
 }
-# dO stays in registers with the queries and their gradients.
+# dO stays in registers with the queries and their gradients. Above E = 128 float32 has 32 classes or two stages: with
+# 16 and one, keys and values stay in registers too.
 QUERIES_BWD = {
     "wgmma": {
         16: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1)),
-        32: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
+        32: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 8, 1)),
     },
     "mma": {
         16: ((64, 32, 4, 2), (64, 32, 4, 1), (16, 32, 8, 1)),
-        32: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
+        32: ((32, 16, 8, 2), (32, 16, 8, 2), (16, 16, 8, 2)),
     },
     "cdna": {
         16: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
@@ -47,15 +48,16 @@ QUERIES_BWD = {
     "rdna": {16: ((32, 16, 4, 1),) * 3},
     "interpreter": FORWARD["interpreter"],
 }
-# BN classes stay, BM rows are loaded: two accumulators of BN x E, so few rows at a time.
+# BN classes stay, BM rows are loaded: two accumulators of BN x E, so few rows at a time. 32 for float32 above E = 128:
+# 8 warps share their columns, with 16 they repeat them.
 KEYS_BWD = {
     "wgmma": {
         16: ((64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
-        32: ((16, 64, 4, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+        32: ((16, 64, 4, 2), (16, 32, 8, 2), (32, 16, 8, 1)),
     },
     "mma": {
         16: ((32, 64, 4, 1), (16, 64, 4, 2), (16, 32, 8, 1)),
-        32: ((16, 64, 4, 2), (16, 32, 8, 2), (16, 16, 8, 1)),
+        32: ((16, 64, 4, 2), (16, 32, 8, 2), (32, 16, 8, 1)),
     },
     "cdna": {
         16: ((32, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),
@@ -105,7 +107,9 @@ def queries_bwd_registers(target: Target, shapes: Shapes, classes: int) -> dict[
 
 
 def keys_bwd_registers(target: Target, shapes: Shapes, classes: int) -> dict[str, int]:
-    """float16, whose weights bear units, spills so."""
+    """float16, whose weights bear units, spills with 168. By itself ptxas stops at 80 in float32, with 8 bytes."""
+    if _exact(target, shapes) and shapes.E <= 160:
+        return {"maxnreg": 128}
     fits = shapes.E <= 96 and shapes.dtype == torch.bfloat16
     return _registers(168, target, shapes, classes) if fits else {}
 
@@ -123,7 +127,10 @@ def _registers(most: int, target: Target, shapes: Shapes, classes: int) -> dict[
 
 
 def queries_bwd_config(target: Target, shapes: Shapes, classes: int) -> AttentionConfig:
-    return _of_few("mask_attention_bwd_queries", target, shapes, _look_up(QUERIES_BWD, target, shapes), classes)
+    config = _look_up(QUERIES_BWD, target, shapes)
+    if _exact(target, shapes):
+        config = config.changed(BN=32, num_stages=1)
+    return _of_few("mask_attention_bwd_queries", target, shapes, config, classes)
 
 
 def keys_bwd_config(target: Target, shapes: Shapes, classes: int) -> AttentionConfig:
@@ -134,12 +141,22 @@ def keys_bwd_config(target: Target, shapes: Shapes, classes: int) -> AttentionCo
             config = config.changed(BM=16, BN=32, num_stages=2)
         elif hopper:
             config = config.changed(BM=16) if shapes.E > 128 else config.changed(num_stages=2)
+    if _exact(target, shapes):  # more rows spill kilobytes; a second stage keeps operands in shared memory
+        config = config.changed(BM=16, num_stages=2)
+    elif target.device.tensor_memory and shapes.dtype.itemsize == 4 and 128 < shapes.E <= 192:
+        config = config.changed(BM=16, BN=64)  # beyond, it would take 576 columns of 512
     return _of_few("mask_attention_bwd_keys", target, shapes, config, classes)
 
 
 def joint_bwd_config(shapes: Shapes) -> AttentionConfig:
     """Of the image query's row and what all rows share: BN classes at a time."""
     return AttentionConfig(16, 64, 4, 2) if shapes.E <= 64 else AttentionConfig(16, 32, 8, 2)
+
+
+def _exact(target: Target, shapes: Shapes) -> bool:
+    """Whether NVIDIA's multiply-adds of float32 make the products of heads wider than 128."""
+    wide = shapes.E > 128 and shapes.dtype.itemsize == 4
+    return wide and shapes.PRECISION == "ieee" and target.device.family in ("wgmma", "mma")
 
 
 def _look_up(table: Table, target: Target, shapes: Shapes) -> AttentionConfig:
@@ -151,7 +168,7 @@ def _of_few(
 ) -> AttentionConfig:
     """Blocks of 16 or 32 where so many rows are all there are, with 16 rows a warp: one instruction takes as many."""
     few = 16 if rows <= 16 else 32 if rows <= 32 else 0
-    if few:
+    if few and (shapes.dtype.itemsize == 2 or shapes.E <= 128):  # beyond, blocks are at the least, with 8 warps
         narrow = shapes.dtype.itemsize == 2 and shapes.E <= 64 and target.device.family != "rdna"  # which spills
         warps = min(config.num_warps, max(1, few // 16)) if narrow else 4
         rows = few if shapes.E <= 128 else 16  # of which 4 warps hold no more

@@ -12,6 +12,7 @@ from codegen import compile_report
 from codegen.compile_report import misses
 from codegen.machine_code import Code
 from codegen.prediction import work_of
+from workloads import WORKLOADS
 
 
 def code(**fields) -> Code:
@@ -69,6 +70,29 @@ def test_it_resumes_and_compiles_what_changed(report, tmp_path):
         assert sum(parts) == pytest.approx(float(row["predicted_us"]), abs=0.05)
 
     assert len(report(code_of, *chosen)) == first, "everything is in the store"
+
+
+def test_what_cannot_differ_in_kind_is_compiled_once():
+    """Every workload only where its time is predicted; of a size every kernel in one dtype, else the attention."""
+    names = {load.name for load in compile_report.loads_of("sm_80", "bfloat16")}
+    assert names >= {"eurosat", "caltech101", "imagenet", "E256-K24"}
+    assert "sun397" not in names
+    assert "sun397" in {load.name for load in compile_report.loads_of("sm_90", "bfloat16")}
+    float16 = {load.name for load in compile_report.loads_of("sm_90", "float16")}
+    assert "E256-K1000" in float16
+    assert "E256-K24" not in float16
+
+    def kernels(kind, name):
+        load = (WORKLOADS | compile_report.SIZES)[name]
+        rows = compile_report.gather(["sm_80"], [kind], [load], {})
+        return {row["call"].name for row in rows if row["key"]}
+
+    attention = {f"mask_attention_{kernel}" for kernel in ("fwd", "bwd_joint", "bwd_queries", "bwd_keys")}
+    assert kernels("bfloat16", "E32-K24") == attention
+    assert kernels("float32", "E32-K1000") == attention
+    everything = kernels("bfloat16", "E32-K1000")
+    assert everything > attention
+    assert everything == kernels("bfloat16", "imagenet")
 
 
 def test_it_compiles_the_halvings_of_what_does_not_fit(report, tmp_path):

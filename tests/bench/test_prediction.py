@@ -252,7 +252,7 @@ def test_loops_around_the_one_with_products_run_as_often_as_they_are_told_to():
     assert unrolled.executed(800, passes=1).other == 90
 
 
-@pytest.mark.parametrize(("arch", "core"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")])
+@pytest.mark.parametrize(("arch", "core"), [("sm_90", "wgmma.mma_async"), ("sm_100", "tcgen05.mma")])
 def test_what_is_read_from_machine_code_is_what_the_shapes_say(arch, core):
     """An attention kernel's products and exponentials, by two ways of counting."""
     load = WORKLOADS["imagenet"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ pytest.importorskip("triton")
 
 from codegen.compile_report import SIZES
 from codegen.launches import Recorder, TorchCall, device_named, float32_precision, record_calls, record_launches
-from codegen.machine_code import Store, compile_all, compile_launch, key_of
+from codegen.machine_code import Store, compile_all, compile_launch, compiled_for, key_of
 from codegen.prediction import ARCHITECTURES, resident_programs
 from workloads import WORKLOADS
 
@@ -60,6 +61,27 @@ def test_attention_programs_that_reside_on_an_h100():
             warps = launch.arguments["num_warps"]
             resident[launch.name] = resident_programs(code, ARCHITECTURES["sm_90"], "sm_90", warps)
     assert resident == {"mask_attention_fwd": 4, "mask_attention_bwd_queries": 3, "mask_attention_bwd_keys": 3}
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_width"),
+    [
+        ("sm_90", 144),
+        pytest.param("sm_86", 192, marks=pytest.mark.slow),
+        pytest.param("sm_90", 256, marks=pytest.mark.slow),
+        pytest.param("sm_100", 192, marks=pytest.mark.slow),
+    ],
+)
+def test_wide_heads_of_float32_do_not_spill(arch, head_width):
+    """The gradients of few classes, which have the least blocks that there are."""
+    with float32_precision("high"):
+        launches = record_launches(SIZES[f"E{head_width}-K10"], "step", torch.float32, recorder(arch))
+    gradients = [launch for launch in launches if launch.name.startswith("mask_attention_bwd")]
+    assert len(gradients) == 4, "joint, the queries' delta, queries, keys"
+    for launch in gradients:
+        code = compile_launch(arch, launch)
+        assert code.spill_bytes == 0, (launch.name, launch.arguments["C"])
+        assert code.shared_bytes <= device_named(arch).shared_bytes, launch.name
 
 
 @pytest.mark.parametrize(
@@ -132,6 +154,19 @@ def test_nothing_waits_for_the_device(name):
     calls = record_calls(WORKLOADS[name], "step-features", torch.float32, recorder())
     waiting = {"_local_scalar_dense", "nonzero", "masked_select"}
     assert not waiting & {call.name for call in calls}
+
+
+def test_sm_89_has_the_machine_code_of_sm_86():
+    """PTX, registers, spills and products, of a kernel whose registers are full: the report compiles one of the two."""
+    (launch,) = [
+        launch
+        for launch in record_launches(SIZES["E64-K10"], "step", torch.float32, recorder("sm_86"))
+        if launch.name == "mask_attention_bwd_keys"
+    ]
+    codes = [compile_launch(arch, launch) for arch in ("sm_86", "sm_89")]
+    assert codes[0] == codes[1]
+    ptx = [re.sub(r"(?m)^\.target .*$", "", compiled_for(arch, launch).asm["ptx"]) for arch in ("sm_86", "sm_89")]
+    assert ptx[0] == ptx[1]
 
 
 def test_kernels_are_compiled_in_other_processes(tmp_path):
