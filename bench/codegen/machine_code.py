@@ -22,7 +22,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from codegen import sass
 from codegen.launches import Launch
-from codegen.sass import Counts, Sizes, Way, read_way
+from codegen.sass import Counts, Way, read_way
 from rada_kernels.triton_common.target import Usage
 
 TIMED = 90, 100  # the compute capabilities of prediction.PARTS, times ten
@@ -156,13 +156,9 @@ def read_nvidia(compiled) -> Code:
     spills = _count(r"\b(?:STL|LDL)\b", code)
     products = _products(compiled.asm["ttgir"])
     flop = sum(product.flop for product in products)
-    asked = sum(
-        -(-product.rows // 128) * product.depth // 16 for product in products
-    )  # tcgen05 takes 128 rows, 16 deep
     columns = getattr(compiled.metadata, "tmem_size", 0) or 0
     timed = capability in TIMED and columns <= TENSOR_COLUMNS
     copied = _tensor_copy_bytes(compiled.asm["ttgir"]) / max(1, _count(r"\bUTMALDG\b", code))
-    sizes = Sizes(flop / max(1, asked), copied)
     return Code(
         registers=registers,
         spill_bytes=(stack + local) if spills else 0,
@@ -173,7 +169,7 @@ def read_nvidia(compiled) -> Code:
         tensor_columns=columns,
         operand_bytes_per_flop=sum(product.operand_bytes for product in products) / max(1, flop),
         unread=_unread(compiled.asm["ttir"]),
-        way=read_way(code, compiled.metadata.num_warps, sizes) if timed else NO_WAY,
+        way=read_way(code, compiled.metadata.num_warps, copied) if timed else NO_WAY,
     )
 
 
