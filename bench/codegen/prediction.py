@@ -112,7 +112,8 @@ def work_of(launch: Launch) -> Work:
     n, kinds, width = launch.programs, s.MATRIX, sum(pieces(s.E))
     if launch.name == "rational_projection_fwd":
         layers = a["LAYERS"]  # the few programs of features, which have one, count as the others
-        return Work(n * 2 * c.BR * c.BC * s.D * layers, tiles=layers if layers > 1 else 0)
+        flop = n * 2 * c.BR * c.BC * s.D * layers
+        return Work(flop, passes=layers, tiles=layers if layers > 1 else 0)
     if launch.name == "rational_projection_bwd_rows":
         return Work(n * 2 * c.BR * c.BC * s.D * s.LAYERS)
     if launch.name == "rational_projection_bwd_weight":
@@ -131,7 +132,10 @@ def work_of(launch: Launch) -> Work:
         rounds = s.H * -(-s.E // a["R"].BD) if forward else 1  # blocks of a head's columns, of which O is formed
         return Work(n * 2 * c.BR * passes * c.BC * contracted, passes, rounds)
     if launch.name in ("mask_attention_fwd", "mask_attention_bwd_queries"):
-        products = 2 * kinds if launch.name.endswith("fwd") else kinds + 1 + kinds * (not a["DELTA"])
+        if launch.name.endswith("fwd"):
+            products = 2 * (1 if a["TMEM"] else kinds)
+        else:
+            products = kinds + 1 + kinds * (not a["DELTA"])
         return Work(2 * n * c.BM * -(-a["K"] // c.BN) * c.BN * width * products)
     if launch.name == "mask_attention_bwd_joint":  # the image's row is one of 16, in two passes over the classes
         blocks = -(-a["K"] // c.BN)

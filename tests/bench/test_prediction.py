@@ -302,6 +302,8 @@ def test_what_is_read_from_machine_code_is_what_the_shapes_say(arch, core):
     executed = compiled.way.executed(per_warp, work.passes)
     assert executed.flop == pytest.approx(per_warp)
     exponentials = work.flop / (4 * launch.arguments["S"].E) / launch.programs / warps / 32
+    if arch == "sm_100":  # the other half are multiply-adds
+        exponentials /= 2
     assert exponentials <= executed.special < 1.2 * exponentials
     spent = predicted(launch, arch, compiled)
     assert spent.total > work.flop / PARTS[arch].flop_s["bfloat16"] + LAUNCH_S
