@@ -48,7 +48,7 @@ add.s32 $3, %n1, %p1;
 
 @triton.jit
 def exp2_on_two_units(b_x):
-    """2^x of float32, of at least four elements a thread."""
+    """2^x of float32, four elements of a thread at a time."""
     return tl.inline_asm_elementwise(_EXP2, "=f,=f,=f,=f,f,f,f,f", [b_x], tl.float32, True, 4)
 
 
