@@ -134,14 +134,18 @@ def test_what_is_not_finite_stays_so(value, device):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width"),
-    [(torch.bfloat16, 24), pytest.param(torch.float16, 16, marks=pytest.mark.slow)],
-    ids=str,
+    ("dtype", "width", "device"),
+    [
+        (torch.bfloat16, 24, SM_90),
+        pytest.param(torch.bfloat16, 24, SM_100, marks=pytest.mark.slow),
+        pytest.param(torch.float16, 16, SM_90, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_a_step(dtype, width, poisoned_empty):
+def test_a_step(dtype, width, device, poisoned_empty):
     """Loads by descriptors, in two pieces of which the second is padded; float16 keeps the running maximum."""
     case = make_case(1, 530, width, 1, clear_gates=True, penalty="mse")
-    assert_as_good_as_reference(case, on_target(Target(SM_90, configs={})), dtype)
+    assert_as_good_as_reference(case, on_target(Target(device, configs={})), dtype)
 
 
 @pytest.mark.parametrize("queries", [("image", "text", "rational"), ("image", "text")], ids="+".join)
