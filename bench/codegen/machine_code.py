@@ -22,7 +22,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from codegen import sass
 from codegen.launches import Launch
-from codegen.sass import Counts, Sizes, Way, read_way
+from codegen.sass import Copied, Counts, Way, read_way
 from rada_kernels.triton_common.target import Usage
 
 TIMED = 90, 100  # the compute capabilities of prediction.PARTS, times ten
@@ -176,20 +176,17 @@ def read_nvidia(compiled) -> Code:
         tensor_columns=columns,
         operand_bytes_per_flop=sum(product.operand_bytes for product in products) / max(1, flop),
         unread=_unread(compiled.asm["ttir"]),
-        way=_way(compiled, products) if timed else NO_WAY,
+        way=_way(compiled) if timed else NO_WAY,
     )
 
 
-def _way(compiled, products: list[_Product]) -> Way:
+def _way(compiled) -> Way:
     code = _tool("nvdisasm", "-c -ndf", compiled.asm["cubin"])
-    # tcgen05 takes 128 rows, 16 deep.
-    asked = sum(-(-product.rows // 128) * product.depth // 16 for product in products)
     copied = (
         _tensor_copy_bytes(pattern, compiled.asm["ttgir"], _count(rf"\b{name}\b", code))
         for pattern, name in ((TENSOR_LOAD, "UTMALDG"), (TENSOR_STORE, "UTMASTG"))
     )
-    sizes = Sizes(sum(product.flop for product in products) / max(1, asked), *copied)
-    return read_way(code, compiled.metadata.num_warps, sizes)
+    return read_way(code, compiled.metadata.num_warps, Copied(*copied))
 
 
 def read_amd(compiled) -> Code:

@@ -81,9 +81,10 @@ A program is a chain: its products wait for its vector work (exponentials, the o
 that for its products, so **within a program these times add**. Programs that reside on one multiprocessor share two
 units, the tensor cores and the vector units; how far they overlap is what mean value analysis of a closed queue with
 two stations gives. What a program executes is read from its machine code, loop by loop. Rates are published ones: the
-part's FLOP, {SPECIAL} exponentials, {ISSUE} warp instructions, {SHARED} bytes of shared memory per clock. A program's
-start and end take {START_S * 1e6:g} µs, which other residents hide. Programs are dealt out in rounds, and the busiest
-multiprocessor counts.
+part's FLOP (half of it for a product of 64 rows by tcgen05, which has half of tensor memory's lanes), {SPECIAL}
+exponentials, {ISSUE} warp instructions, {SHARED} bytes of shared memory per clock. A program's start and end take
+{START_S * 1e6:g} µs, which other residents hide. Programs are dealt out in rounds, and the busiest multiprocessor
+counts.
 
 A launch takes the longer of that and of its bytes, plus {LAUNCH_S * 1e6:g} µs. Its bytes: each tensor that the kernel
 touches, once, at {MEMORY_SHARE:.0%} of device memory's bandwidth; and what its asynchronous copies and its stores move,
@@ -111,7 +112,8 @@ def work_of(launch: Launch) -> Work:
     n, kinds, width = launch.programs, s.MATRIX, sum(pieces(s.E))
     if launch.name == "rational_projection_fwd":
         layers = a["LAYERS"]  # the few programs of features, which have one, count as the others
-        return Work(n * 2 * c.BR * c.BC * s.D * layers, tiles=layers if layers > 1 else 0)
+        flop = n * 2 * c.BR * c.BC * s.D * layers
+        return Work(flop, passes=layers, tiles=layers if layers > 1 else 0)
     if launch.name == "rational_projection_bwd_rows":
         return Work(n * 2 * c.BR * c.BC * s.D * s.LAYERS)
     if launch.name == "rational_projection_bwd_weight":
@@ -130,7 +132,10 @@ def work_of(launch: Launch) -> Work:
         rounds = s.H * -(-s.E // a["R"].BD) if forward else 1  # blocks of a head's columns, of which O is formed
         return Work(n * 2 * c.BR * passes * c.BC * contracted, passes, rounds)
     if launch.name in ("mask_attention_fwd", "mask_attention_bwd_queries"):
-        products = 2 * kinds if launch.name.endswith("fwd") else kinds + 1 + kinds * (not a["DELTA"])
+        if launch.name.endswith("fwd"):
+            products = 2 * (1 if a["TMEM"] else kinds)
+        else:
+            products = kinds + 1 + kinds * (not a["DELTA"])
         return Work(2 * n * c.BM * -(-a["K"] // c.BN) * c.BN * width * products)
     if launch.name == "mask_attention_bwd_joint":  # the image's row is one of 16
         blocks = -(-a["K"] // c.BN)
@@ -249,8 +254,10 @@ def program_clocks(
 ) -> tuple[Clocks, float]:
     """What a program takes by its machine code, and the bytes that its instructions move. flop: of its products."""
     executed = code.way.executed(flop / warps, passes, rounds, tiles).times(warps)
-    on_registers = executed.mma_flop / executed.flop if executed.flop else 0.0
-    by_rate = flop * ((1 - on_registers) / part.tensor + on_registers / part.mma)
+    # A product of 64 rows, on half of tensor memory's lanes, takes the tensor cores as long as one of 128.
+    whole = max(executed.flop, 1e-9)
+    on_registers, half = executed.mma_flop / whole, executed.half_flop / whole
+    by_rate = flop * ((1 - on_registers + half) / part.tensor + on_registers / part.mma)
     return Clocks(
         products=max(by_rate, flop * code.operand_bytes_per_flop / SHARED),
         exponentials=32 * executed.special / SPECIAL,

@@ -3,25 +3,25 @@
 nvdisasm's listing is cut at labels and branches. Of all ways through a kernel from its start to its end, the one with
 the most products counts, of several such ways the one with the most exponentials (a block that is peeled off a loop
 stands behind a guard), and of these the shortest: masks that only the last block needs, and the rare arm of a kernel
-whose programs differ, stay out.
+whose programs differ, stay out. A block that asks for products of tensor memory is executed by one warp.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Of what an instruction's name does not say: FLOP of one UTC*MMA, bytes of one UTMALDG, of one UTMASTG."""
+class Copied:
+    """Bytes of one UTMALDG and of one UTMASTG, which do not stand in the code."""
 
-    tcgen05_flop: float = 0.0
-    tensor_load_bytes: float = 0.0
-    tensor_store_bytes: float = 0.0
+    load: float = 0.0
+    store: float = 0.0
 
 
-NO_SIZES = Sizes()
+NOTHING_COPIED = Copied()
 PRODUCT = re.compile(r"(HGMMA|HMMA)\.(\d+)(?:x(\d+)x(\d+))?|(UTC\w*MMA)")
 SHARED, GLOBAL = re.compile(r"(LDS|STS|LDSM|STSM)\b"), re.compile(r"(LDGSTS|STG|REDG?|ATOMG?)\b")
 MATRIX_SHAPES = {"1688": 2 * 16 * 8 * 8, "16816": 2 * 16 * 8 * 16, "1684": 2 * 16 * 8 * 4}  # FLOP of a warp's HMMA
@@ -29,13 +29,15 @@ MATRIX_SHAPES = {"1688": 2 * 16 * 8 * 8, "16816": 2 * 16 * 8 * 16, "1684": 2 * 1
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one warp. flop: of its products, of which mma_flop on the warp's own registers (mma.sync); special: base-2
-    exponentials and the like; other: instructions that are neither; bytes: over its 32 lanes. global_bytes are those of
-    asynchronous copies and stores; other loads are left to L1.
+    """Of one warp. flop: of its products, of which mma_flop on the warp's own registers (mma.sync) and half_flop with
+    64 rows of tensor memory's 128 lanes; special: base-2 exponentials and the like; other: instructions that are
+    neither; bytes: over its 32 lanes. global_bytes are those of asynchronous copies and stores; other loads are left
+    to L1.
     """
 
     flop: float = 0.0
     mma_flop: float = 0.0
+    half_flop: float = 0.0
     special: float = 0.0
     other: float = 0.0
     shared_bytes: float = 0.0
@@ -67,7 +69,18 @@ class Way:
         around = self.straight + self.outer.times(passes) + self.plain.times(rounds) + self.arms.times(tiles)
         if not self.inner.flop:  # unrolled: the code is the work
             return around
-        return around + self.inner.times(max(0.0, flop - around.flop) / self.inner.flop)
+        # The last run of a pipelined loop has no next block to multiply and copy, but all the rest to do.
+        runs = max(0.0, flop - around.flop) / self.inner.flop
+        whole = self.inner.times(math.ceil(runs - 1e-6))
+        guarded = {name: runs * getattr(self.inner, name) for name in ("flop", "mma_flop", "half_flop", "global_bytes")}
+        return around + replace(whole, **guarded)
+
+
+def _tcgen05(descriptor: int) -> Counts:
+    """A program's product by its instruction descriptor (PTX, kinds f16 and tf32): 32 bytes deep; bit 8 says tf32."""
+    rows, columns = (descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8
+    flop = 2 * rows * columns * (8 if descriptor >> 8 & 1 else 16)
+    return Counts(flop=flop, half_flop=flop if rows == 64 else 0)
 
 
 @dataclass(frozen=True)
@@ -75,18 +88,24 @@ class _Instruction:
     name: str  # with its modifiers
     guarded: bool
     target: str  # of a branch
+    descriptor: int = 0  # of a UTC*MMA
 
 
 def _instructions(listing: str) -> tuple[list[_Instruction], dict[str, int]]:
     found, labels = [], {}
+    constants: dict[str, int] = {}  # of uniform registers
     for line in listing.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(found)
         elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", line):
             guard, name, operands = code.groups()
+            if constant := re.match(r"\s*(UR\d+), (0x[0-9a-f]+)", operands) if name == "UMOV" else None:
+                constants[constant[1]] = int(constant[2], 16)
             target = re.search(r"`\((\.L_\w+)\)", operands)
             guarded = bool(guard) or bool(re.match(r"\s*!?U?P\d", operands))
-            found.append(_Instruction(name, guarded, target[1] if target else ""))
+            descriptor = re.search(r"idesc\[(UR\d+)\]", operands)
+            described = constants[descriptor[1]] if descriptor else 0
+            found.append(_Instruction(name, guarded, target[1] if target else "", described))
     return found, labels
 
 
@@ -100,12 +119,12 @@ def _bytes(name: str) -> int:
     return 4
 
 
-def _count(name: str, sizes: Sizes, warps: int) -> Counts:
-    product = PRODUCT.match(name)
+def _count(code: _Instruction, copied: Copied, warps: int) -> Counts:
+    name, product = code.name, PRODUCT.match(code.name)
     if product:
         kind, rows, columns, depth, tcgen05 = product.groups()
         if tcgen05:  # one thread asks for a whole program's product
-            return Counts(flop=sizes.tcgen05_flop / warps)
+            return _tcgen05(code.descriptor).times(1 / warps)
         if kind == "HGMMA":  # four warps do it together
             return Counts(flop=2 * int(rows) * int(columns) * int(depth) / 4)
         flop = MATRIX_SHAPES[rows]
@@ -113,8 +132,8 @@ def _count(name: str, sizes: Sizes, warps: int) -> Counts:
     if name.startswith("MUFU"):
         return Counts(special=1)
     if name.startswith(("UTMALDG", "UTMASTG")):  # one thread asks for a whole program's copy
-        copied = sizes.tensor_load_bytes if name.startswith("UTMALDG") else sizes.tensor_store_bytes
-        return Counts(other=1, global_bytes=copied / warps)
+        moved = copied.load if name.startswith("UTMALDG") else copied.store
+        return Counts(other=1, global_bytes=moved / warps)
     shared, moved = SHARED.match(name), GLOBAL.match(name)
     # A narrow access takes its 32 lanes a whole clock of shared memory, as 4 bytes do.
     return Counts(
@@ -133,7 +152,7 @@ class _Block:
     ends: bool  # the program may end here
 
 
-def _blocks(listing: str, warps: int, sizes: Sizes) -> list[_Block]:
+def _blocks(listing: str, warps: int, copied: Copied) -> list[_Block]:
     code, labels = _instructions(listing)
     leaves = {at for at, i in enumerate(code) if i.name.startswith(("BRA", "EXIT", "RET"))}
     starts = [at for at in sorted({0, *labels.values(), *(at + 1 for at in leaves)}) if at < len(code)]
@@ -145,7 +164,9 @@ def _blocks(listing: str, warps: int, sizes: Sizes) -> list[_Block]:
             after.append(number[end])
         if last.name.startswith("BRA") and labels.get(last.target) in number:
             after.append(number[labels[last.target]])
-        counts = sum((_count(i.name, sizes, warps) for i in code[start:end]), Counts())
+        counts = sum((_count(i, copied, warps) for i in code[start:end]), Counts())
+        if counts.flop and any(i.descriptor for i in code[start:end]):  # of one warp alone, as its products are
+            counts = replace(counts, other=counts.other / warps)
         exponentials = sum(i.name.startswith("MUFU.EX2") for i in code[start:end])
         blocks.append(_Block(counts, exponentials, end - start, tuple(after), last.name.startswith("EXIT")))
     return blocks
@@ -174,8 +195,9 @@ def _loops(blocks: list[_Block]) -> list[set[int]]:
     return list(loops.values())
 
 
-def read_way(listing: str, warps: int, sizes: Sizes = NO_SIZES) -> Way:
-    blocks = _blocks(listing, warps, sizes)
+def read_way(listing: str, warps: int, copied: Copied = NOTHING_COPIED) -> Way:
+    """tensor_copy_bytes: of one UTMALDG, which do not stand in the code."""
+    blocks = _blocks(listing, warps, copied)
     everywhere = _loops(blocks)
     loops = [loop for loop in everywhere if any(blocks[b].counts.flop for b in loop)]
     # From the last block to the first, branches back left out: the best way to an end, and the block it goes on to.

@@ -72,6 +72,8 @@ def forward_config(target: Target, shapes: Shapes, classes: int) -> AttentionCon
     """BM is the row tile of the result."""
     many = bool(classes > MANY_CLASSES)  # of a symbolic K: a guard
     config = _look_up(FORWARD, target, shapes)
+    if in_tensor_memory(target, shapes, classes):
+        config = config.changed(BM=128, BN=64)
     two_programs = target.device.tensor_memory or not against_zero(target, shapes, classes)
     if many and two_programs and shapes.E <= 64 and shapes.dtype.itemsize == 2 and target.device.family == "wgmma":
         # Tensor memory, or the registers of a running maximum, let two programs reside at most: twice the classes
@@ -86,6 +88,11 @@ def forward_config(target: Target, shapes: Shapes, classes: int) -> AttentionCon
 def against_zero(target: Target, shapes: Shapes, classes: int) -> bool:
     """Whether forward scores are taken against 0 first. float16 has no room for that, float32 would lose by it."""
     return shapes.dtype == torch.bfloat16 and shapes.MATRIX > 0 and bool(classes > MANY_CLASSES)
+
+
+def in_tensor_memory(target: Target, shapes: Shapes, classes: int) -> bool:
+    """Whether a forward program has 128 rows of one query kind, as products have that accumulate in tensor memory."""
+    return target.device.tensor_memory and shapes.E <= 128 and against_zero(target, shapes, classes)
 
 
 def by_descriptors(target: Target, shapes: Shapes, classes: int) -> bool:

@@ -1,8 +1,9 @@
 """Triton's interpreter, mended where it computes bfloat16 wrongly: it keeps bfloat16 as the bits of uint16.
 
 Its products and sums multiply and add those bits, and its rounding from float32 cuts off. Here every bfloat16
-operation goes through float32 and rounds to nearest even, as the hardware does. Nor does it patch the language anew
-at every call of a jit function within a kernel, which takes 40% of its time: once for a kernel is enough.
+operation goes through float32 and rounds to nearest even, as the hardware does. It has no inline assembly; ptx.py runs
+that. Nor does it patch the language anew at every call of a jit function within a kernel, which takes 40% of its time:
+once for a kernel is enough.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, interpreter_builder
+
+from tests.kernels import ptx
 
 
 def to_float32(bits: np.ndarray) -> np.ndarray:
@@ -51,6 +54,13 @@ def mend() -> None:
             return TensorHandle(to_bfloat16(product), tl.bfloat16)
         return TensorHandle(product, left.dtype.scalar)
 
+    def inline_assembly(self, assembly, constraints, handles, results, is_pure, pack):
+        (result,) = results
+        numbers = [np.broadcast_to(handle.data, handles[0].data.shape) for handle in handles]
+        found = ptx.elementwise(assembly, constraints, numbers, result.scalar.primitive_bitwidth // 8, pack)
+        found = found.view(np.float32) if result.scalar == tl.float32 else found
+        return types.SimpleNamespace(get_result=lambda index: TensorHandle(found, result.scalar))
+
     # What jit functions see of the language: kernels `tl`, Triton's own functions `core`.
     everywhere, patch = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}), interpreter._patch_lang
     interpreter._patch_lang = lambda function: patch(everywhere)
@@ -61,6 +71,7 @@ def mend() -> None:
         setattr(InterpreterBuilder, name, lambda self, source, dtype: cast(self, source, dtype))
     InterpreterBuilder.create_fp_to_fp = lambda self, source, dtype, rounding: cast(self, source, dtype)
     InterpreterBuilder.create_fmul = multiply
+    InterpreterBuilder.create_inline_asm = inline_assembly
     allowed = (*interpreter_builder.options.allowed_dot_input_precisions, "bf16x3")  # AMD's
     object.__setattr__(interpreter_builder.options, "allowed_dot_input_precisions", allowed)
 

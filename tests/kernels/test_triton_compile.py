@@ -121,6 +121,26 @@ def test_what_does_not_fit_is_halved_by_what_was_compiled(arch, head_width, wish
     assert launched.arguments["C"] == fitted != wish
 
 
+@pytest.mark.parametrize("head_width", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_two_programs_of_forward_attention_share_tensor_memory(head_width):
+    """128 rows of one query kind each, which is what its products take at full rate; half of the exponentials are not
+    the special-function unit's.
+    """
+
+    def usage_of(launch):
+        return compile_launch("sm_100", launch).usage if "mask_attention_fwd" in launch.name else None
+
+    calls = record_calls(SIZES[f"E{head_width}-K1000"], "forward", torch.bfloat16, recorder("sm_100", usage_of))
+    launches = {call.name: call for call in calls if "mask_attention_fwd" in call.name}
+    codes = {name: compile_launch("sm_100", launch) for name, launch in launches.items()}
+    assert not any(code.spill_bytes for code in codes.values())
+    code, arguments = codes["mask_attention_fwd"], launches["mask_attention_fwd"].arguments
+    assert arguments["C"].BM == 128
+    assert resident_programs(code, ARCHITECTURES["sm_100"], "sm_100", arguments["num_warps"]) == 2
+    assert code.way.inner.half_flop == 0
+    assert 2 * code.way.inner.special == arguments["C"].BM * arguments["C"].BN / (32 * arguments["num_warps"])
+
+
 def test_a_pass_is_recorded_with_torchs_own_products():
     """What the backward pass leaves to torch is part of a step: dO Wo, dWo, and a sum over the images."""
     load = WORKLOADS["imagenet"]

@@ -6,6 +6,8 @@ A program has BM score rows of every matrix query kind and goes over the classes
 many classes in bfloat16, with sums of exp2(score); a second launch takes again what leaves float32's range so. A
 tile's rows are weighted against each other, and what the tiles weigh against each other is left to the next step as
 (m, l). The image query is one more score row, after the K class rows. No score leaves the registers.
+
+On devices with tensor memory, whose products take 128 rows at full rate, a program has that many rows of one kind.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_kernels.mask_attention.config import against_zero, by_descriptors, forward_config, forward_registers
+from rada_kernels.mask_attention.config import (
+    against_zero,
+    by_descriptors,
+    forward_config,
+    forward_registers,
+    in_tensor_memory,
+)
+from rada_kernels.mask_attention.triton.exponentials import exp2_on_two_units, round_after
 from rada_kernels.triton_common.blocks import head_blocks
 from rada_kernels.triton_common.call import Call
 from rada_kernels.triton_common.config import AttentionConfig
@@ -72,11 +81,16 @@ def _online_softmax(b_s, b_state, b_v, factor, S: tl.constexpr):
 
 
 @triton.jit
-def _softmax_to_zero(b_s, b_state, b_v, S: tl.constexpr):
+def _softmax_to_zero(b_s, b_state, b_v, S: tl.constexpr, TMEM: tl.constexpr):
     """The same with m = 0, whatever the scores are."""
     b_m, b_l, b_acc = b_state
-    b_p = tl.exp2(b_s)
-    return b_m, b_l + tl.sum(b_p, 1), add_dot(b_acc, b_p.to(b_v[0].dtype), b_v, S)
+    if TMEM:
+        b_p = exp2_on_two_units(b_s)
+        b_l += tl.sum(b_p, 1)
+        return b_m, b_l, add_dot(b_acc, round_after(b_p, b_l), b_v, S)
+    else:
+        b_p = tl.exp2(b_s)
+        return b_m, b_l + tl.sum(b_p, 1), add_dot(b_acc, b_p.to(b_v[0].dtype), b_v, S)
 
 
 @triton.jit
@@ -87,9 +101,13 @@ def _in_range(b_l, pairs):
 
 @triton.jit
 def _attend(
-    projected, blocks, out, unit, tile, B, K, factor, S: tl.constexpr, C: tl.constexpr, ZERO: tl.constexpr
+    projected, blocks, out, unit, tile, first, B, K, factor,
+    S: tl.constexpr, C: tl.constexpr, ZERO: tl.constexpr, TMEM: tl.constexpr,
 ):  # fmt: skip
-    """One row tile of an (image, head), all matrix query kinds. ZERO: against m = 0, or m = inf where that fails."""
+    """One row tile of an (image, head), all matrix query kinds, or with TMEM the one that is `first`.
+
+    ZERO: against m = 0, or m = inf where that fails.
+    """
     last = K if S.MATRIX else 0  # score row of the image query
     T = tl.cdiv(last + S.IMAGE, C.BM)
     o_head, o_image, o_rows, plane = unit_offsets(unit, B, K, S)
@@ -99,12 +117,15 @@ def _attend(
     m_image = o_r == last
     keys = projected.projections + o_rows
     queries = of_kinds(projected.query_text + o_head, keys + 2 * plane, S)
+    if TMEM and len(queries) == 2:
+        queries = (queries[0] if first == 0 else queries[1],)
+        m_image &= first == 0  # the image's row goes with the first kind
     b_qs = ()
     b_states = ()
     for n in tl.static_range(len(queries)):
         p_q = queries[n] + o_rd
         m_q = m_class
-        if S.IMAGE and n == 0:  # the image's row goes with the first kind
+        if S.IMAGE and n == 0:
             p_q = tl.where(m_image, projected.query_image + o_image, p_q)
             if S.E * p_q.dtype.scalar.element_ty.primitive_bitwidth % 128 == 0:  # a choice of pointers forgets it
                 p_q = tl.multiple_of(p_q, 16)
@@ -119,7 +140,7 @@ def _attend(
         for n in tl.static_range(len(queries)):
             b_s = dot_transposed(b_qs[n], b_k, S)
             if ZERO:
-                b_new += (_softmax_to_zero(b_s, b_states[n], b_v, S),)
+                b_new += (_softmax_to_zero(b_s, b_states[n], b_v, S, TMEM),)
             else:
                 if start + C.BN > K:  # the last block alone
                     b_s = tl.where((start + tl.arange(0, C.BN) < K)[None, :], b_s, float("-inf"))
@@ -133,7 +154,7 @@ def _attend(
             b_sum = tl.sum(tl.where(m_class, b_l, 0.0), 0)
             fits = _in_range(b_sum, K * tl.sum(m_class.to(tl.float32), 0))
             if S.IMAGE and n == 0:
-                fits &= (tile < last // C.BM) | _in_range(tl.sum(tl.where(m_image, b_l, 0.0), 0), K)
+                fits &= (first > 0) | (tile < last // C.BM) | _in_range(tl.sum(tl.where(m_image, b_l, 0.0), 0), K)
             b_top = tl.where(fits, tl.where(tile * C.BM < K, 0.0, float("-inf")), float("inf"))
             b_weight = 1.0 / tl.where(m_class, b_sum, b_l)
         else:
@@ -142,12 +163,13 @@ def _attend(
             b_sum = tl.sum(b_share * b_l, 0)
             b_weight = tl.where(m_class, b_share / b_sum, 1.0 / b_l)
         b_rows = scale_head(b_acc, b_weight[:, None])
-        store_head(out.rows + n * plane + o_rows + o_rd, b_rows, m_class, S.E)
-        if S.IMAGE and n == 0 and tile == last // C.BM:
+        store_head(out.rows + (first + n) * plane + o_rows + o_rd, b_rows, m_class, S.E)
+        if S.IMAGE and n == 0 and first == 0 and tile == last // C.BM:
             store_head(out.image_row + o_image + o_r * 0, b_rows, m_image, S.E)
         if S.TEXT or S.RATIONAL:
-            tl.store(out.m + (n * B * S.H + unit) * T + tile, b_top)
-            tl.store(out.l + (n * B * S.H + unit) * T + tile, b_sum)
+            o_tile = ((first + n) * B * S.H + unit) * T + tile
+            tl.store(out.m + o_tile, b_top)
+            tl.store(out.l + o_tile, b_sum)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -161,10 +183,15 @@ def _mask_attention_fwd_kernel(
     S: tl.constexpr,
     C: tl.constexpr,  # AttentionConfig
     ZERO: tl.constexpr,
+    TMEM: tl.constexpr,
 ):
+    KINDS: tl.constexpr = S.MATRIX if TMEM else 1  # programs of a row tile
     T = tl.cdiv((K if S.MATRIX else 0) + S.IMAGE, C.BM)
     # Neighbours read the same keys and values.
-    _attend(projected, blocks, out, tl.program_id(0) // T, tl.program_id(0) % T, B, K, factor, S, C, ZERO)
+    tile = tl.program_id(0) % T
+    kind = tl.program_id(0) // T % KINDS
+    unit = tl.program_id(0) // T // KINDS
+    _attend(projected, blocks, out, unit, tile, kind, B, K, factor, S, C, ZERO, TMEM)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -177,6 +204,7 @@ def _mask_attention_fwd_again_kernel(
     factor,  # of products of a query and a key
     S: tl.constexpr,
     C: tl.constexpr,  # AttentionConfig
+    TMEM: tl.constexpr,
 ):
     """An (image, head) of which some row tile has m = inf, once more with a running maximum."""
     MATRIX: tl.constexpr = S.MATRIX
@@ -189,8 +217,8 @@ def _mask_attention_fwd_again_kernel(
             b_m = tl.load(out.m + (n * B * S.H + unit) * T + o_t, mask=o_t < T, other=0.0)
             b_failed |= (b_m == float("inf")).to(tl.int32)
     if tl.max(b_failed, 0) > 0:
-        for tile in range(T):
-            _attend(projected, blocks, out, unit, tile, B, K, factor, S, C, False)
+        for part in range(T * MATRIX if TMEM else T):
+            _attend(projected, blocks, out, unit, part % T, part // T, B, K, factor, S, C, False, TMEM)
 
 
 def mask_attention_fwd(call: Call, projected: Projections, *, config: AttentionConfig | None = None) -> Attended:
@@ -198,6 +226,7 @@ def mask_attention_fwd(call: Call, projected: Projections, *, config: AttentionC
     batch, classes, _ = call.sizes
     config = config or call.config(forward_config, classes)
     zero = call.config(against_zero, classes)
+    in_memory = call.config(in_tensor_memory, classes)
     described = zero and call.config(by_descriptors, classes)  # beside a running maximum they leave 8 bytes of spill
     out = Attended.empty(call.image, classes, call.options, config.BM)
     units, tiles = batch * call.shapes.H, out.m.shape[-1]
@@ -212,9 +241,11 @@ def mask_attention_fwd(call: Call, projected: Projections, *, config: AttentionC
             **launch_arguments(call), projected=projected, out=out.pointers, **options,
         )  # fmt: skip
 
-    launch(_mask_attention_fwd_kernel, units * tiles, ZERO=zero, **call.config(forward_registers, classes))
+    programs = units * tiles * (call.shapes.MATRIX if in_memory else 1)
+    registers = call.config(forward_registers, classes)
+    launch(_mask_attention_fwd_kernel, programs, TMEM=in_memory, ZERO=zero, **registers)
     if zero:
-        launch(_mask_attention_fwd_again_kernel, units)
+        launch(_mask_attention_fwd_again_kernel, units, TMEM=in_memory)
     return out
 
 

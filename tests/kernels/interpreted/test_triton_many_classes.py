@@ -80,7 +80,7 @@ class Scores:
         return attended
 
 
-@pytest.mark.parametrize("device", [SM_90, SM_80], ids=lambda device: device.name)
+@pytest.mark.parametrize("device", [SM_90, SM_80, SM_100], ids=lambda device: device.name)
 @pytest.mark.parametrize("classes", [513, 576])  # the image's row among others, and in a tile of its own
 def test_scores_against_zero(device, classes, poisoned_empty):
     """A tile without a class has no maximum."""
@@ -92,10 +92,11 @@ def test_scores_against_zero(device, classes, poisoned_empty):
     assert scores.call.target.names[-1] == "_mask_attention_fwd_again_kernel"
 
 
+@pytest.mark.parametrize("device", [SM_90, SM_100], ids=lambda device: device.name)
 @pytest.mark.parametrize(("by", "again"), [(40.0, False), (80.0, True), (-5.0, False), (-12.0, True), (-300.0, True)])
-def test_scores_beyond_the_range_are_taken_again(by, again, poisoned_empty):
+def test_scores_beyond_the_range_are_taken_again(by, again, device, poisoned_empty):
     """Of one head; the other keeps its zero. Sums of exp2(score) up to 2**64, and means from 2**-8 on, are in range."""
-    scores = Scores()
+    scores = Scores(device=device)
     scores.shifted(1, by)
     attended = scores.check()
     assert (attended.m[:, :, 0] == 0).all()
@@ -103,25 +104,28 @@ def test_scores_beyond_the_range_are_taken_again(by, again, poisoned_empty):
     assert attended.m.isfinite().all()
 
 
+@pytest.mark.parametrize("device", [SM_90, SM_100], ids=lambda device: device.name)
 @pytest.mark.parametrize("kind", ["image", "text", "rational"])
-def test_one_query_kind_beyond_the_range(kind, poisoned_empty):
-    scores = Scores()
+def test_one_query_kind_beyond_the_range(kind, device, poisoned_empty):
+    scores = Scores(device=device)
     {"image": scores.image, "text": scores.text, "rational": scores.all[2]}[kind].mul_(100)
     scores.check()
 
 
+@pytest.mark.parametrize("device", [SM_90, SM_100], ids=lambda device: device.name)
 @pytest.mark.parametrize("queries", [("text",), ("image", "rational"), ("image",)], ids="+".join)
-def test_query_subsets(queries, poisoned_empty):
-    scores = Scores(queries=queries)
+def test_query_subsets(queries, device, poisoned_empty):
+    scores = Scores(queries=queries, device=device)
     scores.check()
     scores.all[0] *= 100
     scores.check()
 
 
+@pytest.mark.parametrize("device", [SM_90, SM_100], ids=lambda device: device.name)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(value):
+def test_what_is_not_finite_stays_so(value, device):
     """In the head that has it, and nowhere else."""
-    scores = Scores()
+    scores = Scores(device=device)
     scores.all[0, 0, 7, 3] = value
     rows = combine_rows(scores.call, scores.attended()).unflatten(-1, (HEADS, -1))
     assert rows[:, :, 1].isfinite().all()
@@ -130,14 +134,18 @@ def test_what_is_not_finite_stays_so(value):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width"),
-    [(torch.bfloat16, 24), pytest.param(torch.float16, 16, marks=pytest.mark.slow)],
-    ids=str,
+    ("dtype", "width", "device"),
+    [
+        (torch.bfloat16, 24, SM_90),
+        pytest.param(torch.bfloat16, 24, SM_100, marks=pytest.mark.slow),
+        pytest.param(torch.float16, 16, SM_90, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_a_step(dtype, width, poisoned_empty):
+def test_a_step(dtype, width, device, poisoned_empty):
     """Loads by descriptors, in two pieces of which the second is padded; float16 keeps the running maximum."""
     case = make_case(1, 530, width, 1, clear_gates=True, penalty="mse")
-    assert_as_good_as_reference(case, on_target(Target(SM_90, configs={})), dtype)
+    assert_as_good_as_reference(case, on_target(Target(device, configs={})), dtype)
 
 
 @pytest.mark.parametrize("queries", [("image", "text", "rational"), ("image", "text")], ids="+".join)

@@ -24,7 +24,7 @@ KERNELS = {
     "rational_projection_bwd_weight", "rational_projection_bwd_queries", "rational_projection_bwd_round",
     "rational_projection_bwd_rows", "rational_projection_bwd_features", "rational_projection_bwd_units",
 }  # fmt: skip
-SM_80, SM_90 = Device("sm_80", 163 * KIB), Device("sm_90", 227 * KIB)
+SM_80, SM_90, SM_100 = Device("sm_80", 163 * KIB), Device("sm_90", 227 * KIB), Device("sm_100", 227 * KIB)
 GFX942, GFX1100 = Device("gfx942", 64 * KIB), Device("gfx1100", 64 * KIB)
 
 
@@ -69,6 +69,7 @@ def run_step(case, target, keys=1.0):
         pytest.param(65, GFX942, torch.float32, marks=pytest.mark.slow),
         pytest.param(65, GFX1100, torch.float16, marks=pytest.mark.slow),
         (520, SM_90, torch.bfloat16),  # scores against 0, and again with large keys
+        pytest.param(520, SM_100, torch.bfloat16, marks=pytest.mark.slow),  # one query kind a program
         pytest.param(1000, SM_90, torch.float16, marks=pytest.mark.slow),
         pytest.param(1000, SM_90, torch.float32, marks=pytest.mark.slow),
     ],
