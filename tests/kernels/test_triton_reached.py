@@ -18,7 +18,7 @@ def test_the_gpu_tests_reach_every_configuration(device):
     device = DEVICES[device]
     for dtype in (torch.float32, torch.bfloat16)[device.family == "rdna" :]:
         widths = [width for width in range(1, 257) if not spills(device, dtype, width)]
-        cases = itertools.product((1, 16, 17, 32, 33, 257, 513, 4096), widths)
+        cases = itertools.product((1, 16, 17, 32, 33, 64, 100, 128, 257, 513, 4096), widths)
         possible = set().union(*(configurations(device, dtype, *case) for case in cases))
         reached = set().union(*(configurations(device, dtype, *case) for case in SIZES if case[1] in widths))
         assert len(possible) > 15

@@ -29,7 +29,7 @@ def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
     assert counted == pytest.approx(by_formula, rel=0.03)
 
     # The least: weights, features, logits and O once, one write and one read of what is passed between launches.
-    projected, attended, rows = backend.Saved.of(saved, tile=0)
+    projected, attended = backend.Saved.of(saved, tile=0)
     inputs = [case.image, case.text, *params.layers]  # the query projections' weights too
     between = [
         projected.projections,
@@ -38,7 +38,7 @@ def test_bytes_of_a_forward_pass(batch, classes, dtype, monkeypatch):
         attended.rows,
         attended.image_row,
     ]
-    least = sum(t.numel() * t.element_size() for t in [*inputs, rows]) + 4 * batch * classes
+    least = sum(t.numel() * t.element_size() for t in [*inputs, attended.combined]) + 4 * batch * classes
     least += 2 * sum(t.numel() * t.element_size() for t in between)
     print(f"counted {counted}, formula {by_formula}, least {least}: {counted / least:.3f}")
     assert counted <= 1.25 * least
