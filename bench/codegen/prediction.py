@@ -127,9 +127,10 @@ def work_of(launch: Launch) -> Work:
         return Work(tiles * 2 * c.BR * contracted * passes * c.BC, passes)
     if launch.name in ("logit_reduction_fwd", "logit_reduction_bwd"):
         forward = launch.name.endswith("fwd")
-        passes = -(-s.D // c.BC) if forward else 1
+        whole = a["WHOLE"] if forward else True  # a program has one block of columns, and O is made
+        passes = 1 if whole else -(-s.D // c.BC)
         contracted = -(-s.D // c.BD) * c.BD
-        rounds = s.H * -(-s.E // a["R"].BD) if forward else 1  # blocks of a head's columns, of which O is formed
+        rounds = 1 if whole else s.H * -(-s.E // a["R"].BD)  # blocks of a head's columns, of which O is formed
         return Work(n * 2 * c.BR * passes * c.BC * contracted, passes, rounds)
     if launch.name in ("mask_attention_fwd", "mask_attention_bwd_queries"):
         if launch.name.endswith("fwd"):

@@ -88,17 +88,16 @@ class Saved(NamedTuple):
 
     projected: Projections
     attended: Attended
-    rows: Tensor  # [B, K, D] O, of the logit reduction
 
     def tensors(self) -> list[Tensor]:
         """As an operator returns them: without `largest`, which is given out, and results must not share memory."""
-        return [*self.projected[:-1], *self.attended[:-1], self.rows]
+        return [*self.projected[:-2], *self.attended[:-1]]
 
     @staticmethod
     def of(tensors: list[Tensor], tile: int) -> Saved:
-        fields = len(Projections._fields) - 1
-        projected = Projections._make((*tensors[:fields], None))
-        return Saved(projected, Attended._make((*tensors[fields:-1], tile)), tensors[-1])
+        fields = len(Projections._fields) - 2
+        projected = Projections._make((*tensors[:fields], None, None))
+        return Saved(projected, Attended._make((*tensors[fields:], tile)))
 
 
 def empty_saved(
@@ -110,8 +109,7 @@ def empty_saved(
         return []
     tile = _row_tile(image, classes, options, target or target_of(image))
     projected = Projections.empty(image, text, options, save=True)
-    rows = image.new_empty(image.shape[0], classes, image.shape[1])
-    return Saved(projected, Attended.empty(image, classes, options, tile), rows).tensors()
+    return Saved(projected, Attended.empty(image, classes, options, tile, save=True)).tensors()
 
 
 def _row_tile(image: Tensor, classes: int, options: Options, target: Target) -> int:
@@ -154,7 +152,7 @@ def _attend(call: Call, save: bool) -> tuple[Projections, Attended]:
     from rada_kernels.rational_projection.triton.forward import rational_projection_fwd
 
     projected = rational_projection_fwd(call, save=save)
-    return projected, mask_attention_fwd(call, projected)
+    return projected, mask_attention_fwd(call, projected, save=save)
 
 
 def _forward(call: Call, save: bool) -> tuple[Reduced, Saved]:
@@ -162,7 +160,7 @@ def _forward(call: Call, save: bool) -> tuple[Reduced, Saved]:
 
     projected, attended = _attend(call, save)
     reduced = logit_reduction_fwd(call, projected, attended)
-    return reduced, Saved(projected, attended, reduced.rows)
+    return reduced, Saved(projected, attended)
 
 
 def forward(
@@ -181,7 +179,7 @@ def forward(
         if save:
             reduced, saved = _forward(call, save)
             return reduced.sums, reduced.deviation, saved.tensors()
-        chunks = [_forward(call.of_images(b), save)[0][:2] for b in _chunks(call)]
+        chunks = [_forward(call.of_images(b), save)[0] for b in _chunks(call)]
     sums, deviation = chunks[0] if len(chunks) == 1 else map(torch.cat, zip(*chunks, strict=True))
     return sums, deviation, []
 
@@ -227,7 +225,7 @@ def _backward(
     from rada_kernels.mask_attention.triton.backward import mask_attention_bwd
     from rada_kernels.rational_projection.triton.backward import rational_projection_bwd
 
-    reduction = logit_reduction_bwd(call, saved.projected, saved.rows, grad_sums, grad_deviation, wanted)
+    reduction = logit_reduction_bwd(call, saved.projected, saved.attended.combined, grad_sums, grad_deviation, wanted)
     attention = mask_attention_bwd(call, saved.projected, saved.attended, reduction.attended)
     out = Gradients.empty(call.image, call.text, call.params, call.options, wanted, dtype)
     rational_projection_bwd(call, saved.projected, attention, reduction, out)

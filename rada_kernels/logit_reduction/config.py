@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rada_kernels.mask_attention.config import in_one_tile
 from rada_kernels.triton_common.call import Shapes
 from rada_kernels.triton_common.config import GemmConfig, Table, contracted_block, look_up
 from rada_kernels.triton_common.target import Target
@@ -26,15 +27,20 @@ FEW_CLASSES = 256
 
 
 def forward_config(target: Target, shapes: Shapes, classes: int) -> GemmConfig:
-    return _config("logit_reduction_fwd", FORWARD, target, shapes, classes)
+    config = _default(FORWARD, target, shapes, classes > FEW_CLASSES)
+    high = in_one_tile(target, shapes, classes) and not target.device.tensor_memory
+    if high:  # with one block of columns 128 rows fit as well, and halve the reads of the weight
+        config = config.changed(BR=128)
+    size = int(classes > FEW_CLASSES) + 2 * high
+    return target.config("logit_reduction_fwd", shapes.dtype, (shapes.D, size), config)
 
 
 def backward_config(target: Target, shapes: Shapes, classes: int) -> GemmConfig:
-    return _config("logit_reduction_bwd", BACKWARD, target, shapes, classes)
-
-
-def _config(kernel: str, table: Table, target: Target, shapes: Shapes, classes: int) -> GemmConfig:
     many = classes > FEW_CLASSES
+    config = _default(BACKWARD, target, shapes, many)
+    return target.config("logit_reduction_bwd", shapes.dtype, (shapes.D, int(many)), config)
+
+
+def _default(table: Table, target: Target, shapes: Shapes, many: bool) -> GemmConfig:
     config = GemmConfig(*look_up(table, target.device, shapes.dtype)[many])
-    config = config.changed(BD=contracted_block(shapes.D, config.BD))
-    return target.config(kernel, shapes.dtype, (shapes.D, int(many)), config)
+    return config.changed(BD=contracted_block(shapes.D, config.BD))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from rada_kernels.triton_common.call import Shapes
-from rada_kernels.triton_common.config import AttentionConfig, Table, look_up
+from rada_kernels.triton_common.config import MANY_CLASSES, AttentionConfig, Table, look_up
 from rada_kernels.triton_common.target import Target
 
-MANY_CLASSES = 512
+ONE_TILE = 128  # rows, of all classes, spare the reduction its sum of rows; of 128 still two programs reside
 
 # {family: {bits: ((BM, BN, num_warps, num_stages) up to E = 64, up to 128, up to 256)}}
 # wgmma reads operands from shared memory: large blocks. mma and AMD's instructions hold them in registers.
@@ -79,10 +79,21 @@ def forward_config(target: Target, shapes: Shapes, classes: int) -> AttentionCon
         # Tensor memory, or the registers of a running maximum, let two programs reside at most: twice the classes
         # halve the loop's own instructions. With fewer classes the last block would be too empty.
         config = config.changed(BN=128)
+    one_tile = in_one_tile(target, shapes, classes)
+    if one_tile:
+        config = AttentionConfig(ONE_TILE, *((64, 8, 1) if target.device.tensor_memory else (32, 8, 2)))
     if shapes.E > 192 and target.device.family == "wgmma" and shapes.dtype.itemsize == 2:
         config = config.changed(BM=config.BM // 2)  # BM x E numbers of two query kinds spill; a row tile is not fitted
+    size = 128 if many else 96 if one_tile else 64
     # The image query's row is one more.
-    return _of_few("mask_attention_fwd", target, shapes, config, classes + shapes.IMAGE, int(many))
+    return _of_few("mask_attention_fwd", target, shapes, config, classes + shapes.IMAGE, size)
+
+
+def in_one_tile(target: Target, shapes: Shapes, classes: int) -> bool:
+    """Whether a program has ONE_TILE rows, which are all classes."""
+    rows = bool(64 < classes + shapes.IMAGE <= ONE_TILE)
+    narrow = shapes.MATRIX > 0 and shapes.dtype.itemsize == 2 and shapes.E <= 64
+    return rows and narrow and target.device.family == "wgmma"
 
 
 def against_zero(target: Target, shapes: Shapes, classes: int) -> bool:
@@ -104,6 +115,8 @@ def by_descriptors(target: Target, shapes: Shapes, classes: int) -> bool:
 # A launch option for ptxas, which does not look for one more resident program of 4 warps by itself: 128 registers a
 # thread are four, 168 three. Descriptors leave room for it. Tensor memory has room for two programs at most.
 def forward_registers(target: Target, shapes: Shapes, classes: int) -> dict[str, int]:
+    if in_one_tile(target, shapes, classes) and not target.device.tensor_memory:
+        return {"maxnreg": 128}
     if not against_zero(target, shapes, classes) or shapes.E > 96:
         return {}
     return _registers(128 if shapes.E <= 64 else 168, target, shapes, classes)
@@ -171,7 +184,7 @@ def _look_up(table: Table, target: Target, shapes: Shapes) -> AttentionConfig:
 
 
 def _of_few(
-    kernel: str, target: Target, shapes: Shapes, config: AttentionConfig, rows: int, many: int = 0
+    kernel: str, target: Target, shapes: Shapes, config: AttentionConfig, rows: int, size: int = 64
 ) -> AttentionConfig:
     """Blocks of 16 or 32 where so many rows are all there are, with 16 rows a warp: one instruction takes as many."""
     few = 16 if rows <= 16 else 32 if rows <= 32 else 0
@@ -180,4 +193,4 @@ def _of_few(
         warps = min(config.num_warps, max(1, few // 16)) if narrow else 4
         rows = few if shapes.E <= 128 else 16  # of which 4 warps hold no more
         config = config.changed(BM=min(config.BM, rows), BN=min(config.BN, few), num_warps=warps)
-    return target.config(kernel, shapes.dtype, (shapes.E, few or 64 << many), config)
+    return target.config(kernel, shapes.dtype, (shapes.E, few or size), config)

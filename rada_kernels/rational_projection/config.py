@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rada_kernels.triton_common.call import Shapes
-from rada_kernels.triton_common.config import GemmConfig, contracted_block, look_up
+from rada_kernels.triton_common.config import MANY_CLASSES, GemmConfig, contracted_block, look_up
 from rada_kernels.triton_common.target import Target
 
 # {family: {bits: (BR, BC, BD, num_warps, num_stages)}}
@@ -27,13 +27,11 @@ QUERIES_BWD = GemmConfig(32, 64, 64, 4, 2)
 FEATURES = GemmConfig(16, 128, 16, 4, 2)
 UNITS = GemmConfig(16, 256, 64, 8, 2)
 ROUND = GemmConfig(16, 1024, 16, 4, 2)
-# Of a batch of 32, 128 tiles of 128 rows in each of 2 or 3 layers: programs for every multiprocessor.
-MANY_CLASSES = 512
 SOME_CLASSES = 64  # below, tiles of 128 rows are few, and those of 32 images spill
 
 
 def forward_config(target: Target, shapes: Shapes, classes: int) -> GemmConfig:
-    many, some = classes >= MANY_CLASSES, classes > SOME_CLASSES
+    many, some = classes > MANY_CLASSES, classes > SOME_CLASSES
     config = GemmConfig(*look_up(FORWARD, target.device, shapes.dtype))
     if some and shapes.dtype.itemsize == 2 and target.device.family == "wgmma":
         # Twice the rows halve the reads of the weights per product; twice the columns what makes X and reads features.
@@ -47,7 +45,7 @@ def layers_of_a_program(target: Target, shapes: Shapes, classes: int) -> int:
     the starts. Where accumulators are in tensor memory nothing is known to be gained.
     """
     hopper = target.device.family == "wgmma" and not target.device.tensor_memory
-    return shapes.LAYERS if hopper and shapes.dtype.itemsize == 2 and classes >= MANY_CLASSES else 1
+    return shapes.LAYERS if hopper and shapes.dtype.itemsize == 2 and classes > MANY_CLASSES else 1
 
 
 def weight_bwd_config(target: Target, shapes: Shapes) -> GemmConfig:

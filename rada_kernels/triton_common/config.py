@@ -76,6 +76,7 @@ class AttentionConfig(Config):
 
 
 Table = Mapping[str, Mapping[int, tuple]]
+MANY_CLASSES = 512  # above, of a batch of 32, programs of 128 rows are several for every multiprocessor
 
 
 def look_up(table: Table, device: Device, dtype: torch.dtype) -> tuple:
@@ -110,11 +111,11 @@ class PairBlock:
     def of(batch: int, classes: int, rows: int) -> PairBlock:
         """BI + BK rows of features are read for a tile: near a square, but for an eighth of empty rows.
 
-        K matters below 8 BK and B below BI only, so that one compiled kernel serves a last batch.
+        Of B it only matters whether it is 1, and of K what is below 8 BK: one compiled kernel serves a last batch.
         """
         side = 1 << (rows.bit_length() // 2)
         block = max(k for k in (1, 2, 4, 8, 16) if k <= side and -classes % k <= classes // 8)
-        images = min(rows // block, next_power(batch))
+        images = 1 if batch == 1 else rows // block
         return PairBlock(images, rows // images)
 
     def tiles(self, batch: int, classes: int) -> int:

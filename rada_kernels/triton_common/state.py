@@ -29,7 +29,8 @@ class Projections(NamedTuple):
     inverse_text: Tensor  # [K] float32
     projections: Tensor  # [2 or 3, B, K, D] keys, values, rational queries if in use
     peak: Tensor  # [B] int64, "linf" before a backward pass, else [0]: cleared for the logit reduction to raise
-    largest: Tensor  # [B] int32, "linf", else [0]: the same
+    arrived: Tensor  # [B] int32, cleared for the logit reduction to count by
+    largest: Tensor  # [B] int32, "linf", else [0]: as peak
 
     @staticmethod
     def empty(image: Tensor, text: Tensor, options: Options, save: bool) -> Projections:
@@ -43,6 +44,7 @@ class Projections(NamedTuple):
             inverse_text=image.new_empty(classes, dtype=torch.float32),
             projections=image.new_empty(2 + ("rational" in options.queries), batch, classes, width),
             peak=image.new_empty(batch * (linf and save), dtype=torch.int64),
+            arrived=image.new_empty(batch, dtype=torch.int32),
             largest=image.new_empty(batch * linf, dtype=torch.int32),
         )
 
@@ -50,32 +52,47 @@ class Projections(NamedTuple):
 class Attended(NamedTuple):
     """Of the mask attention: each of n matrix query kinds' rows, weighted against the others of their row tile.
 
-    What row tiles weigh against each other is in m and l.
+    What row tiles weigh against each other is in m and l. Where one tile has all classes, their sum O is made with
+    them, and without a backward pass nothing else is.
     """
 
-    rows: Tensor  # [n, B, K, D]
+    rows: Tensor  # [n, B, K, D], or [0, B, K, D]
     image_row: Tensor  # [B, D] the image query's row, which all classes share
     m: Tensor  # [n, B, H, T] float32: largest score of each row tile
     l: Tensor  # [n, B, H, T] float32: sum of exp2(score - m)
+    combined: Tensor  # [B, K, D] O, the output layer's input; left to the logit reduction unless `whole`
     tile: int  # rows of a row tile
+
+    @staticmethod
+    def whole(classes: int, options: Options, tile: int) -> bool:
+        """Whether one row tile has all classes, and the image query's row."""
+        has_image = "image" in options.queries
+        return len(options.queries) > has_image and bool(classes + has_image <= tile)
 
     @property
     def pointers(self) -> Attended:
         """As the argument of a kernel, to which the tile is a constant."""
-        return Attended._make((*self[:-1], None))
+        return self.pointers_but()
+
+    def pointers_but(self, *unread: str) -> Attended:
+        """The same without tensors that this kernel neither reads nor writes."""
+        none = (*unread, "tile")
+        return Attended._make(None if name in none else getattr(self, name) for name in self._fields)
 
     @staticmethod
-    def empty(image: Tensor, classes: int, options: Options, tile: int) -> Attended:
-        """Uninitialised tensors, from shapes alone."""
+    def empty(image: Tensor, classes: int, options: Options, tile: int, save: bool) -> Attended:
+        """Uninitialised tensors, from shapes alone. save: a backward pass follows."""
         (batch, width), heads = image.shape, options.num_heads
         has_image = "image" in options.queries
         kinds = len(options.queries) - has_image
         tiles = -(-(classes * (kinds > 0) + has_image) // tile)  # the image query's row is the last
+        kept = kinds if save or not Attended.whole(classes, options, tile) else 0
         return Attended(
-            rows=image.new_empty(kinds, batch, classes, width),
+            rows=image.new_empty(kept, batch, classes, width),
             image_row=image.new_empty(batch * has_image, width),
             m=image.new_empty(kinds, batch, heads, tiles, dtype=torch.float32),
             l=image.new_empty(kinds, batch, heads, tiles, dtype=torch.float32),
+            combined=image.new_empty(batch, classes, width),
             tile=tile,
         )
 
@@ -85,7 +102,6 @@ class Reduced(NamedTuple):
 
     sums: Tensor  # [B, K] float32: Σ_d M R
     deviation: Tensor  # [B] float32: the largest |M - 1| ("linf"), its mean ("l1"), the mean of squares ("mse")
-    rows: Tensor  # [B, K, D] O, the output layer's input, for the backward pass
 
 
 class Linear(NamedTuple):

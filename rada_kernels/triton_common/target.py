@@ -94,7 +94,8 @@ class Target:
         """Launch a kernel by a configuration, or by the halving of it that `fit` finds when it is first compiled.
 
         blocks: the grid, and the arguments that follow from a configuration. What is compiled in follows from the
-        arguments that are neither numbers nor tensors. Returns all arguments of the launch.
+        arguments that are neither numbers nor tensors, from maxnreg and from whether there are descriptors, `blocks`.
+        Returns all arguments of the launch.
         """
 
         def complete(config: ConfigT) -> tuple[Grid, dict]:
@@ -107,7 +108,8 @@ class Target:
         if identity not in self.compiled_in:
             names = [name for name, value in everything.items() if _is_compiled_in(value)]
             self.compiled_in[identity] = operator.itemgetter(*names)
-        key = identity, self.compiled_in[identity](everything)
+        described = len(everything.get("blocks", ())) > 0
+        key = identity, self.compiled_in[identity](everything), everything.get("maxnreg"), described
         fitted = self.fitted.get(key)
         if fitted is None:
             limit = self.device.shared_bytes

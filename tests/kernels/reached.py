@@ -16,7 +16,7 @@ from rada_kernels.triton_common.device import Device
 from rada_kernels.triton_common.target import Target
 
 HEAD_WIDTHS = (9, 16, 32, 48, 64, 72, 80, 96, 128, 144, 160, 192, 256)
-FEW, MANY = (24, 48, 200), (10, 300, 600)  # up to 16, up to 32, above; above 256, above 512
+FEW, MANY = (24, 48, 100), (10, 200, 300, 600)  # up to 16, up to 32, one tile, above; above 256, above 512
 MANY_WIDTHS = (9, 16, 64, 96, 144, 256)
 # (K, E) of heads of two.
 SIZES = [(k, e) for e in HEAD_WIDTHS for k in FEW] + [(k, e) for e in MANY_WIDTHS for k in MANY]

@@ -7,6 +7,10 @@ attention made of them: one tensor per matrix query kind, weighted by head and r
 A program forms the sum of these, O, once and stores it: its own product reads it for every block of columns, and the
 backward pass reads it again.
 
+Where a row tile had all classes the attention has made O. Programs are then of one block of columns: their sums of
+columns are added up, in the order of the columns, by the last that arrives of some images' programs, which a counter
+tells.
+
 An image's largest |M - 1| is an integer maximum over its programs' largest, in memory: the bits of numbers that are
 not negative are ordered as the numbers are, and a maximum does not depend on the order in which it is taken.
 """
@@ -89,7 +93,7 @@ def _of_head(b_shares, h, BH: tl.constexpr):
 
 
 @triton.jit
-def _store_combined(attended, rows, pairs, B, K, T, S: tl.constexpr, R: tl.constexpr):
+def _store_combined(attended, pairs, B, K, T, S: tl.constexpr, R: tl.constexpr):
     """O of a tile's rows into memory, head by head, for all threads of the program to read."""
     MATRIX: tl.constexpr = S.MATRIX
     plane = B.to(tl.int64) * K * S.D
@@ -111,7 +115,7 @@ def _store_combined(attended, rows, pairs, B, K, T, S: tl.constexpr, R: tl.const
         if S.IMAGE:
             b_image = load_rows(attended.image_row, pairs.o_i, pairs.m_i, o_d, S.D, R.BD, m_d).to(tl.float32)
             b_rows += outer_rows(b_image * (1.0 / S.KINDS), tl.full([R.BK, R.BD], 1.0, tl.float32))
-        store_rows(rows, b_rows, pairs.o_r, pairs.m_r, o_d, S.D, R.BD, m_d)
+        store_rows(attended.combined, b_rows, pairs.o_r, pairs.m_r, o_d, S.D, R.BD, m_d)
     tl.debug_barrier()
 
 
@@ -139,10 +143,50 @@ def place_of(b_peak):
     return 0xFFFFFFFF - (b_peak & 0xFFFFFFFF)
 
 
+@triton.jit
+def _add_columns(
+    state, attended, weight, bias, features, pairs, start, S: tl.constexpr, C: tl.constexpr,
+    PENALTY: tl.constexpr, PEAK: tl.constexpr,
+):  # fmt: skip
+    """One block of columns more: a tile's sums of M f h, deviations and, PEAK, columns of the largest: [BR] each."""
+    b_sum, b_deviation, b_place = state
+    o_c = start + tl.arange(0, C.BC)
+    b_change = output_block(attended.combined, weight, bias, pairs, o_c, S, C)
+    b_f = load_rows(features.image, pairs.o_i, pairs.m_i, o_c, S.D, C.BC).to(tl.float32)  # [BI, BC]
+    b_h = load_rows(features.text, pairs.o_k, pairs.m_k, o_c, S.D, C.BC).to(tl.float32)  # [BK, BC]
+    b_sum += tl.sum((1.0 + b_change) * outer_rows(b_f, b_h), 1)
+    if S.D % C.BC != 0:
+        b_change = tl.where((o_c < S.D)[None, :], b_change, 0.0)
+    if PENALTY == "linf" and PEAK:
+        b_largest, b_column = tl.max(tl.abs(b_change), 1, return_indices=True)
+        m_new = b_largest > b_deviation
+        b_deviation = tl.where(m_new, b_largest, b_deviation)
+        b_place = tl.where(m_new, start + b_column, b_place)
+    elif PENALTY == "linf":
+        b_deviation = tl.maximum(b_deviation, tl.max(tl.abs(b_change), 1))
+    elif PENALTY == "l1":
+        b_deviation += tl.sum(tl.abs(b_change), 1)
+    else:
+        b_deviation += tl.sum(b_change * b_change, 1)
+    return b_sum, b_deviation, b_place
+
+
+@triton.jit
+def _add_parts(parts, out, first, B, K, R: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of PARTS [B, K] into out [B, K], of BI images: K is at most a row tile of the attention."""
+    o_i = first + tl.arange(0, R.BI)
+    o_k = tl.arange(0, R.TILE)
+    m_k = (o_i < B)[:, None] & (o_k < K)[None, :]
+    o_r = o_i.to(tl.int64)[:, None] * K + o_k[None, :]
+    b_sum = tl.full([R.BI, R.TILE], 0.0, tl.float32)
+    for n in tl.static_range(PARTS):
+        b_sum += tl.load(parts + n * B.to(tl.int64) * K + o_r, mask=m_k, other=0.0)
+    tl.store(out + o_r, b_sum, mask=m_k)
+
+
 @triton.jit(do_not_specialize=["B", "K", "T"])
 def _logit_reduction_fwd_kernel(
     attended,  # Attended
-    rows,  # [B, K, D] O
     weight,  # [D, D]
     bias,  # [D]
     features,  # Features
@@ -150,6 +194,8 @@ def _logit_reduction_fwd_kernel(
     largest,  # [B] int32 bits of the largest |M - 1|, "linf"
     peak,  # [B] int64 those bits and the place, PEAK
     means,  # [B, K] a row's mean, "l1", "mse"
+    parts,  # [1 or 2, PARTS, B, K] sums, and means, of a block of columns
+    arrived,  # [B] int32, of an image block's first image: programs that have stored their parts
     B,
     K,
     T,
@@ -158,36 +204,25 @@ def _logit_reduction_fwd_kernel(
     R: tl.constexpr,  # RowBlocks
     PENALTY: tl.constexpr,
     PEAK: tl.constexpr,
+    WHOLE: tl.constexpr,  # O is made, and a program has one block of columns
+    PARTS: tl.constexpr,  # such blocks; else 1
 ):
     D: tl.constexpr = S.D
-    pairs = pair_rows(tl.program_id(0), B, K, R.BI, R.BK)
-    _store_combined(attended, rows, pairs, B, K, T, S, R)
-    b_sum = tl.full([C.BR], 0.0, tl.float32)
-    b_deviation = tl.full([C.BR], 0.0, tl.float32)
-    b_place = tl.full([C.BR], 0, tl.int32)
-    for start in range(0, D, C.BC):
-        o_c = start + tl.arange(0, C.BC)
-        b_change = output_block(rows, weight, bias, pairs, o_c, S, C)
-        b_f = load_rows(features.image, pairs.o_i, pairs.m_i, o_c, D, C.BC).to(tl.float32)  # [BI, BC]
-        b_h = load_rows(features.text, pairs.o_k, pairs.m_k, o_c, D, C.BC).to(tl.float32)  # [BK, BC]
-        b_sum += tl.sum((1.0 + b_change) * outer_rows(b_f, b_h), 1)
-        if D % C.BC != 0:
-            b_change = tl.where((o_c < D)[None, :], b_change, 0.0)
-        if PENALTY == "linf" and PEAK:
-            b_largest, b_column = tl.max(tl.abs(b_change), 1, return_indices=True)
-            m_new = b_largest > b_deviation
-            b_deviation = tl.where(m_new, b_largest, b_deviation)
-            b_place = tl.where(m_new, start + b_column, b_place)
-        elif PENALTY == "linf":
-            b_deviation = tl.maximum(b_deviation, tl.max(tl.abs(b_change), 1))
-        elif PENALTY == "l1":
-            b_deviation += tl.sum(tl.abs(b_change), 1)
-        else:
-            b_deviation += tl.sum(b_change * b_change, 1)
+    part = tl.program_id(0) % PARTS
+    tile = tl.program_id(0) // PARTS
+    pairs = pair_rows(tile, B, K, R.BI, R.BK)
+    b_zero = tl.full([C.BR], 0.0, tl.float32)
+    b_state = b_zero, b_zero, tl.full([C.BR], 0, tl.int32)
+    if WHOLE:
+        b_state = _add_columns(b_state, attended, weight, bias, features, pairs, part * C.BC, S, C, PENALTY, PEAK)
+    else:
+        _store_combined(attended, pairs, B, K, T, S, R)
+        for start in range(0, D, C.BC):
+            b_state = _add_columns(b_state, attended, weight, bias, features, pairs, start, S, C, PENALTY, PEAK)
+    b_sum, b_deviation, b_place = b_state
     b_image = tl.load(features.inverse_image + pairs.o_i, mask=pairs.m_i, other=0.0)
     b_text = tl.load(features.inverse_text + pairs.o_k, mask=pairs.m_k, other=0.0)
     b_sum *= outer(b_image, b_text)
-    tl.store(sums + pairs.o_r, b_sum, mask=pairs.m_r)
     # A comparison loses NaN; a mask element that is NaN has made the sum NaN too.
     b_deviation = tl.where(b_sum == b_sum, b_deviation, float("nan"))
     if PENALTY == "linf":
@@ -197,31 +232,51 @@ def _logit_reduction_fwd_kernel(
             b_peak = _peak_key(b_bits, pairs.o_k[None, :] * D + b_place.reshape(R.BI, R.BK))
             b_peak = tl.max(tl.where(pairs.m_k[None, :], b_peak, 0), 1)
             tl.atomic_max(peak + pairs.o_i, b_peak, mask=pairs.m_i, sem="relaxed")
-    else:
-        tl.store(means + pairs.o_r, b_deviation * (1.0 / D), mask=pairs.m_r)
+    p_sums = sums
+    p_means = means
+    if PARTS > 1:
+        p_sums = parts + part.to(tl.int64) * B * K
+        p_means = parts + (PARTS + part.to(tl.int64)) * B * K
+    tl.store(p_sums + pairs.o_r, b_sum, mask=pairs.m_r)
+    if PENALTY != "linf":
+        tl.store(p_means + pairs.o_r, b_deviation * (1.0 / D), mask=pairs.m_r)
+    if PARTS > 1:
+        tl.debug_barrier()  # every thread's stores before the count
+        class_tiles = tl.cdiv(K, R.BK)
+        first = tile // class_tiles * R.BI
+        if tl.atomic_add(arrived + first, 1, sem="acq_rel") == PARTS * class_tiles - 1:
+            _add_parts(parts, sums, first, B, K, R, PARTS)
+            if PENALTY != "linf":
+                _add_parts(parts + PARTS * B.to(tl.int64) * K, means, first, B, K, R, PARTS)
 
 
 def logit_reduction_fwd(
     call: Call, projected: Projections, attended: Attended, *, config: GemmConfig | None = None
 ) -> Reduced:
-    """Masked sums in float32, and each image's deviation of the mask from one. Raises projected.peak and .largest."""
-    batch, classes, _ = call.sizes
+    """Masked sums in float32, and each image's deviation of the mask from one. Raises projected.peak and .largest, and
+    makes attended.combined unless it is made.
+    """
+    batch, classes, width = call.sizes
     linf = call.options.penalty == "linf"
-    rows = torch.empty_like(projected.projections[0])
+    whole = Attended.whole(classes, call.options, attended.tile)
     sums = call.image.new_empty(batch, classes, dtype=torch.float32)
     means = sums if linf else torch.empty_like(sums)  # "linf" writes none
 
     def blocks(c: GemmConfig):
         tile = RowBlocks.of(attended, call, c.BR)
-        return (cdiv(batch, tile.BI) * cdiv(classes, tile.BK),), {"R": tile}
+        parts = cdiv(width, c.BC) if whole else 1
+        split = sums.new_empty(2 - linf, parts, batch, classes) if parts > 1 else sums
+        programs = parts * cdiv(batch, tile.BI) * cdiv(classes, tile.BK)
+        return (programs,), {"R": tile, "PARTS": parts, "parts": split}
 
+    read = attended.pointers_but("rows", "image_row", "m", "l") if whole else attended.pointers
     call.target.launch(
         _logit_reduction_fwd_kernel, config or call.config(forward_config, classes), blocks,
-        **launch_arguments(call, projected), attended=attended.pointers, rows=rows, T=attended.m.shape[-1], sums=sums,
-        largest=projected.largest, peak=projected.peak, means=means,
-        PENALTY=call.options.penalty, PEAK=len(projected.peak) > 0,
+        **launch_arguments(call, projected), attended=read, T=attended.m.shape[-1], sums=sums,
+        largest=projected.largest, peak=projected.peak, means=means, arrived=projected.arrived,
+        PENALTY=call.options.penalty, PEAK=len(projected.peak) > 0, WHOLE=whole,
     )  # fmt: skip
-    return Reduced(sums, projected.largest.view(torch.float32) if linf else means.mean(1), rows)
+    return Reduced(sums, projected.largest.view(torch.float32) if linf else means.mean(1))
 
 
 def launch_arguments(call: Call, projected: Projections) -> dict:

@@ -30,11 +30,13 @@ from rada_kernels.triton_common.call import Call
 from rada_kernels.triton_common.config import AttentionConfig
 from rada_kernels.triton_common.dialect import (
     add_dot,
+    add_heads,
     dot_transposed,
     load_classes,
     load_head,
     scale_head,
     store_head,
+    sum_rows,
     zero_head,
 )
 from rada_kernels.triton_common.state import Attended, Projections
@@ -101,8 +103,8 @@ def _in_range(b_l, pairs):
 
 @triton.jit
 def _attend(
-    projected, blocks, out, unit, tile, first, B, K, factor,
-    S: tl.constexpr, C: tl.constexpr, ZERO: tl.constexpr, TMEM: tl.constexpr,
+    projected, blocks, out, unit, tile, first, B, K, factor, S: tl.constexpr, C: tl.constexpr,
+    ZERO: tl.constexpr, TMEM: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One row tile of an (image, head), all matrix query kinds, or with TMEM the one that is `first`.
 
@@ -146,6 +148,7 @@ def _attend(
                     b_s = tl.where((start + tl.arange(0, C.BN) < K)[None, :], b_s, float("-inf"))
                 b_new += (_online_softmax(b_s, b_states[n], b_v, factor, S),)
         b_states = b_new
+    b_sum_of_kinds = ()
     for n in tl.static_range(len(queries)):
         b_m, b_l, b_acc = b_states[n]
         # Class rows are weighted against the tile's others; the image's row has a softmax of its own.
@@ -163,13 +166,24 @@ def _attend(
             b_sum = tl.sum(b_share * b_l, 0)
             b_weight = tl.where(m_class, b_share / b_sum, 1.0 / b_l)
         b_rows = scale_head(b_acc, b_weight[:, None])
-        store_head(out.rows + (first + n) * plane + o_rows + o_rd, b_rows, m_class, S.E)
+        if ROWS:
+            store_head(out.rows + (first + n) * plane + o_rows + o_rd, b_rows, m_class, S.E)
+        if WHOLE:
+            b_sum_of_kinds = add_heads(b_sum_of_kinds, b_rows) if n > 0 else b_rows
         if S.IMAGE and n == 0 and first == 0 and tile == last // C.BM:
             store_head(out.image_row + o_image + o_r * 0, b_rows, m_image, S.E)
         if S.TEXT or S.RATIONAL:
             o_tile = ((first + n) * B * S.H + unit) * T + tile
             tl.store(out.m + o_tile, b_top)
             tl.store(out.l + o_tile, b_sum)
+    if WHOLE:
+        b_sum_of_kinds = scale_head(b_sum_of_kinds, K * (1.0 / S.KINDS))
+        if S.IMAGE:
+            tl.debug_barrier()  # the image's row is in memory for all threads
+            o_0 = tl.arange(0, 1)
+            b_image = sum_rows(load_head(out.image_row + o_image + o_0, o_0 == 0, S.E))  # of one row: in float32
+            b_sum_of_kinds = add_heads(b_sum_of_kinds, scale_head(b_image, 1.0 / S.KINDS))
+        store_head(out.combined + o_rows + o_rd, b_sum_of_kinds, m_class, S.E)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -184,6 +198,8 @@ def _mask_attention_fwd_kernel(
     C: tl.constexpr,  # AttentionConfig
     ZERO: tl.constexpr,
     TMEM: tl.constexpr,
+    WHOLE: tl.constexpr,  # a row tile has all classes: O is to be stored
+    ROWS: tl.constexpr,  # whether the kinds' rows are
 ):
     KINDS: tl.constexpr = S.MATRIX if TMEM else 1  # programs of a row tile
     T = tl.cdiv((K if S.MATRIX else 0) + S.IMAGE, C.BM)
@@ -191,7 +207,7 @@ def _mask_attention_fwd_kernel(
     tile = tl.program_id(0) % T
     kind = tl.program_id(0) // T % KINDS
     unit = tl.program_id(0) // T // KINDS
-    _attend(projected, blocks, out, unit, tile, kind, B, K, factor, S, C, ZERO, TMEM)
+    _attend(projected, blocks, out, unit, tile, kind, B, K, factor, S, C, ZERO, TMEM, WHOLE, ROWS)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -218,17 +234,23 @@ def _mask_attention_fwd_again_kernel(
             b_failed |= (b_m == float("inf")).to(tl.int32)
     if tl.max(b_failed, 0) > 0:
         for part in range(T * MATRIX if TMEM else T):
-            _attend(projected, blocks, out, unit, part % T, part // T, B, K, factor, S, C, False, TMEM)
+            _attend(projected, blocks, out, unit, part % T, part // T, B, K, factor, S, C, False, TMEM, False, True)
 
 
-def mask_attention_fwd(call: Call, projected: Projections, *, config: AttentionConfig | None = None) -> Attended:
-    """Joint-softmax attention of every (image, head). A config's BM is the row tile of the result."""
+def mask_attention_fwd(
+    call: Call, projected: Projections, *, save: bool, config: AttentionConfig | None = None
+) -> Attended:
+    """Joint-softmax attention of every (image, head). A config's BM is the row tile of the result. save: a backward
+    pass follows.
+    """
     batch, classes, _ = call.sizes
     config = config or call.config(forward_config, classes)
     zero = call.config(against_zero, classes)
     in_memory = call.config(in_tensor_memory, classes)
     described = zero and call.config(by_descriptors, classes)  # beside a running maximum they leave 8 bytes of spill
-    out = Attended.empty(call.image, classes, call.options, config.BM)
+    out = Attended.empty(call.image, classes, call.options, config.BM, save)
+    whole = Attended.whole(classes, call.options, config.BM)
+    pointers = out.pointers if whole else out.pointers_but("combined")
     units, tiles = batch * call.shapes.H, out.m.shape[-1]
 
     def launch(kernel, programs: int, **options) -> None:
@@ -238,12 +260,12 @@ def mask_attention_fwd(call: Call, projected: Projections, *, config: AttentionC
 
         call.target.launch(
             kernel, config, blocks, keep=("BM",),
-            **launch_arguments(call), projected=projected, out=out.pointers, **options,
+            **launch_arguments(call), projected=projected, out=pointers, **options,
         )  # fmt: skip
 
     programs = units * tiles * (call.shapes.MATRIX if in_memory else 1)
-    registers = call.config(forward_registers, classes)
-    launch(_mask_attention_fwd_kernel, programs, TMEM=in_memory, ZERO=zero, **registers)
+    constants = {"ZERO": zero, "TMEM": in_memory, "WHOLE": whole, "ROWS": out.rows.shape[0] > 0}
+    launch(_mask_attention_fwd_kernel, programs, **constants, **call.config(forward_registers, classes))
     if zero:
         launch(_mask_attention_fwd_again_kernel, units, TMEM=in_memory)
     return out
@@ -252,6 +274,8 @@ def mask_attention_fwd(call: Call, projected: Projections, *, config: AttentionC
 def combine_rows(call: Call, attended: Attended) -> Tensor:
     """O [B, K, D] in memory, in the dtype of the features. The logit reduction forms the same tile by tile."""
     (_, classes, _), shapes = call.sizes, call.shapes
+    if Attended.whole(classes, call.options, attended.tile):
+        return attended.combined
     rows = call.image.new_zeros((), dtype=torch.float32)
     if shapes.IMAGE:
         rows = attended.image_row.float().unsqueeze(1).expand(-1, classes, -1) / shapes.KINDS

@@ -116,9 +116,11 @@ def _rational_projection_fwd_kernel(
     feature_tiles = image_tiles + tl.cdiv(K, C.BR)
     if tile < feature_tiles:
         is_image = tile < image_tiles
-        if LARGEST and is_image and column == 0:
+        if is_image and column == 0:
             o_i = tile * C.BR + tl.arange(0, C.BR)
-            tl.store(out.largest + o_i, 0, mask=o_i < B)
+            tl.store(out.arrived + o_i, 0, mask=o_i < B)
+            if LARGEST:
+                tl.store(out.largest + o_i, 0, mask=o_i < B)
             if PEAK:
                 tl.store(out.peak + o_i, 0, mask=o_i < B)
         _project_features(

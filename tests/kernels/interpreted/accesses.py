@@ -32,8 +32,9 @@ class Seen:
 
     launch: Launch
     flop: int = 0  # of its products
-    parts: dict[str, list[tuple[int, np.ndarray]]] = field(
-        default_factory=lambda: {"load": [], "store": [], "atomic": []}
+    # (program, granules, number of accesses before it); count: an atomic that orders accesses
+    parts: dict[str, list[tuple[int, np.ndarray, int]]] = field(
+        default_factory=lambda: {"load": [], "store": [], "atomic": [], "count": []}
     )
 
     def add(self, kind: str, program: int, pointers, mask) -> None:
@@ -45,12 +46,12 @@ class Seen:
         assert width % GRANULE == 0
         assert not (addresses % width).any(), "unaligned"
         granules = (addresses[:, None] + np.arange(0, width, GRANULE)).ravel() // GRANULE
-        self.parts[kind].append((program, granules))
+        self.parts[kind].append((program, granules, sum(map(len, self.parts.values()))))
 
     def of(self, *kinds: str) -> Access:
         by_program: dict[int, list[np.ndarray]] = {}
         for kind in kinds:
-            for program, granules in self.parts[kind]:
+            for program, granules, _ in self.parts[kind]:
                 by_program.setdefault(program, []).append(granules)
         unique = {program: np.unique(np.concatenate(parts)) for program, parts in by_program.items()}
         programs = [np.full(len(granules), program) for program, granules in unique.items()]
@@ -63,10 +64,27 @@ class Seen:
         tensors = [tensor for tensor in _tensors(self.launch.arguments.values()) if tensor.numel()]
         first, count = (np.array(column) for column in zip(*map(_granules, tensors), strict=True))
         order = np.argsort(first)
-        accessed = np.unique(self.of("load", "store", "atomic").granules)
+        accessed = np.unique(self.of(*self.parts).granules)
         at = np.searchsorted(first[order], accessed, "right") - 1
         inside = (at >= 0) & (accessed < (first + count)[order][at])
         return accessed[~inside]
+
+    def handed_over(self) -> Seen:
+        """Without the loads of what was handed over: who is the last to raise a counter loads what others have stored
+        before they raised it.
+        """
+        counters: dict[int, list[tuple[int, int]]] = {}
+        for program, granules, number in self.parts["count"]:
+            counters.setdefault(granules[0], []).append((program, number))
+        loads = []
+        for program, granules, number in self.parts["load"]:
+            for *others, (last, raised) in counters.values():
+                if program == last and number > raised:
+                    before = dict(others)
+                    stored = [g for writer, g, at in self.parts["store"] if at < before.get(writer, 0)]
+                    granules = np.setdiff1d(granules, np.concatenate([np.empty(0, np.int64), *stored]))
+            loads.append((program, granules, number))
+        return Seen(self.launch, self.flop, self.parts | {"load": loads})
 
     def bytes_of(self, *kinds: str) -> int:
         """Distinct ones."""
@@ -91,9 +109,12 @@ def _tensors(arguments) -> Iterator[Tensor]:
 
 
 class Recorded(Target):
-    """The interpreter with a device's configurations, until the patch is undone; `launches` has what each did."""
+    """The interpreter with a device's configurations, until the patch is undone; `launches` has what each did.
 
-    def __init__(self, patch: pytest.MonkeyPatch, device: Device = INTERPRETER):
+    backwards: the last program runs first.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, device: Device = INTERPRETER, backwards: bool = False):
         super().__init__(device, configs={})
         self.launches: list[Seen] = []
         self.program = 0
@@ -108,6 +129,8 @@ class Recorded(Target):
 
         def set_grid_idx(builder, x, y, z):
             grid = (*self.launches[-1].launch.grid, 1, 1)
+            if backwards:
+                x = grid[0] - 1 - x
             self.program = x + grid[0] * (y + grid[1] * z)
             index(builder, x, y, z)
 
@@ -119,9 +142,10 @@ class Recorded(Target):
             self.launches[-1].add("store", self.program, pointers, mask)
             return store(builder, pointers, value, mask, *rest, **named)
 
-        def atomic_rmw(builder, operation, pointers, value, mask, *rest):
-            self.launches[-1].add("atomic", self.program, pointers, mask)
-            return atomic(builder, operation, pointers, value, mask, *rest)
+        def atomic_rmw(builder, operation, pointers, value, mask, sem, *rest):
+            kind = "atomic" if sem.name == "RELAXED" else "count"
+            self.launches[-1].add(kind, self.program, pointers, mask)
+            return atomic(builder, operation, pointers, value, mask, sem, *rest)
 
         def counted_dot(builder, a, b, *rest):
             self.launches[-1].flop += 2 * a.data.size * b.data.shape[-1]

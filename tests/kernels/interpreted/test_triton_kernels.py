@@ -55,7 +55,9 @@ def test_rational_projection(classes, poisoned_empty):
     query, key, value = projection_reference.rational_projection(f, h, double.scale, Params(*layers), QUERIES)
 
     projected = rational_projection_fwd(call, save=True)
-    assert not any(cleared.any() for cleared in (projected.largest, projected.peak)), "for the reduction to raise"
+    assert not any(cleared.any() for cleared in (projected.largest, projected.peak, projected.arrived)), (
+        "for the reduction"
+    )
     factor = call.factors[0]
     close(projected.query_image, factor * query["image"][:, 0])
     close(projected.query_text, factor * query["text"][0])
@@ -105,7 +107,7 @@ def projections_of(image, text, everything, call) -> Projections:
     everything = torch.stack([*everything[:2], factor * everything[2]])
     image, text = factor * image, factor * text
     inverse = (inverse_norms(rows) for rows in (call.image, call.text))
-    cleared = (torch.zeros(len(image), dtype=dtype) for dtype in (torch.int64, torch.int32))
+    cleared = (torch.zeros(len(image), dtype=dtype) for dtype in (torch.int64, torch.int32, torch.int32))
     return Projections(image, text, *inverse, everything, *cleared)
 
 
@@ -127,7 +129,7 @@ def test_mask_attention(classes, poisoned_empty):
     truth = attended_truth(true, double.options.score_factor(WIDTH))
 
     projected = projections_of(*rows.values(), call)
-    attended = mask_attention_fwd(call, projected)
+    attended = mask_attention_fwd(call, projected, save=True)
     upstream = torch.randn(truth.shape)
     grads = torch.autograd.grad((truth * upstream.double()).sum(), list(true.values()))
     mine = mask_attention_bwd(call, projected, attended, upstream)
@@ -142,7 +144,7 @@ def test_logit_reduction(classes, penalty, poisoned_empty):
     call, double = inputs(classes, penalty=penalty)
     rows = random_rows(classes)
     projected = projections_of(*rows.values(), call)
-    attended = mask_attention_fwd(call, projected)
+    attended = mask_attention_fwd(call, projected, save=True)
     truth = attended_truth({name: leaf.double() for name, leaf in rows.items()}, double.options.score_factor(WIDTH))
     truth.requires_grad_()
     f, h = unit_rows(double.image), unit_rows(double.text)
@@ -157,7 +159,7 @@ def test_logit_reduction(classes, penalty, poisoned_empty):
     upstream = torch.randn(BATCH, classes), torch.randn(BATCH)
     loss = (sums_truth * upstream[0].double()).sum() + (deviation_truth * upstream[1].double()).sum()
     grads = torch.autograd.grad(loss, (truth, weight, bias))
-    mine = logit_reduction_bwd(call, projected, reduced.rows, *upstream, EVERYTHING)
+    mine = logit_reduction_bwd(call, projected, attended.combined, *upstream, EVERYTHING)
     for grad, true in zip((mine.attended, mine.layer.weight, mine.layer.bias.sum(0)), grads, strict=True):
         close(grad, true)
     close(mine.masked, upstream[0].double()[..., None] * mask)

@@ -61,8 +61,9 @@ class Scores:
         rows = [rows.bfloat16() for rows in (self.image, self.text, self.all)]
         batch, classes, _ = self.call.sizes
         inverse = torch.ones(batch), torch.ones(classes)
-        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
-        return mask_attention_fwd(self.call, Projections(*rows[:2], *inverse, rows[2], *nothing))
+        nothing = (torch.empty(0, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.int32))
+        projected = Projections(*rows[:2], *inverse, rows[2], *nothing)
+        return mask_attention_fwd(self.call, projected, save=True)
 
     def truth(self) -> torch.Tensor:
         image, text, everything = (rows.bfloat16().double() for rows in (self.image, self.text, self.all))

@@ -30,11 +30,11 @@ GFX942, GFX1100 = Device("gfx942", 64 * KIB), Device("gfx1100", 64 * KIB)
 
 def races(seen: Seen) -> list[str]:
     """What two programs of a launch do to one address, where one of them writes. Atomic maxima have no order."""
-    stored, written, loaded = seen.of("store"), seen.of("store", "atomic"), seen.of("load")
+    stored, written, loaded = seen.of("store"), seen.of("store", "atomic"), seen.handed_over().of("load")
     found = []
     if len(np.unique(stored.granules)) != len(stored.granules):
         found.append("two programs store to one address")
-    if np.intersect1d(stored.granules, seen.of("atomic").granules).size:
+    if np.intersect1d(stored.granules, seen.of("atomic", "count").granules).size:
         found.append("an address is stored to and raised")
     order = np.argsort(written.granules, kind="stable")
     granules, programs = written.granules[order], written.programs[order]
@@ -64,7 +64,7 @@ def run_step(case, target, keys=1.0):
         *[pytest.param(classes, INTERPRETER, torch.float32, marks=pytest.mark.slow) for classes in (129, 300)],
         (17, INTERPRETER, torch.float16),  # whose backward pass takes delta from the stored rows
         pytest.param(129, INTERPRETER, torch.float16, marks=pytest.mark.slow),
-        (65, SM_90, torch.float16),
+        (65, SM_90, torch.float16),  # all classes in one row tile, columns in parts
         pytest.param(65, SM_80, torch.float16, marks=pytest.mark.slow),
         pytest.param(65, GFX942, torch.float32, marks=pytest.mark.slow),
         pytest.param(65, GFX1100, torch.float16, marks=pytest.mark.slow),
@@ -89,6 +89,22 @@ def test_no_launch_has_a_race(classes, device, dtype, monkeypatch):
         assert races(seen) == [], f"{seen.launch.name}, {seen.launch.grid} programs"
         assert seen.of("store").granules.size, seen.launch.name
         assert not seen.outside.size, f"{seen.launch.name} reads or writes what is none of its tensors"
+
+
+@pytest.mark.parametrize("penalty", ["linf", "l1"])
+def test_the_order_of_programs_does_not_matter(penalty):
+    """Sums of columns are added up by the last program, in the order of the columns: the same bits in any order."""
+    case = make_case(9, 20, 160, 2, penalty=penalty).cast(torch.bfloat16)
+    params = Params(*case.layers, logit_scale=case.scale.float())
+    results, counts = [], []
+    for backwards in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            target = Recorded(patch, SM_90, backwards)
+            results.append(backend.forward(case.image, case.text, params, case.options, False, target)[:2])
+        counts.append([program for program, _, _ in target.launches[-1].parts["count"]])
+    assert counts[0] == counts[1][::-1]
+    assert len(counts[0]) > 4
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @triton.jit
