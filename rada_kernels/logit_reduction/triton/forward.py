@@ -215,7 +215,7 @@ def logit_reduction_fwd(
         tile = RowBlocks.of(attended, call, c.BR)
         return (cdiv(batch, tile.BI) * cdiv(classes, tile.BK),), {"R": tile}
 
-    call.target.launch(
+    call.launch(
         _logit_reduction_fwd_kernel, config or call.config(forward_config, classes), blocks,
         **launch_arguments(call, projected), attended=attended.pointers, rows=rows, T=attended.m.shape[-1], sums=sums,
         largest=projected.largest, peak=projected.peak, means=means,

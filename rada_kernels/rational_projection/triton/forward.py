@@ -186,7 +186,7 @@ def rational_projection_fwd(call: Call, *, save: bool, config: GemmConfig | None
 
     # In the order of Params: the queries of image, text and rational matrix, keys, values.
     query_image, query_text, query_rational, key, value = map(Linear, call.params[0:10:2], call.params[1:10:2])
-    call.target.launch(
+    call.launch(
         _rational_projection_fwd_kernel, config or call.config(forward_config, classes), blocks,
         image=call.image, text=call.text, scale=call.params.logit_scale, query_image=query_image, query_text=query_text,
         factor=call.factors[0],
