@@ -69,57 +69,49 @@ class Forgetful(dict):
         pass
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """Contiguous inputs of one dtype, and the target to launch on. B and K at least 1."""
+    """Contiguous inputs of one dtype, and the target to launch on. B and K at least 1.
+
+    What it shares with others of its sizes, dtypes and purpose is in `plan`: configurations, prepared launches, and
+    what follows from the options. Triton compiles for dtypes, for addresses that are multiples of 16, and for
+    constants, which follow from the rest of the plan's key. Memory that a call allocates is aligned.
+    """
 
     image: Tensor  # [B, D]
     text: Tensor  # [K, D]
     params: Params  # logit_scale: float32
     options: Options
     target: Target
-    # What its launches depend on beside these: what it is for, None: it shares no plan; and its other tensors, [B, ...]
-    # where images come in chunks.
-    purpose: tuple | None = None
-    given: tuple[Tensor, ...] = ()
+    purpose: tuple | None = None  # what else launches depend on, such as which pass it is; None: nothing is shared
+    given: tuple[Tensor, ...] = ()  # its other tensors, [B, ...] where images come in chunks
 
-    @functools.cached_property
-    def plan(self) -> dict:
-        """What this call shares with others of its sizes, dtypes and purpose: configurations and prepared launches.
+    def __post_init__(self):
+        (batch, width), classes = self.image.shape, self.text.shape[0]
+        self.sizes = batch, classes, width  # B, K, D
+        self.plan = Forgetful() if self.purpose is None else self.target.plan(self._key())
+        self.shapes: Shapes
+        self.factors: tuple[float, float]
+        self.shapes, self.factors = self.plan.get(Call) or self._constants()
 
-        Triton compiles for dtypes, for the addresses that are multiples of 16, and for constants, which follow from the
-        rest of the key. Memory that a call allocates is aligned.
-        """
-        if self.purpose is None:
-            return Forgetful()
-        inputs = (self.image, self.text, *self.params.layers, self.params.scale, *self.given)
-        return self.target.plan((
+    def _key(self) -> tuple:
+        inputs = (self.image, self.text, self.params.scale, *self.params.layers, *self.given)
+        return (
             self.sizes, self.options, self.purpose, torch.get_float32_matmul_precision(), os.environ.get(TUNED),
             *[tensor.dtype for tensor in inputs], *[tensor.data_ptr() % 16 for tensor in inputs],
-        ))  # fmt: skip
+        )  # fmt: skip
 
-    @functools.cached_property
-    def sizes(self) -> tuple[int, int, int]:
-        """B, K, D"""
-        return self.image.shape[0], self.text.shape[0], self.image.shape[1]
-
-    @functools.cached_property
-    def shapes(self) -> Shapes:
-        shapes = self.plan.get(Shapes)
-        if shapes is None:
-            precision = torch.get_float32_matmul_precision()
-            shapes = Shapes.of(self.options, self.image.shape[1], self.image.dtype, self.target.device, precision)
-            self.plan[Shapes] = shapes
-        return shapes
-
-    @functools.cached_property
-    def factors(self) -> tuple[float, float]:
-        """What queries bear of log2(e) / (√E τ), the factor of scores in base 2, and what is left to their products.
-
-        In 16 bits all of it, rounded with the query; in float32 one more rounding would show where scores are large.
+    def _constants(self) -> tuple[Shapes, tuple[float, float]]:
+        """shapes; factors: what queries bear of log2(e) / (√E τ), the factor of scores in base 2, and what is left to
+        their products. In 16 bits all of it, rounded with the query; in float32 one more rounding would show where
+        scores are large.
         """
-        factor = self.options.score_factor(self.image.shape[1]) * math.log2(math.e)
-        return (1.0, factor) if self.dtype == torch.float32 else (factor, 1.0)
+        width, precision = self.image.shape[1], torch.get_float32_matmul_precision()
+        factor = self.options.score_factor(width) * math.log2(math.e)
+        factors = (1.0, factor) if self.dtype == torch.float32 else (factor, 1.0)
+        shapes = Shapes.of(self.options, width, self.dtype, self.target.device, precision)
+        self.plan[Call] = shapes, factors
+        return shapes, factors
 
     def config(self, configure: Callable[..., Configured], *sizes: int) -> Configured:
         """A step's configure(target, shapes, *sizes), asked once. Sizes are of the call."""

@@ -62,7 +62,7 @@ class Attended(NamedTuple):
     @property
     def pointers(self) -> Attended:
         """As the argument of a kernel, to which the tile is a constant."""
-        return Attended._make((*self[:-1], None))
+        return Attended(*self[:-1], None)  # type: ignore[arg-type]
 
     @staticmethod
     def empty(image: Tensor, classes: int, options: Options, tile: int) -> Attended:
@@ -118,11 +118,11 @@ class LayerGrads(NamedTuple):
     @staticmethod
     def empty(params: Params, queries: tuple[str, ...], dtype: torch.dtype) -> LayerGrads:
         """Uninitialised, but zeros for a query kind that is not in use."""
-        used = [name in queries for name in QUERIES for _ in Linear._fields] + [True] * 6
-        grads = [
-            torch.empty_like(layer, dtype=dtype) if on else torch.zeros_like(layer, dtype=dtype)
-            for layer, on in zip(params.layers, used, strict=True)
-        ]
+        grads = [torch.empty_like(layer, dtype=dtype) for layer in params.layers]
+        for place, name in enumerate(QUERIES):
+            if name not in queries:
+                grads[2 * place].zero_()
+                grads[2 * place + 1].zero_()
         return LayerGrads(*map(Linear, grads[::2], grads[1::2]))
 
 

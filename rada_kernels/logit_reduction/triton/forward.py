@@ -219,7 +219,7 @@ def logit_reduction_fwd(
         _logit_reduction_fwd_kernel, config or call.config(forward_config, classes), blocks,
         **launch_arguments(call, projected), attended=attended.pointers, rows=rows, T=attended.m.shape[-1], sums=sums,
         largest=projected.largest, peak=projected.peak, means=means,
-        PENALTY=call.options.penalty, PEAK=len(projected.peak) > 0,
+        PENALTY=call.options.penalty, PEAK=projected.peak.shape[0] > 0,
     )  # fmt: skip
     return Reduced(sums, projected.largest.view(torch.float32) if linf else means.mean(1), rows)
 

@@ -362,7 +362,7 @@ def mask_attention_bwd_joint(call: Call, attended: Attended, grads: AttentionGra
     """arguments: the launch arguments that the backward kernels share. Fills grads.query_image."""
     classes, tiles = call.sizes[1], attended.m.shape[-1]
     m, scale, unit, delta = (attended.m.new_empty(attended.m.shape[:-1]) for _ in range(4))
-    images = len(grads.query_image)
+    images = grads.query_image.shape[0]
     joint = Joint(
         m,
         scale,
