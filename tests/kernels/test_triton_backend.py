@@ -380,7 +380,7 @@ def test_a_gpu_compiles_once_halves_and_launches_what_fits():
     config, fitted = attention_config(64, 64, 2), attention_config(32, 32, 1)
 
     def launch(image: torch.Tensor, K: int = 7, S: str = "bfloat16") -> dict:
-        call = Call(image, image, Params(*[image] * 12, logit_scale=image), Options(), target, purpose=("test", K, S))
+        call = Call(image, image, Params(*[image] * 12, logit_scale=image), Options(1), target, purpose=("test", K, S))
         return call.launch(
             kernel, config, lambda c: ((c.BM,), {"K": K}), tensors=lambda c: {"half": image[: c.BM]}, x=image, S=S
         )

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from rada_kernels import Options, Params
 from rada_kernels.backends import triton as backend
@@ -42,6 +43,12 @@ class Prepared(Target):
 
     def plan(self, key):
         return super().plan(key) if self.shared else {}
+
+    def prepare(self, *launch):
+        prepared = super().prepare(*launch)
+        kept = [name for name, value in prepared.own.items() if any(torch.is_tensor(leaf) for leaf in tree_leaves(value))]
+        assert not kept, "memory is each call's own: it takes `tensors`"
+        return prepared
 
     def launcher(self, kernel, grid, arguments):
         self.prepared += 1
