@@ -46,8 +46,9 @@ class Prepared(Target):
 
     def prepare(self, *launch):
         prepared = super().prepare(*launch)
-        kept = [name for name, value in prepared.own.items() if any(torch.is_tensor(leaf) for leaf in tree_leaves(value))]
-        assert not kept, "memory is each call's own: it takes `tensors`"
+        leaves = tree_leaves(list(prepared.own.values()))
+        memory = [leaf for leaf in leaves if torch.is_tensor(leaf) or hasattr(leaf, "base")]  # a descriptor's
+        assert not memory, "each call has its own: it takes `tensors`"
         return prepared
 
     def launcher(self, kernel, grid, arguments):
