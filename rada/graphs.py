@@ -36,6 +36,14 @@ def graphed(head: Callable[[Tensor], Tensor], batch: Tensor) -> Callable[[Tensor
         with torch.cuda.graph(graph):
             out = head(static)
 
+    return of_any_number(head, static, out, graph.replay)
+
+
+def of_any_number(
+    head: Callable[[Tensor], Tensor], static: Tensor, out: Tensor, run: Callable[[], None]
+) -> Callable[[Tensor], Tensor]:
+    """What `graphed` returns. run: makes `out` of what is in `static`, row by row."""
+
     @torch.no_grad()
     def replay(features: Tensor) -> Tensor:
         _check(features, static)
@@ -43,7 +51,7 @@ def graphed(head: Callable[[Tensor], Tensor], batch: Tensor) -> Callable[[Tensor
         if count > len(static):
             return head(features)
         static[:count].copy_(features)
-        graph.replay()
+        run()
         return out[:count].clone()
 
     return replay

@@ -38,12 +38,17 @@ class Timed(Gpu):
         super().__init__(device)
         self.launches: list[tuple[Launch, torch.cuda.Event, torch.cuda.Event]] = []
 
-    def run(self, kernel, grid, arguments) -> None:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        super().run(kernel, grid, arguments)
-        end.record()
-        self.launches.append((Launch(kernel, grid, arguments), start, end))
+    def launcher(self, kernel, grid, arguments):
+        launch = super().launcher(kernel, grid, arguments)
+
+        def timed(arguments: dict) -> None:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            launch(arguments)
+            end.record()
+            self.launches.append((Launch(kernel, grid, arguments), start, end))
+
+        return timed
 
 
 def timed_launches(load: Workload, dtype: torch.dtype) -> list[tuple[Launch, Code | None, float]]:

@@ -136,10 +136,13 @@ def _chunks(call: Call) -> list[slice]:
     return [slice(start, start + images) for start in range(0, batch, images)]
 
 
-def _call(image: Tensor, text: Tensor, params: Params, options: Options, target: Target | None) -> Call:
-    layers = [layer.contiguous() for layer in params.layers]
+def _call(
+    image: Tensor, text: Tensor, params: Params, options: Options, target: Target | None, *purpose, given=()
+) -> Call:
+    layers = [layer.contiguous() for layer in params[:12]]
     params = Params._make((*layers, params.scale.to(torch.float32), None))
-    return Call(image.contiguous(), text.contiguous(), params, options, target or target_of(image))
+    target = target or target_of(image)
+    return Call(image.contiguous(), text.contiguous(), params, options, target, purpose, given)
 
 
 def _on_device(tensor: Tensor):
@@ -174,7 +177,7 @@ def forward(
         sums = image.new_empty(0, text.shape[0], dtype=torch.float32)
         return sums, sums.new_empty(0), empty_saved(image, text, options, save)
     save = save and _fits_budget(image, text.shape[0], options)
-    call = _call(image, text, params, options, target)
+    call = _call(image, text, params, options, target, "forward", save)
     with _on_device(image):
         if save:
             reduced, saved = _forward(call, save)
@@ -192,7 +195,7 @@ def attended_rows(
 
     if image.shape[0] == 0:
         return image.new_empty(0, text.shape[0], image.shape[1])
-    call = _call(image, text, params, options, target)
+    call = _call(image, text, params, options, target, "attended rows")
     with _on_device(image):
         chunks = [call.of_images(b) for b in _chunks(call)]
         return torch.cat([combine_rows(chunk, _attend(chunk, save=False)[1]) for chunk in chunks])
@@ -210,7 +213,8 @@ def backward(
     if grad_deviation is not None:
         grad_deviation = grad_deviation.contiguous()
     with _on_device(image):
-        call = _call(image, text, params, options, target)
+        given = (grad_sums, *saved) if grad_deviation is None else (grad_sums, grad_deviation, *saved)
+        call = _call(image, text, params, options, target, "backward", wanted, len(given), given=given)
         if not saved:
             return _backward_in_chunks(call, grad_sums, grad_deviation, wanted)
         state = Saved.of(saved, call.config(forward_config, text.shape[0]).BM)

@@ -168,7 +168,7 @@ def keys_bwd_config(target: Target, shapes: Shapes, classes: int) -> AttentionCo
     return _of_few("mask_attention_bwd_keys", target, shapes, config, classes)
 
 
-def joint_bwd_config(shapes: Shapes) -> AttentionConfig:
+def joint_bwd_config(target: Target, shapes: Shapes) -> AttentionConfig:
     """Of the image query's row and what all rows share: BN classes at a time."""
     return AttentionConfig(16, 64, 4, 2) if shapes.E <= 64 else AttentionConfig(16, 32, 8, 2)
 

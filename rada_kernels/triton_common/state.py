@@ -5,7 +5,7 @@ Kernels take them as arguments. A query kind that is not in use has no rows.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,12 +72,12 @@ class Attended(NamedTuple):
     @property
     def pointers(self) -> Attended:
         """As the argument of a kernel, to which the tile is a constant."""
-        return self.pointers_but()
+        return Attended(*self[:-1], None)  # type: ignore[arg-type]
 
     def pointers_but(self, *unread: str) -> Attended:
         """The same without tensors that this kernel neither reads nor writes."""
-        none = (*unread, "tile")
-        return Attended._make(None if name in none else getattr(self, name) for name in self._fields)
+        none: dict[str, Any] = dict.fromkeys(unread)
+        return self.pointers._replace(**none)
 
     @staticmethod
     def empty(image: Tensor, classes: int, options: Options, tile: int, save: bool) -> Attended:
@@ -134,11 +134,11 @@ class LayerGrads(NamedTuple):
     @staticmethod
     def empty(params: Params, queries: tuple[str, ...], dtype: torch.dtype) -> LayerGrads:
         """Uninitialised, but zeros for a query kind that is not in use."""
-        used = [name in queries for name in QUERIES for _ in Linear._fields] + [True] * 6
-        grads = [
-            torch.empty_like(layer, dtype=dtype) if on else torch.zeros_like(layer, dtype=dtype)
-            for layer, on in zip(params.layers, used, strict=True)
-        ]
+        grads = [torch.empty_like(layer, dtype=dtype) for layer in params.layers]
+        for place, name in enumerate(QUERIES):
+            if name not in queries:
+                grads[2 * place].zero_()
+                grads[2 * place + 1].zero_()
         return LayerGrads(*map(Linear, grads[::2], grads[1::2]))
 
 

@@ -6,7 +6,7 @@ import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from rada_kernels.triton_common.config import ConfigT, config_key, tuned, tuned_
 from rada_kernels.triton_common.device import INTERPRETER, Device, gpu
 
 Grid = tuple[int, ...]
-Configured = TypeVar("Configured")  # a configuration, or whatever else follows from the same
+PLANS = 256  # kept of a target: sizes of calls, some kilobytes each
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,16 @@ def fit(
         config = smaller
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What launches share that differ in the tensors' memory alone."""
+
+    asked: Any  # the configuration that was to be made to fit
+    config: Any  # that fits
+    own: dict  # the arguments that follow from it, tensors aside
+    launch: Callable[[dict], None]  # of all arguments
+
+
 class Target:
     """A device to launch on. Subclasses say how a kernel is run there, and what it takes once it is compiled.
 
@@ -65,60 +75,57 @@ class Target:
         self.configs = configs
         self.compiled_in: dict[int, Callable[[dict], tuple]] = {}  # which arguments, by kernel
         self.fitted: dict[tuple, Any] = {}  # by kernel and what is compiled in
-        self.known: dict[tuple, Any] = {}  # configurations, by what they follow from
+        self._plans: Callable[[tuple], dict] = functools.lru_cache(PLANS)(lambda key: {})
 
     def config(self, kernel: str, dtype: torch.dtype, sizes: tuple[int, ...], default: ConfigT) -> ConfigT:
         """A kernel's configuration; sizes: what tells its configurations apart."""
         entries = tuned_file() if self.configs is None else self.configs
         return tuned(config_key(kernel, self.device, dtype, *sizes), entries, default)
 
-    def configured(
-        self, configure: Callable[..., Configured], shapes, sizes: tuple[int, ...], tuned: str | None
-    ) -> Configured:
-        """configure(self, shapes, *sizes), asked once. tuned: the file that RADA_TUNED names."""
-        key = configure, shapes, sizes, tuned
-        config = self.known.get(key)
-        if config is None:
-            config = self.known[key] = configure(self, shapes, *sizes)
-        return config
+    def plan(self, key: tuple) -> dict:
+        """Where calls of this key keep what they share; empty at first."""
+        return self._plans(key)
 
-    def launch(
+    def prepare(
         self,
         kernel,
         config: ConfigT,
         blocks: Callable[[ConfigT], tuple[Grid, dict]],
-        *,
-        keep: tuple[str, ...] = (),
-        **arguments: Any,
-    ) -> dict:
-        """Launch a kernel by a configuration, or by the halving of it that `fit` finds when it is first compiled.
+        tensors: Callable[[ConfigT], dict],
+        keep: tuple[str, ...],
+        arguments: dict,
+    ) -> Prepared:
+        """A kernel's launch by a configuration, or by the halving of it that `fit` finds when it is first compiled.
 
-        blocks: the grid, and the arguments that follow from a configuration. What is compiled in follows from the
-        arguments that are neither numbers nor tensors, from maxnreg and from whether there are descriptors, `blocks`.
-        Returns all arguments of the launch.
+        The other arguments are those of `Call.launch`. What is compiled in follows from the arguments that are neither
+        numbers nor tensors, from maxnreg and from whether there are descriptors, which come in arguments named blocks.
         """
 
-        def complete(config: ConfigT) -> tuple[Grid, dict]:
+        def complete(config: ConfigT) -> tuple[Grid, dict, dict]:
             grid, own = blocks(config)
-            options = {"C": config, "num_warps": config.num_warps, "num_stages": config.num_stages}
-            return grid, {**arguments, **own, **options}
+            own |= {"C": config, "num_warps": config.num_warps, "num_stages": config.num_stages}
+            return grid, own, {**arguments, **own, **tensors(config)}
 
-        grid, everything = complete(config)
+        def usage_of(config: ConfigT) -> Usage | None:
+            grid, _, everything = complete(config)
+            return self.usage(kernel, grid, everything)
+
+        _, _, everything = complete(config)
         identity = id(kernel)  # a kernel's own hash takes microseconds
         if identity not in self.compiled_in:
             names = [name for name, value in everything.items() if _is_compiled_in(value)]
             self.compiled_in[identity] = operator.itemgetter(*names)
-        described = len(everything.get("blocks", ())) > 0
+        described = any(name.endswith("blocks") and value for name, value in everything.items())
         key = identity, self.compiled_in[identity](everything), everything.get("maxnreg"), described
         fitted = self.fitted.get(key)
         if fitted is None:
-            limit = self.device.shared_bytes
-            fitted = fit(config, lambda candidate: self.usage(kernel, *complete(candidate)), limit, keep)
-            self.fitted[key] = fitted
-        if fitted is not config and fitted != config:
-            grid, everything = complete(fitted)
-        self.run(kernel, grid, everything)
-        return everything
+            fitted = self.fitted[key] = fit(config, usage_of, self.device.shared_bytes, keep)
+        grid, own, everything = complete(fitted)
+        return Prepared(config, fitted, own, self.launcher(kernel, grid, everything))
+
+    def launcher(self, kernel, grid: Grid, arguments: dict) -> Callable[[dict], None]:
+        """Launches a kernel with arguments that are like these in all that it is compiled for."""
+        return functools.partial(self.run, kernel, grid)
 
     def usage(self, kernel, grid: Grid, arguments: dict) -> Usage | None:
         return None
@@ -139,6 +146,14 @@ class Gpu(Target):
         except OutOfResources as error:
             return Usage(max(error.required, self.device.shared_bytes + 1), 0)
         return Usage(compiled.metadata.shared, 4 * compiled.n_spills)
+
+    def launcher(self, kernel, grid: Grid, arguments: dict) -> Callable[[dict], None]:
+        """Without Triton's look at the arguments, which takes longer than all the rest of a launch."""
+        if torch.version.hip:  # where code depends on which tensors are below 2 GB
+            return super().launcher(kernel, grid, arguments)
+        compiled = kernel.warmup(grid=grid, **arguments)[(*grid, 1, 1)]
+        in_order = operator.itemgetter(*kernel.arg_names)
+        return lambda arguments: compiled(*in_order(arguments))
 
 
 def _is_compiled_in(argument) -> bool:

@@ -42,7 +42,7 @@ def configurations(device: Device, dtype: torch.dtype, classes: int, head_width:
     """(function, what it chooses) for every kernel of a step with two heads."""
     target = Target(device, configs={})
     shapes = Shapes.of(Options(2), 2 * head_width, dtype, device, "highest")
-    made = {("joint", attention.joint_bwd_config(shapes))}
+    made = set()
     for choose in CHOICES:
         arguments = (target, shapes, classes)[: choose.__code__.co_argcount]
         chosen = choose(*arguments)

@@ -230,7 +230,8 @@ def test_a_call_asks_for_a_configuration_once_for_each_tuned_file(tuned_file):
 
     def configured(classes: int) -> GemmConfig:
         features = torch.empty(1, 512, dtype=torch.bfloat16, device="meta")
-        return Call(features, features, Params(*[features] * 12), Options(), target).config(configure, classes)
+        params = Params(*[features] * 12, logit_scale=features)
+        return Call(features, features, params, Options(), target, purpose=(classes,)).config(configure, classes)
 
     own = configured(1000)
     assert configured(1000) is own
@@ -380,15 +381,16 @@ def test_a_device_that_is_too_small_is_named():
 
 
 class FakeKernel:
-    """A kernel as Triton has it: warmup compiles, `run` of what was compiled loads it and says what it spills."""
+    """A kernel as Triton has it: warmup compiles what it has not, `run` of that loads it and says what it spills."""
+
+    arg_names = ("half", "x", "K", "S", "C")
 
     def __init__(self, shared_bytes, spills):
-        self.shared_bytes, self.spills, self.compiled, self.launched = shared_bytes, spills, [], []
+        self.shared_bytes, self.spills, self.compiled, self.launched = shared_bytes, spills, {}, []
 
-    def warmup(self, *, grid, C, **arguments):
+    def warmup(self, *, grid, C, S, maxnreg=None, dO_blocks=(), **arguments):
         from triton.runtime.errors import OutOfResources
 
-        self.compiled.append(C)
         shared, kernel = self.shared_bytes(C), self
 
         class Compiled:
@@ -400,47 +402,53 @@ class FakeKernel:
                     raise OutOfResources(shared, 1000, "shared memory")
                 self.n_spills = kernel.spills(C)
 
-        return Compiled()
+            def __getitem__(self, grid):
+                return lambda *arguments: kernel.launched.append((grid, arguments))
 
-    def __getitem__(self, grid):
-        return lambda **arguments: self.launched.append((grid, arguments))
+        return self.compiled.setdefault((C, S, maxnreg, dO_blocks), Compiled())
 
 
 def test_a_gpu_compiles_once_halves_and_launches_what_fits():
     pytest.importorskip("triton")
     kernel = FakeKernel(lambda c: 10 * c.BM * c.num_stages, lambda c: 4 * (c.BN > 32))
     target = Gpu(Device("sm_90", 1000), configs={})
-    x = torch.empty(3)
+    config, fitted = attention_config(64, 64, 2), attention_config(32, 32, 1)
 
-    def blocks(c):
-        return (c.BM,), {"parts": c.BN}
+    def launch(image: torch.Tensor, K: int = 7, S: str = "bfloat16", **more) -> dict:
+        purpose = "test", K, S, *more
+        call = Call(image, image, Params(*[image] * 12, logit_scale=image), Options(1), target, purpose)
+        return call.launch(
+            kernel,
+            config,
+            lambda c: ((c.BM,), {"K": K}),
+            tensors=lambda c: {"half": image[: c.BM]},
+            x=image,
+            S=S,
+            **more,
+        )
 
-    for _ in range(2):
-        launched = target.launch(kernel, attention_config(64, 64, 2), blocks, x=x, K=7, S="bfloat16")
-    fitted = attention_config(32, 32, 1)
-    assert kernel.compiled == [
-        attention_config(64, 64, 2),  # beyond 1000 bytes
+    images = [torch.empty(64, 2) for _ in range(2)]
+    for image in images:
+        launched = launch(image)
+    assert [c for c, *_ in kernel.compiled] == [
+        config,  # beyond 1000 bytes
         attention_config(64, 64, 1),  # spills
         attention_config(32, 64, 1),  # spills
         fitted,
     ]
-    arguments = {"x": x, "K": 7, "S": "bfloat16", "parts": 32, "C": fitted, "num_warps": 4, "num_stages": 1}
-    assert kernel.launched == [((32,), arguments)] * 2
-    assert launched == arguments
-    target.launch(kernel, attention_config(64, 64, 2), blocks, x=x, K=8, S="bfloat16")
+    for image, (grid, (half, x, *rest)) in zip(images, kernel.launched, strict=True):
+        assert grid[:3] == (32, 1, 1)
+        assert x is image, "each call its own"
+        assert half.data_ptr() == image.data_ptr()
+        assert (len(half), *rest) == (32, 7, "bfloat16", fitted)
+    assert launched["x"] is images[1]
+    launch(images[0], K=8)
     assert len(kernel.compiled) == 4, "another number is served by the same code"
-    target.launch(kernel, attention_config(64, 64, 2), blocks, x=x, K=7, S="float16")
+    launch(images[0], S="float16")
     assert len(kernel.compiled) == 8, "what is compiled in is not"
-    for _ in range(2):
-        target.launch(kernel, attention_config(64, 64, 2), blocks, x=x, K=7, S="bfloat16", maxnreg=128)
+    launch(images[0], maxnreg=128)
     assert len(kernel.compiled) == 12, "nor are launch options"
-
-    def described(c):
-        grid, own = blocks(c)
-        return grid, own | {"blocks": ("descriptor",)}
-
-    for _ in range(2):
-        target.launch(kernel, attention_config(64, 64, 2), described, x=x, K=7, S="bfloat16")
+    launch(images[0], dO_blocks=("descriptor",))
     assert len(kernel.compiled) == 16, "nor pointers in place of descriptors"
 
 

@@ -28,7 +28,7 @@ def test_the_gpu_tests_reach_every_configuration(device, dtype):
     device = DEVICES[device]
     widths = [width for width in WIDTHS if not backend.spills(device, dtype, width)]
     by_classes = itertools.product([*range(1, 1100), 1 << 12, 1 << 16], {64, 160} & {*widths})
-    by_widths = itertools.product((1, 16, 20, 33, 257, 513, 4096), widths)
+    by_widths = itertools.product((1, 16, 20, 33, 64, 100, 257, 513, 4096), widths)
     possible = set().union(*(configurations(device, dtype, *case) for case in [*by_classes, *by_widths]))
     reached = set().union(*(configurations(device, dtype, *case) for case in SIZES if case[1] in widths))
     assert possible == reached

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rada.fused import RAdaHead
-from rada.graphs import _check, graphed
+from rada.graphs import _check, graphed, of_any_number
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 
@@ -26,6 +26,29 @@ def test_elsewhere_the_head_is_returned():
 def test_features_that_were_not_captured_are_named(features, got):
     with pytest.raises(ValueError, match=rf"^features: {got}.*it takes \[n, 8\], torch.float32, cpu, as captured"):
         _check(features, torch.randn(5, 8))
+
+
+def test_batches_of_any_size_share_one_capture():
+    """With a head's own work in place of a graph's: fewer rows than captured, as many, more, none, and fewer again."""
+    rada = RAdaHead(16, 2, dtype=torch.float64)
+    torch.nn.init.normal_(rada.out_proj.weight, std=0.3)
+    text, static, calls = torch.randn(5, 16).double(), torch.randn(4, 16).double(), []
+
+    def head(features: Tensor) -> Tensor:
+        calls.append(len(features))
+        return rada(features, text, 100.0)
+
+    out = head(static).detach()
+    replay = of_any_number(head, static, out, lambda: out.copy_(head(static).detach()))
+    kept = []
+    for count in (4, 1, 6, 3, 0, 4):
+        features = torch.randn(count, 16).double()
+        logits = replay(features)
+        kept.append((logits, rada(features, text, 100.0).detach()))
+        assert not logits.requires_grad
+    for logits, truth in kept:
+        torch.testing.assert_close(logits, truth)
+    assert calls == [4, 4, 4, 6, 4, 4, 4], "six images were more than captured"
 
 
 @pytest.fixture

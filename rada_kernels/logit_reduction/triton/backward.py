@@ -102,12 +102,14 @@ def logit_reduction_bwd(
 
     def blocks(c: GemmConfig):
         pairs = PairBlock.of(batch, classes, c.BR)
-        tiles = pairs.tiles(batch, classes)
-        grad_biases = call.image.new_empty(tiles * wanted.layers, width, dtype=torch.float32)
-        return (tiles * cdiv(width, c.BC),), {"P": pairs, "grad_biases": grad_biases}
+        return (pairs.tiles(batch, classes) * cdiv(width, c.BC),), {"P": pairs}
 
-    launched = call.target.launch(
-        _logit_reduction_bwd_kernel, config or call.config(backward_config, classes), blocks,
+    def tensors(c: GemmConfig):
+        tiles = PairBlock.of(batch, classes, c.BR).tiles(batch, classes) * wanted.layers
+        return {"grad_biases": call.image.new_empty(tiles, width, dtype=torch.float32)}
+
+    launched = call.launch(
+        _logit_reduction_bwd_kernel, config or call.config(backward_config, classes), blocks, tensors=tensors,
         **launch_arguments(call, projected), rows=rows, peak=projected.peak, grad_sums=grad_sums,
         grad_deviation=grad_sums if grad_deviation is None else grad_deviation,
         grad_out=grad_out, masked=masked, LAYERS=wanted.layers, FEATURES=features,

@@ -265,16 +265,19 @@ def logit_reduction_fwd(
     def blocks(c: GemmConfig):
         tile = RowBlocks.of(attended, call, c.BR)
         parts = cdiv(width, c.BC) if whole else 1
-        split = sums.new_empty(2 - linf, parts, batch, classes) if parts > 1 else sums
         programs = parts * cdiv(batch, tile.BI) * cdiv(classes, tile.BK)
-        return (programs,), {"R": tile, "PARTS": parts, "parts": split}
+        return (programs,), {"R": tile, "PARTS": parts}
+
+    def tensors(c: GemmConfig):
+        parts = cdiv(width, c.BC) if whole else 1
+        return {"parts": sums.new_empty(2 - linf, parts, batch, classes) if parts > 1 else sums}
 
     read = attended.pointers_but("rows", "image_row", "m", "l") if whole else attended.pointers
-    call.target.launch(
-        _logit_reduction_fwd_kernel, config or call.config(forward_config, classes), blocks,
+    call.launch(
+        _logit_reduction_fwd_kernel, config or call.config(forward_config, classes), blocks, tensors=tensors,
         **launch_arguments(call, projected), attended=read, T=attended.m.shape[-1], sums=sums,
         largest=projected.largest, peak=projected.peak, means=means, arrived=projected.arrived,
-        PENALTY=call.options.penalty, PEAK=len(projected.peak) > 0, WHOLE=whole,
+        PENALTY=call.options.penalty, PEAK=projected.peak.shape[0] > 0, WHOLE=whole,
     )  # fmt: skip
     return Reduced(sums, projected.largest.view(torch.float32) if linf else means.mean(1))
 

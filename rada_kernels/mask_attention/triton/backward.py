@@ -372,7 +372,7 @@ def mask_attention_bwd_joint(call: Call, attended: Attended, grads: AttentionGra
     """arguments: the launch arguments that the backward kernels share. Fills grads.query_image."""
     classes, tiles = call.sizes[1], attended.m.shape[-1]
     m, scale, unit, delta = (attended.m.new_empty(attended.m.shape[:-1]) for _ in range(4))
-    images = len(grads.query_image)
+    images = grads.query_image.shape[0]
     joint = Joint(
         m,
         scale,
@@ -382,9 +382,9 @@ def mask_attention_bwd_joint(call: Call, attended: Attended, grads: AttentionGra
         image_P=m.new_empty(images, call.shapes.H, classes),
         image_dS=m.new_empty(images, call.shapes.H, classes),
     )
-    call.target.launch(
-        _mask_attention_bwd_joint_kernel, joint_bwd_config(call.shapes),
-        lambda c: ((call.sizes[0] * call.shapes.H,), call.config(joint_bwd_registers)), keep=("BM",), **arguments,
+    call.launch(
+        _mask_attention_bwd_joint_kernel, call.config(joint_bwd_config),
+        lambda c: ((call.sizes[0] * call.shapes.H,), {**call.config(joint_bwd_registers)}), keep=("BM",), **arguments,
         attended=attended.pointers, joint=joint, grad_query_image=grads.query_image, T=tiles,
         ROWS=call.dtype != torch.float32, TILE=attended.tile,
     )  # fmt: skip
@@ -406,14 +406,17 @@ def mask_attention_bwd_queries(
     described, registers = call.config(by_descriptors, classes), call.config(queries_bwd_registers, classes)
 
     def blocks(c: AttentionConfig):
+        return (batch * call.shapes.H * cdiv(classes, c.BM),), {**registers}
+
+    def tensors(c: AttentionConfig):
         row_tiles = cdiv(classes, c.BM)
         parts = joint.m.new_empty(2 * delta, call.shapes.MATRIX, batch, call.shapes.H, row_tiles)
         rows = head_blocks(arguments["projected"].projections.flatten(0, 1), c.BN, call.shapes) if described else ()
-        return (batch * call.shapes.H * row_tiles,), {"parts": parts, "blocks": rows, **registers}
+        return {"parts": parts, "blocks": rows}
 
-    launched = call.target.launch(
+    launched = call.launch(
         _mask_attention_bwd_queries_kernel, config or call.config(queries_bwd_config, classes), blocks,
-        joint=joint, grads=grads, DELTA=delta, **arguments
+        tensors=tensors, variant=delta, joint=joint, grads=grads, DELTA=delta, **arguments
     )  # fmt: skip
     if delta:
         weighted, weights = launched["parts"].sum(-1)
@@ -430,16 +433,18 @@ def mask_attention_bwd_keys(
     registers = call.config(keys_bwd_registers, classes)
 
     def blocks(c: AttentionConfig):
+        return (batch * shapes.H * cdiv(classes, c.BN),), {**registers}
+
+    def tensors(c: AttentionConfig):
         def of(rows: Tensor, block: int = c.BM) -> Blocks:
             return head_blocks(rows, block, shapes) if described else ()
 
         text, everything = projected.query_text.unsqueeze(0), projected.projections.flatten(0, 1)
         queries = [of(rows) for rows, used in ((text, shapes.TEXT), (everything, shapes.RATIONAL)) if used]
         keys = of(grads.projections.flatten(0, 1), c.BN)
-        rows = {"dO_blocks": of(arguments["dO"]), "grad_blocks": keys, "query_blocks": tuple(queries)}
-        return (batch * shapes.H * cdiv(classes, c.BN),), {**rows, **registers}
+        return {"dO_blocks": of(arguments["dO"]), "grad_blocks": keys, "query_blocks": tuple(queries)}
 
-    call.target.launch(
-        _mask_attention_bwd_keys_kernel, config or call.config(keys_bwd_config, classes), blocks,
+    call.launch(
+        _mask_attention_bwd_keys_kernel, config or call.config(keys_bwd_config, classes), blocks, tensors=tensors,
         joint=joint, grads=grads, **arguments | {"grad_factor": arguments["grad_factor"] / call.factors[0]},
     )  # fmt: skip

@@ -255,11 +255,14 @@ def mask_attention_fwd(
 
     def launch(kernel, programs: int, **options) -> None:
         def blocks(c: AttentionConfig):
-            rows = projected.projections.flatten(0, 1)
-            return (programs,), {"blocks": head_blocks(rows, c.BN, call.shapes) if described else ()}
+            return (programs,), {}
 
-        call.target.launch(
-            kernel, config, blocks, keep=("BM",),
+        def tensors(c: AttentionConfig):
+            rows = projected.projections.flatten(0, 1)
+            return {"blocks": head_blocks(rows, c.BN, call.shapes) if described else ()}
+
+        call.launch(
+            kernel, config, blocks, tensors=tensors, keep=("BM",),
             **launch_arguments(call), projected=projected, out=pointers, **options,
         )  # fmt: skip
 

@@ -172,7 +172,7 @@ def feature_grads(
     """Fills the gradients of the features that are wanted, one or both."""
     batch, classes, width = call.sizes
     grad_rational, p = torch.empty_like(reduction.masked), call.params
-    call.target.launch(
+    call.launch(
         _rational_projection_bwd_rows_kernel, config or call.config(rows_bwd_config),
         lambda c: ((cdiv(batch * classes, c.BR) * cdiv(width, c.BC),), {}),
         scale=p.logit_scale, key_weight=p.key_weight, value_weight=p.value_weight, query_weight=p.query_rational_weight,
@@ -184,11 +184,11 @@ def feature_grads(
         "features": call.features(projected), "B": batch, "K": classes, "S": call.shapes,
         "grad_units": sum_query_text.new_empty(batch + classes, width),
     }  # fmt: skip
-    call.target.launch(
+    call.launch(
         _rational_projection_bwd_features_kernel, FEATURES, lambda c: ((images + texts, cdiv(width, c.BC)), {}),
         grad_rational=grad_rational, FIRST=batch - images, **shared,
     )  # fmt: skip
-    call.target.launch(
+    call.launch(
         _rational_projection_bwd_units_kernel, UNITS,
         lambda c: ((cdiv(images, c.BR) + cdiv(texts, c.BR),), {"IMAGE_TILES": cdiv(images, c.BR)}),
         scale=p.logit_scale, query_image_weight=p.query_image_weight, query_text_weight=p.query_text_weight,

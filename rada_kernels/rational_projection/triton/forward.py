@@ -179,7 +179,7 @@ def rational_projection_fwd(call: Call, *, save: bool, config: GemmConfig | None
     """
     batch, classes, width = call.sizes
     out = Projections.empty(call.image, call.text, call.options, save)
-    layers = call.config(layers_of_a_program, classes)
+    layers, linf = call.config(layers_of_a_program, classes), call.options.penalty == "linf"
 
     def blocks(c: GemmConfig):
         pairs = PairBlock.of(batch, classes, c.BR)
@@ -188,12 +188,12 @@ def rational_projection_fwd(call: Call, *, save: bool, config: GemmConfig | None
 
     # In the order of Params: the queries of image, text and rational matrix, keys, values.
     query_image, query_text, query_rational, key, value = map(Linear, call.params[0:10:2], call.params[1:10:2])
-    call.target.launch(
+    call.launch(
         _rational_projection_fwd_kernel, config or call.config(forward_config, classes), blocks,
         image=call.image, text=call.text, scale=call.params.logit_scale, query_image=query_image, query_text=query_text,
         factor=call.factors[0],
         query_rational=query_rational, key=key, value=value, out=out, B=batch, K=classes, S=call.shapes,
-        LAYERS=layers, LARGEST=len(out.largest) > 0, PEAK=len(out.peak) > 0,
+        LAYERS=layers, LARGEST=linf, PEAK=linf and save,
         ZERO=ZERO_NORM, NORMALIZE=call.options.normalize, BW=min(128, next_power(width)),
     )  # fmt: skip
     return out

@@ -167,28 +167,33 @@ def layer_grads(
     batch, classes, width = call.sizes
     shapes, features, scale = call.shapes, call.features(projected), call.params.logit_scale
 
-    def blocks(c: GemmConfig):
+    def split(c: GemmConfig) -> tuple[PairBlock, int, int, int]:
         pairs = PairBlock.of(batch, classes, c.BR)
         programs = shapes.LAYERS * cdiv(width, c.BC) * cdiv(width, c.BD)
         row_tiles = pairs.tiles(batch, classes)
-        split = row_split(row_tiles, programs, call.target.device.multiprocessors)
-        splits = cdiv(row_tiles, split)
-        parts = sum_query_text.new_empty(splits, shapes.LAYERS, width + 1, width)
-        return (splits * programs,), {"P": pairs, "SPLIT": split, "parts": parts}
+        tiles = row_split(row_tiles, programs, call.target.device.multiprocessors)
+        return pairs, programs, tiles, cdiv(row_tiles, tiles)
 
-    launched = call.target.launch(
-        _rational_projection_bwd_weight_kernel, config or call.config(weight_bwd_config), blocks,
+    def blocks(c: GemmConfig):
+        pairs, programs, tiles, splits = split(c)
+        return (splits * programs,), {"P": pairs, "SPLIT": tiles}
+
+    def tensors(c: GemmConfig):
+        return {"parts": sum_query_text.new_empty(split(c)[-1], shapes.LAYERS, width + 1, width)}
+
+    launched = call.launch(
+        _rational_projection_bwd_weight_kernel, config or call.config(weight_bwd_config), blocks, tensors=tensors,
         features=features, scale=scale, grad_projections=attention.projections, B=batch, K=classes, S=shapes,
     )  # fmt: skip
     if shapes.TEXT or shapes.IMAGE:
-        call.target.launch(
+        call.launch(
             _rational_projection_bwd_queries_kernel, QUERIES_BWD,
             lambda c: ((cdiv(width, c.BC) * cdiv(width, c.BD), shapes.TEXT + shapes.IMAGE), {}),
             features=features, scale=scale, grad_image=attention.query_image, grad_text=sum_query_text, grads=grads,
             B=batch, K=classes, S=shapes,
         )  # fmt: skip
     parts = launched["parts"]
-    call.target.launch(
+    call.launch(
         _rational_projection_bwd_round_kernel, ROUND,
         lambda c: (((shapes.LAYERS + 1) * (cdiv(width**2, c.BC) + cdiv(width, c.BC)),), {}),
         parts=parts, out_weight=out.weight, out_biases=out.bias, grads=grads, SPLITS=parts.shape[0],
