@@ -111,8 +111,10 @@ def keys_bwd_registers(target: Target, shapes: Shapes) -> dict[str, int]:
     return {"maxnreg": 128} if _exact(target, shapes) and shapes.E <= 160 else {}
 
 
-def joint_bwd_registers(target: Target) -> dict[str, int]:
-    """By itself ptxas stops at 96, with 8 bytes of spill."""
+def joint_bwd_registers(target: Target, shapes: Shapes) -> dict[str, int]:
+    """By itself ptxas stops at 96, in wide heads of float32 on sm_120 at 128, with 8 to 32 bytes of spill."""
+    if target.device.name == "sm_120" and shapes.dtype.itemsize == 4 and shapes.E > 128:
+        return {"maxnreg": 255}
     return {"maxnreg": 128} if target.device.name == "sm_90" else {}
 
 
@@ -163,7 +165,9 @@ def _of_few(
 ) -> AttentionConfig:
     """Blocks of 16 or 32 where so many rows are all there are, with 16 rows a warp: one instruction takes as many."""
     few = 16 if rows <= 16 else 32 if rows <= 32 else 0
-    if few and (shapes.dtype.itemsize == 2 or shapes.E <= 128):  # beyond, blocks are at the least, with 8 warps
+    # Gradients of wide float32 heads have the least blocks at any number of rows, and spill with 4 warps.
+    least = shapes.dtype.itemsize == 4 and shapes.E > 128 and kernel != "mask_attention_fwd"
+    if few and not least:
         narrow = shapes.dtype.itemsize == 2 and shapes.E <= 64 and target.device.family != "rdna"  # which spills
         warps = min(config.num_warps, max(1, few // 16)) if narrow else 4
         rows = few if shapes.E <= 128 else 16  # of which 4 warps hold no more

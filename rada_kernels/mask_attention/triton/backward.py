@@ -375,8 +375,8 @@ def mask_attention_bwd_joint(call: Call, attended: Attended, grads: AttentionGra
     )
     call.target.launch(
         _mask_attention_bwd_joint_kernel, joint_bwd_config(call.shapes),
-        lambda c: ((call.sizes[0] * call.shapes.H,), joint_bwd_registers(call.target)), keep=("BM",), **arguments,
-        attended=attended.pointers, joint=joint, grad_query_image=grads.query_image, T=tiles,
+        lambda c: ((call.sizes[0] * call.shapes.H,), joint_bwd_registers(call.target, call.shapes)), keep=("BM",),
+        **arguments, attended=attended.pointers, joint=joint, grad_query_image=grads.query_image, T=tiles,
         ROWS=call.dtype != torch.float32, TILE=attended.tile,
     )  # fmt: skip
     return joint
