@@ -87,10 +87,10 @@ def covered(kind: str, load: Workload, call: Launch | TorchCall) -> bool:
 
 
 WHAT = [
-    f"They are all kernels of {', '.join(BASIC)}, in bfloat16 on {' and '.join(PARTS)} of every workload; for heads of",
-    f"{', '.join(map(str, HEADS))} columns, eight of them, the attention with "
-    + "; ".join(f"{', '.join(map(str, classes))} classes in {kind}" for kind, (*_, classes) in KINDS.items())
-    + ";",
+    f"A whole run has all kernels of {', '.join(BASIC)}, in bfloat16 on {' and '.join(PARTS)} of every workload;",
+    "for heads of",
+    f"{', '.join(map(str, HEADS))} columns, eight of them, the attention with",
+    "; ".join(f"{', '.join(map(str, classes))} classes in {kind}" for kind, (*_, classes) in KINDS.items()) + ";",
     f"of these in {WHOLE[0]} with {WHOLE[1]} classes the other kernels too. sm_89 has the machine code of sm_86.",
     "",
 ]

@@ -165,8 +165,9 @@ def _of_few(
 ) -> AttentionConfig:
     """Blocks of 16 or 32 where so many rows are all there are, with 16 rows a warp: one instruction takes as many."""
     few = 16 if rows <= 16 else 32 if rows <= 32 else 0
-    # Gradients of wide float32 heads have the least blocks at any number of rows, and spill with 4 warps.
-    least = shapes.dtype.itemsize == 4 and shapes.E > 128 and kernel != "mask_attention_fwd"
+    # Wide heads of float32 have the least blocks anyway; with 4 warps gradients and exact products spill.
+    spills = kernel != "mask_attention_fwd" or _exact(target, shapes)
+    least = shapes.dtype.itemsize == 4 and shapes.E > 128 and spills
     if few and not least:
         narrow = shapes.dtype.itemsize == 2 and shapes.E <= 64 and target.device.family != "rdna"  # which spills
         warps = min(config.num_warps, max(1, few // 16)) if narrow else 4
