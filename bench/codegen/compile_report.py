@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -86,10 +87,10 @@ def covered(kind: str, load: Workload, call: Launch | TorchCall) -> bool:
 
 
 WHAT = [
-    f"They are all kernels of {', '.join(BASIC)}, in bfloat16 on {' and '.join(PARTS)} of every workload; for heads of",
-    f"{', '.join(map(str, HEADS))} columns, eight of them, the attention with "
-    + "; ".join(f"{', '.join(map(str, classes))} classes in {kind}" for kind, (*_, classes) in KINDS.items())
-    + ";",
+    f"A whole run has all kernels of {', '.join(BASIC)}, in bfloat16 on {' and '.join(PARTS)} of every workload;",
+    "for heads of",
+    f"{', '.join(map(str, HEADS))} columns, eight of them, the attention with",
+    "; ".join(f"{', '.join(map(str, classes))} classes in {kind}" for kind, (*_, classes) in KINDS.items()) + ";",
     f"of these in {WHOLE[0]} with {WHOLE[1]} classes the other kernels too. sm_89 has the machine code of sm_86.",
     "",
 ]
@@ -164,6 +165,9 @@ def kernel_row(row: dict, code: Code) -> dict:
     }
 
 
+ALONE = "1 resident"
+
+
 def misses(kernel: dict, code: Code, few: bool) -> list[str]:
     """The figures to reach that a kernel misses; few: it serves up to FEW_CLASSES classes."""
     found = []
@@ -175,7 +179,7 @@ def misses(kernel: dict, code: Code, few: bool) -> list[str]:
     if code.shared_bytes > kernel["shared_limit"]:
         found.append(f"{code.shared_bytes} B shared, over {kernel['shared_limit']}")
     if kernel["resident"] < 1 or (few and kernel["resident"] < 2):
-        found.append(f"{kernel['resident']} resident")
+        found.append(ALONE if kernel["resident"] else "0 resident")
     return found
 
 
@@ -219,19 +223,7 @@ def render(rows: list[dict], codes: dict[str, Code], left: int) -> tuple[str, li
         'float32 is compiled as torch.set_float32_matmul_precision("high") asks, and for sm_90 as "highest" does too,',
         "whose products are float32 multiply-adds by intent.",
         "",
-        table(
-            ["arch", "dtype", "kernels", "meet every figure", "spill", "worst spill, B per thread"],
-            [
-                [
-                    *key,
-                    len(group),
-                    sum(not found for _, found in group),
-                    sum(kernel["spill_bytes"] > 0 for kernel, _ in group),
-                    max(kernel["spill_bytes"] for kernel, _ in group),
-                ]
-                for key, group in groups.items()
-            ],
-        ),
+        *overview(groups),
         "",
         *missing_figures(pair for group in groups.values() for pair in group),
         "## The model, and how near it comes to what others measured",
@@ -260,13 +252,30 @@ def name_of(call: Launch | TorchCall) -> str:
     return call.name if isinstance(call, Launch) else f"torch {call.name}"
 
 
+def overview(groups: dict[tuple, list[tuple[dict, list[str]]]]) -> list[str]:
+    """Architectures down, dtypes across: how many meet every figure, and what the others spill at most."""
+    archs, kinds = (list(dict.fromkeys(key[at] for key in groups)) for at in (0, 1))
+
+    def cell(group: list[tuple[dict, list[str]]]) -> str:
+        spills = [kernel["spill_bytes"] for kernel, _ in group if kernel["spill_bytes"]]
+        spilling = f"; {len(spills)} spill, {max(spills)} B at most" if spills else ""
+        return f"{sum(not found for _, found in group)} of {len(group)}{spilling}" if group else ""
+
+    rows = [[arch, *(cell(groups.get((arch, kind), [])) for kind in kinds)] for arch in archs]
+    return [table(["arch", *kinds], rows)]
+
+
 def missing_figures(judged: Iterable[tuple[dict, list[str]]]) -> list[str]:
-    """A line for each architecture, dtype and kernel that misses a figure at some width."""
+    """A line for each architecture, dtype and kernel that misses a figure at some width. An architecture's kernels that
+    reside alone, and miss nothing else, share one.
+    """
     found: dict[tuple, dict[str, list[str]]] = {}
     for kernel, what in judged:
         if what:
-            shapes = found.setdefault(tuple(kernel[name] for name in ("arch", "dtype", "kernel")), {})
-            shapes.setdefault("; ".join(what), []).append(f"{kernel['width']} {kernel['blocks']}")
+            alone = what == [ALONE]
+            name, shape = f"{kernel['dtype']} {kernel['kernel']}", f"{kernel['width']} {kernel['blocks']}"
+            shapes = found.setdefault((kernel["arch"], "" if alone else name), {})
+            shapes.setdefault("; ".join(what), []).append(name if alone else shape)
     if not found:
         return []
     rows = [
@@ -276,7 +285,7 @@ def missing_figures(judged: Iterable[tuple[dict, list[str]]]) -> list[str]:
     return [
         "### What misses a figure",
         "",
-        table(["arch", "dtype", "kernel", "what (heads × width, blocks)"], rows),
+        table(["arch", "kernel", "what (heads × width, blocks, or kernels)"], rows),
         "",
     ]
 
@@ -368,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [loads[name] for name in options.workload] if options.workload else None,
     )
     RUNS.mkdir(exist_ok=True)
-    store = Store(RUNS / "codes.jsonl")
+    store, start = Store(RUNS / "codes.jsonl"), time.monotonic()
     while True:
         rows = gather(*chosen, store.codes)
         wanted = {row["key"]: (row["arch"], row["call"]) for row in rows if row["key"]}
@@ -379,6 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.stored or not left:
             break
         compile_all(wanted, store, options.jobs)
+    print(f"{len(wanted) - left} of {len(wanted)} kernels, {(time.monotonic() - start) / 60:.0f} minutes")
     missing = {pass_of(row) for row in rows if row["key"] and row["key"] not in store.codes}
     text, kernels, calls = render([row for row in rows if pass_of(row) not in missing], store.codes, left)
     options.out.write_text(text)

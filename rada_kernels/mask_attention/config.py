@@ -135,9 +135,11 @@ def keys_bwd_registers(target: Target, shapes: Shapes, classes: int) -> dict[str
 
 
 def joint_bwd_registers(target: Target, shapes: Shapes) -> dict[str, int]:
-    """By itself ptxas stops at 96 or 128, with 8 or 16 bytes of spill."""
+    """By itself ptxas stops at 96 or 128, with 8 to 32 bytes of spill."""
     if target.device.family == "wgmma" and shapes.E <= 64:
         return {"maxnreg": 168}
+    if target.device.name == "sm_120" and shapes.dtype.itemsize == 4 and shapes.E > 128:
+        return {"maxnreg": 255}
     return {"maxnreg": 128} if target.device.name == "sm_90" else {}
 
 
@@ -188,7 +190,10 @@ def _of_few(
 ) -> AttentionConfig:
     """Blocks of 16 or 32 where so many rows are all there are, with 16 rows a warp: one instruction takes as many."""
     few = 16 if rows <= 16 else 32 if rows <= 32 else 0
-    if few and (shapes.dtype.itemsize == 2 or shapes.E <= 128):  # beyond, blocks are at the least, with 8 warps
+    # Wide heads of float32 have the least blocks anyway; with 4 warps gradients and exact products spill.
+    spills = kernel != "mask_attention_fwd" or _exact(target, shapes)
+    least = shapes.dtype.itemsize == 4 and shapes.E > 128 and spills
+    if few and not least:
         narrow = shapes.dtype.itemsize == 2 and shapes.E <= 64 and target.device.family != "rdna"  # which spills
         warps = min(config.num_warps, max(1, few // 16)) if narrow else 4
         rows = few if shapes.E <= 128 else 16  # of which 4 warps hold no more

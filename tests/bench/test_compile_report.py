@@ -133,6 +133,17 @@ def test_misses_of_a_kernel_stand_in_one_line():
         (kernel | {"width": "8×48"}, ["spills 8 B", "1 resident"]),
     ]
     text = "\n".join(compile_report.missing_figures(judged))
-    assert text.count("| sm_80 |") == 1
-    assert "1 resident (8×64 BM16, 4×128 BM16); spills 8 B; 1 resident (8×48 BM16)" in text
+    assert text.count("| sm_80 |") == 2
+    assert "1 resident (bfloat16 k)" in text, "a line of an architecture"
+    assert "spills 8 B; 1 resident (8×48 BM16)" in text
     assert compile_report.missing_figures(judged[1:2]) == []
+
+
+def test_the_overview_counts_kernels_and_names_the_worst_spill():
+    clean, spilling, alone = ({"spill_bytes": 0}, []), ({"spill_bytes": 8}, ["spills 8 B"]), ({"spill_bytes": 0}, ["x"])
+    groups = {("sm_80", "bfloat16"): [clean, spilling, alone]}
+    groups |= {("sm_80", "float32"): [clean], ("sm_90", "float32"): [clean]}
+    (text,) = compile_report.overview(groups)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert rows[0] == ["arch", "bfloat16", "float32"]
+    assert rows[2:] == [["sm_80", "1 of 3; 1 spill, 8 B at most", "1 of 1"], ["sm_90", "", "1 of 1"]]
