@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rada.cache import FeatureCache, Shelf
 from rada.classification import Classes
@@ -142,6 +141,8 @@ class FeatureExtractor(nn.Module):
         batches = tokens.split(max(1, PROMPTS_PER_BATCH // len(self.templates)))
         # A bar where it is long: once per set of classes, not in every step of a tower that trains.
         quiet = not keep or len(batches) < 4
+        from tqdm import tqdm  # heads alone do without it
+
         rows = []
         # Features to be kept must serve any later call: no inference tensor, nothing rounded by an autocast.
         with (
@@ -324,6 +325,8 @@ def encode_batches(
     """
     if extractor.preprocess is None:
         raise ValueError("model: it came without an image transform; it takes one that open_clip knows")
+    from tqdm import tqdm
+
     count = sum(map(len, batches))
     shelf = extractor.open_shelf() if hasattr(images, "content") else None
     decoded = Decoded(images, extractor.preprocess, None if shelf is None else shelf.known)

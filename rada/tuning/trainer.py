@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rada.classification import Classes, Labelled, accuracy, predict_labels
 from rada.distributed import gather, gather_mean, own_rows, ranks, replicated
 from rada.losses import CrossEntropy, Loss
 from rada.precision import autocast, autocast_dtype
 from rada.tuning.schedule import Tuning
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Head = TypeVar("Head", bound=nn.Module)
 
@@ -62,6 +64,8 @@ def tune_head(
         {"epoch": 0, "lr": None, "loss": None, "penalty": None, "train_accuracy": training.accuracy(train)}
         | {"val_accuracy": training.accuracy(val), "seconds": 0.0}
     )
+    from tqdm import tqdm  # heads alone do without it
+
     with tqdm(total=len(train.features) * tuning.epochs, desc=description, unit="image", leave=False) as bar:
         for epoch in range(1, tuning.epochs + 1):
             start = time.perf_counter()

@@ -123,7 +123,10 @@ class ProjectionGradients:
             if x is not None:
                 self.layers.add(name, rows, x)
             if of_features:  # X = s R
-                grad_x = (rows @ self.params.layer(name)[0]).to(f.dtype)
+                weight = self.params.layer(name)[0]
+                if rows.dtype == torch.float16:  # whose range the product may leave
+                    rows, weight = rows.to(f.dtype), weight.to(f.dtype)
+                grad_x = (rows @ weight).to(f.dtype)
                 grad_r = grad_r + self.features.scale * grad_x.unflatten(0, (-1, len(h)))
         if of_features:  # R = f ⊙ h
             self.f[b] = (grad_r * h).sum(1)

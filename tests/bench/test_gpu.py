@@ -181,7 +181,9 @@ def test_what_cannot_run_is_told(arguments, told, tmp_path, monkeypatch, capsys)
 WITHOUT = """
 from importlib.machinery import PathFinder
 
-MISSING = {"typer", "rich", "matplotlib", "open_clip", "safetensors", "hypothesis", "torchvision", "PIL", "expecttest"}
+MISSING = {
+    "tqdm", "typer", "rich", "matplotlib", "open_clip", "safetensors", "hypothesis", "torchvision", "PIL", "expecttest",
+}
 find = PathFinder.find_spec
 
 @classmethod

@@ -110,8 +110,9 @@ def test_any_size(backend, batch, classes, head_width, heads):
 
 
 @every_backend
-def test_a_loss_scale_is_borne_in_float16(backend):
-    assert_loss_scale_is_borne(backend)
+@pytest.mark.parametrize("classes", [300, 1000])
+def test_a_loss_scale_is_borne_in_float16(classes, backend):
+    assert_loss_scale_is_borne(backend, classes)
 
 
 @every_backend

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from tolerance import Expected, Verdict, gradient_terms, judge, result_terms
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rada_kernels import Options, Params, rada_logits
 from rada_kernels.backends import reference
+from rada_kernels.mask_attention import reference as attention_reference
 
 LAYER_NAMES = Params._fields[:12]
 
@@ -160,28 +162,76 @@ def assert_as_good_as_reference(
     assert verdict.right, f"{backend}: {verdict.account}"
 
 
-def assert_loss_scale_is_borne(backend: str, classes: int = 1000) -> None:
-    """float16 gradients under torch.amp.GradScaler's first scale, 65536, with a softmax between uniform and one-hot.
+def overflowing_case(classes: int) -> Case:
+    """A step under torch.amp.GradScaler's first scale, 65536, in which A (dA - δ) is beyond float16 and no result is.
 
-    Scaled back they err less than plain PyTorch does in bfloat16. Of one batch of 32, two images.
+    Classes 0 and 1 share nearly all the weight of both matrix query kinds, K / 4 for each of four pairs. Keys and
+    queries read the first half of the features, values the second, where the two classes are opposite: their dA are,
+    and δ is 0. Of one image in a batch of 32, whose label is class 0.
     """
-    case = make_case(2, classes, 64, 2, scale=50.0, clear_gates=True, penalty="mse", seed=3)
-    case.penalty_weight = 0.0
-    chance = torch.full((2, classes), 1 / classes, dtype=torch.float64)
+    width, half = 16, 8
+    case = make_case(1, classes, width, 1, scale=40.0, penalty="mse", temperature=16.0)
+    scores, values = torch.eye(width, dtype=torch.float64).split(half)
+    scores, values = scores.T @ scores, values.T @ values
+    case.image = torch.ones_like(case.image)
+    case.text[:, :half] *= 0.05
+    case.text[:2] = torch.tensor([[1.0] * half + [0.3] * half, [1.0] * half + [-0.3] * half])
+    case.text *= 8
+    noise = [0.002 * layer for layer in case.layers]
+    query_text, query_rational, key = noise[2] + 7.6 * scores, noise[4] + 4.8 * scores, noise[6] + 5.1 * scores
+    out = 19 / classes * values
+    case.layers = [
+        *noise[:2], query_text, noise[3], query_rational, noise[5], key, noise[7],
+        1.2 * values, torch.zeros(width, dtype=torch.float64), out, torch.full((width,), 0.5, dtype=torch.float64),
+    ]  # fmt: skip
+    chance = torch.full((1, classes), 1 / classes, dtype=torch.float64)
     chance[:, 0] -= 1
-    case.weight = 2.0**16 * chance / 32
+    case.weight, case.penalty_weight = 2.0**16 / 32 * chance, 0.0
+    return case
+
+
+def largest_score_gradient(case: Case) -> float:
+    """The largest |A (dA - δ)| of all query kinds with a matrix, before the factor of the scores, in float64."""
+    seen, softmax = [], attention_reference.joint_softmax
+
+    def kept(scores):
+        seen.append(softmax(scores).requires_grad_())
+        return seen[-1]
+
+    with mock.patch.object(attention_reference, "joint_softmax", kept):
+        params = Params(*case.layers, logit_scale=case.scale)
+        logits, _ = rada_logits(case.image, case.text, params, case.options, "reference")
+    largest = 0.0
+    for weights, grad in zip(seen, torch.autograd.grad((case.weight * logits).sum(), seen), strict=True):
+        grad = len(seen) * grad  # of the mean over the kinds
+        delta = (weights * grad).sum((-2, -1), keepdim=True) / weights.shape[-1]
+        largest = max(largest, (weights * (grad - delta)).abs().max().item())
+    return largest
+
+
+def assert_loss_scale_is_borne(backend: str, classes: int) -> None:
+    """float16 gradients of a case whose scores' gradients are beyond float16: they err no more than plain PyTorch does
+    in bfloat16, and a unit, relative to themselves or to their terms.
+    """
+    case = overflowing_case(classes)
     half, bfloat16 = case.cast(torch.float16), case.cast(torch.bfloat16)
-    mine, true = results(half, backend), results(half.cast(torch.float64), "reference")
-    plain, plain_true = results(bfloat16, "reference"), results(bfloat16.cast(torch.float64), "reference")
+    assert largest_score_gradient(half.cast(torch.float64)) > 1.3 * torch.finfo(torch.float16).max
+    mine, wanted, other = results(half, backend), expected(half), expected(bfloat16)
 
-    def error(got: Tensor, truth: Tensor) -> float:
-        return ((got.double() - truth).norm() / truth.norm()).item()
+    def error(got: Tensor, of: Expected, name: str) -> float:
+        return ((got.double() - of.truth[name]).norm() / max(of.truth[name].norm(), terms_norm(of, name))).item()
 
-    for name in true:
+    for name, true in wanted.truth.items():
+        assert true.abs().max() < 0.75 * torch.finfo(torch.float16).max, name
         assert mine[name].isfinite().all(), f"{backend}: {name}"
         if name.startswith("grad"):
-            limit = 2 * error(plain[name], plain_true[name])
-            assert error(mine[name], true[name]) <= limit, f"{backend}: {name}"
+            limit = error(other.plain[name], other, name) + torch.finfo(torch.float16).eps
+            assert error(mine[name], wanted, name) <= limit, f"{backend}: {name}"
+
+
+def terms_norm(of: Expected, name: str) -> Tensor:
+    """The norm of terms, of any shape that broadcasts to the truth's."""
+    return of.terms[name].expand_as(of.truth[name]).norm()
 
 
 def assert_one_graph_serves_every_batch(backend: str, device: torch.device) -> None:

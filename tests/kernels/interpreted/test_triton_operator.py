@@ -57,9 +57,9 @@ def test_16_bits_in_every_shape(dtype, batch, classes, width, heads, poisoned_em
     assert_as_good_as_reference(cases, "triton", dtype)
 
 
-@pytest.mark.slow
-def test_a_loss_scale_is_borne_in_float16():
-    assert_loss_scale_is_borne("triton")
+@pytest.mark.parametrize("classes", [300, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_loss_scale_is_borne_in_float16(classes):
+    assert_loss_scale_is_borne("triton", classes)
 
 
 @pytest.mark.parametrize("queries", [("text",), ("rational",), ("image", "rational")], ids="+".join)
