@@ -292,6 +292,52 @@ def test_an_option_of_a_run_is_named(features, tmp_path, capsys, monkeypatch, ar
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "lp++"), "epochs: got 2 for lp++; it goes with rada, rada+prompt, rada+adapter, full"),
+        (("--towers-lr", 1), "towers_lr: got 1.0 for rada; it goes with full"),
+        (("--image-tokens", 2), "image_tokens: got 2 for rada; it goes with rada+prompt"),
+        (("--adapt-images", 2), "adapt_images: got 2 for rada; it goes with test-time"),
+        (("--setting", "full", "--weight-decay", 0.1), "weight_decay: got 0.1 for full; it goes with rada,"),
+        (("--workers", 1), "workers: got 1 with features:PATH"),
+        (("--cache", "kept"), "cache: got 'kept' with features:PATH"),
+        (("--pretrained", "openai"), "pretrained: got 'openai' with features:PATH; it takes none"),
+        (("--template", "one {}"), "templates: got ('one {}',) with features:PATH; it takes none"),
+        (("--overwrite", "--resume"), "overwrite: got it with resume; it takes one of the two"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(features, tmp_path, capsys, arguments, message):
+    output = tmp_path / "run"
+    assert call("train", "--data", f"features:{features}", *TINY, "--output", output, *arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("adapt", "--heads", 4), "heads: got 4 with a checkpoint, which has its own"),
+        (("adapt", "--template", "one {}"), "template: got ['one {}'] with a checkpoint"),
+        (("predict", "--what", "logits", "--top-k", 3), "top_k: got 3 with --what logits"),
+        (("predict", "--what", "features", "--class-names", "names"), "class_names: got 'names' with --what features"),
+        (("predict", "--format", "npy"), "format: got 'npy' with one file as output"),
+        (("predict", "--features", "x.npy", "--cache", "kept"), "cache: got 'kept' with features"),
+    ],
+)
+def test_an_option_that_a_checkpoint_does_not_take_is_refused(tmp_path, capsys, arguments, message):
+    output = tmp_path / "out.jsonl"
+    assert call(*arguments, "--checkpoint", "unread", "--output", output) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "adapt"])
+def test_figures_that_cannot_be_written_are_refused_first(command, tmp_path, capsys):
+    assert call(command, "--checkpoint", "unread", "--output", tmp_path) == 2
+    assert f"output: {tmp_path}: cannot be written (Is a directory)" in " ".join(capsys.readouterr().err.split())
+
+
 def test_info_tells_of_every_backend(capsys):
     from rada_kernels import BACKENDS
     from rada_kernels.backends.triton import STATUS
