@@ -38,6 +38,7 @@ from rada.version import __version__
 from rada_kernels import Options
 
 WEIGHTS, ADAPTER, PROMPT, TOWERS = (f"{part}.safetensors" for part in ("head", "adapter", "prompt", "towers"))
+HEAD = "head.json"  # written last, the mark of a whole checkpoint
 PROMPT_OPTIONS = ("context", "text_tokens", "image_tokens", "depth")
 FORMAT_VERSION = 1
 OPTIONS = tuple(field.name for field in fields(Options))
@@ -248,7 +249,8 @@ class Checkpoint:
             )
         if self.spec is None:
             raise ValueError(
-                "checkpoint: its head was trained on precomputed features; it takes features:PATH, not images"
+                "checkpoint: its head was trained on precomputed features, without encoders of images or names; it "
+                "takes features:PATH, among its own classes"
             )
         encoders = self.spec.open(self.device, self.precision)
         if (encoders.backbone, encoders.embed_dim) != (self.backbone, self.rada.embed_dim):
@@ -321,8 +323,12 @@ def load_checkpoint(folder: str | os.PathLike, *, device: str = "auto", backend:
     Raises FileNotFoundError or ValueError for a folder without a whole checkpoint.
     """
     folder = Path(folder)
-    if not (folder / WEIGHTS).with_suffix(".json").exists():
+    if not (folder / HEAD).exists():
         folder = next(iter(seed_folders(folder)), folder)
+        if not (folder / HEAD).exists():
+            raise FileNotFoundError(
+                f"checkpoint: {folder} holds no {HEAD}; it takes the folder of a head, or of a run that trained one"
+            )
     config = load_config(folder)
     extra = config["extra"]
     where = choose_device(device)
@@ -369,7 +375,7 @@ def checkpoint_folder(run: Path, seed: int, method: str = "rada") -> Path:
 
 def seed_folders(run: Path) -> list[Path]:
     """The folders of the whole checkpoints in a run's folder, by seed; those of rada before other methods'."""
-    folders = [path.parent for kind in ("seed-*", "seed-*/*") for path in run.glob(f"{kind}/head.json")]
+    folders = [path.parent for kind in ("seed-*", "seed-*/*") for path in run.glob(f"{kind}/{HEAD}")]
 
     def order(folder: Path) -> tuple[int, int, str]:
         parts = folder.relative_to(run).parts

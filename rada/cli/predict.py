@@ -86,7 +86,8 @@ def predict(
     print(
         f"{done['items']} items to {output} in {done['seconds']:.1f} s, {done['items_per_second']:.0f} images/s "
         f"(device {done['device']}, backend {done['backend']}; the head worked {done['head_busy']:.0%} of the time), "
-        f"{done['bad']} bad" + (f"; shards left to other ranks or a later run: {done['left']}" if done["left"] else "")
+        f"{done['bad']} bad{', the first: ' * bool(done['reason'])}{done['reason']}"
+        + (f"; shards left to other ranks or a later run: {done['left']}" if done["left"] else "")
     )
     if done["compared"]:
         same = f"{done['agreed']} of {done['compared']}"

@@ -239,7 +239,7 @@ def test_predict_on_images_marks_and_counts_what_is_no_image(image_run, images, 
     output = tmp_path / "predictions.jsonl"
     arguments = ("predict", "--checkpoint", image_run, "--images", folder, "--output", output, "--device", "cpu")
     assert call(*arguments, "--top-k", 2) == 0
-    assert "1 bad" in capsys.readouterr().out
+    assert "1 bad, the first: " in capsys.readouterr().out
     *rows, broken = (json.loads(line) for line in output.read_text().splitlines())
     assert [row["item"] for row in rows] == [str(folder / f"{label}.png") for label in range(CLASSES)]
     assert all(len(row["classes"]) == 2 and row["bad"] is None for row in rows)
@@ -330,6 +330,28 @@ def test_an_option_that_a_checkpoint_does_not_take_is_refused(tmp_path, capsys, 
     assert call(*arguments, "--checkpoint", "unread", "--output", output) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not output.exists()
+
+
+def test_labels_that_a_checkpoint_does_not_know_are_refused_first(feature_run, features, tmp_path, capsys):
+    stored, output = dict(np.load(features)), tmp_path / "out"
+    other = tmp_path / "other.npz"
+    np.savez(other, **stored, class_names=np.array([f"other {k}" for k in range(CLASSES)]))
+    arguments = ("predict", "--checkpoint", feature_run, "--data", f"features:{other}", "--output", output)
+    assert call(*arguments) == 2
+    assert "label: data has the class 'other 0', which is none of the checkpoint's" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_what_is_no_checkpoint_is_said(features, tmp_path, capsys):
+    assert call("evaluate", "--checkpoint", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"checkpoint: {tmp_path} holds no head.json; it takes the folder of a head, or of a run" in error
+
+
+def test_a_cuda_graph_elsewhere_is_refused(feature_run, tmp_path, capsys):
+    arguments = ("predict", "--checkpoint", feature_run, "--output", tmp_path / "out", "--features", "unread.npy")
+    assert call(*arguments, "--cuda-graph", "--device", "cpu") == 2
+    assert "cuda_graph: got it on cpu; it takes a CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["evaluate", "adapt"])
