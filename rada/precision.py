@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 PRECISIONS = ("fp32", "bf16", "fp16", "amp")
+# torch's 65536 overflows at logit scales of 100 and above. Each overflow leaves out a step, and few shots have few.
+LOSS_SCALE = 1024.0
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -25,6 +27,11 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The context that a head runs in."""
     dtype = autocast_dtype(precision, device)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def loss_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
+    """What scales the loss's gradients under autocast to this dtype; of any but float16 it changes nothing."""
+    return torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE, enabled=dtype is torch.float16)
 
 
 def lower_weights(model: nn.Module, precision: str) -> nn.Module:

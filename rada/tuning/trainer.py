@@ -14,7 +14,7 @@ from tqdm import tqdm
 from rada.classification import Classes, Labelled, accuracy, predict_labels
 from rada.distributed import gather, gather_mean, own_rows, ranks, replicated
 from rada.losses import CrossEntropy, Loss
-from rada.precision import autocast, autocast_dtype
+from rada.precision import autocast, autocast_dtype, loss_scaler
 from rada.tuning.schedule import Tuning
 
 Head = TypeVar("Head", bound=nn.Module)
@@ -85,8 +85,7 @@ class _Training:
         self.model = head if self.whole else replicated(head)
         self.steps_per_epoch = math.ceil(len(train.features) / tuning.batch_size)
         self.optimizer, self.rates = tuning.optimizer(head.parameters(), self.steps_per_epoch)
-        scaled = autocast_dtype(precision, self.device) is torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.scaler = loss_scaler(self.device, autocast_dtype(precision, self.device))
         self.step = 0
 
     def accuracy(self, items: Labelled | None) -> float | None:
