@@ -25,7 +25,7 @@ from rada.examples import write_examples
 from rada.files import write_json
 from rada.info import environment
 from rada.losses import Loss
-from rada.methods import METHODS, Fitted, Trial, check_methods, left_out
+from rada.methods import METHODS, Fitted, Trial, check_encoders, check_methods, left_out
 from rada.metrics import expected_calibration_error, top_k_accuracy
 from rada.problem import Answer, Problem, prepare
 from rada.profiling import StepShape, measure_step
@@ -195,6 +195,7 @@ class _Run:
         skipped = {name: left_out(name, problem) for name in settings.methods}
         if None not in skipped.values():
             raise ValueError(f"methods: got {', '.join(skipped)} alone; {next(iter(skipped.values()))}")
+        check_encoders(settings.methods, problem)
         self.choice = problem.new_head(settings.seeds[0]).backend_for(problem.trained_classes(settings.seeds[0]).text)
         first: list[dict[str, Any]] = [self._scores(answers)[0] for answers in self.zero_shot.values()]
         self.results: dict[str, Any] = {

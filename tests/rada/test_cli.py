@@ -142,6 +142,15 @@ def test_the_head_is_refused_before_the_encoding(images, model_dir, tmp_path, ca
     assert message in capsys.readouterr().err
 
 
+def test_a_tower_without_tokens_is_refused_before_another_method_is_fitted(images, tmp_path, capsys):
+    pytest.importorskip("open_clip")
+    output = tmp_path / "run"
+    arguments = ("--data", f"folder:{images}", "--model", "demo", "--method", "rada,rada+prompt", "--image-tokens", 2)
+    assert call("train", *arguments, *TINY, "--output", output) == 2
+    assert "image_tokens: got the image tower ModifiedResNet, which takes no tokens" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_features_without_training_images_are_refused(features, tmp_path, capsys):
     np.savez(tmp_path / "tests.npz", **np.load(features), split=np.full(CLASSES * 12, "test"))
     assert call("train", "--data", f"features:{tmp_path / 'tests.npz'}", "--output", tmp_path / "run", *TINY) == 2
