@@ -351,6 +351,12 @@ def test_labels_that_a_checkpoint_does_not_know_are_refused_first(feature_run, f
     assert not output.exists()
 
 
+def test_a_warning_of_every_seed_is_printed_once(features, tmp_path, capsys):
+    arguments = ("train", "--data", f"features:{features}", "--output", tmp_path / "run", *TINY)
+    assert call(*arguments, "--shots", 50, "--epochs", 1) == 0
+    assert capsys.readouterr().err.count("rada: warning: shots: got 50") == 1
+
+
 def test_what_is_no_checkpoint_is_said(features, tmp_path, capsys):
     assert call("evaluate", "--checkpoint", tmp_path) == 2
     error = capsys.readouterr().err
