@@ -309,10 +309,22 @@ def save_model(
             known["towers"] = model.model.state_dict()
         else:
             known["fingerprint"] = model.fingerprint()
+    elif not isinstance(model, RAdaHead | AdaptedHead):
+        raise TypeError(
+            f"model: got {type(model).__name__}; it takes a RAdaCLIP, a RAdaHead or an AdaptedHead itself, such as the "
+            "module of a DistributedDataParallel"
+        )
     elif classes is None or class_names is None or backbone is None:
         raise ValueError("classes, class_names, backbone: got none with a head alone; it takes all three")
+    different = len(set(class_names))
+    if different != len(classes.text) or len(class_names) != len(classes.text):
+        raise ValueError(
+            f"class_names: got {len(class_names)}, {different} of them different; it takes {len(classes.text)}, one "
+            "per row of the text features, each once"
+        )
     loss = loss or ("cross-entropy" if classes.logit_bias is None else "sigmoid")
     checkpoint = Checkpoint(head, classes, tuple(class_names), backbone, loss=loss, **known)
+    checkpoint.check_width(classes.text.shape[1], "classes")
     checkpoint.save(Path(folder))
     return Path(folder)
 

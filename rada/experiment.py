@@ -131,6 +131,10 @@ def train(
     output: the run's folder. Default: runs/NAME, or the first of runs/NAME-2, ... that does not exist.
     overwrite, loss, callbacks: as for `run`. settings: fields of `Settings`.
     """
+    if not isinstance(source, str | Source):
+        raise TypeError(f"source: got {type(source).__name__}; it takes a name or a Source")
+    if not isinstance(model, str | FeatureExtractor | None):
+        raise TypeError(f"model: got {type(model).__name__}; it takes a name or a FeatureExtractor, of open_model")
     own_source = None if isinstance(source, str) else source
     own_model = model if isinstance(model, FeatureExtractor) else None
     name = source if isinstance(source, str) else source.name

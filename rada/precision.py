@@ -12,13 +12,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from rada.checks import check_one_of
+
 PRECISIONS = ("fp32", "bf16", "fp16", "amp")
 # torch's 65536 overflows at logit scales of 100 and above. Each overflow leaves out a step, and few shots have few.
 LOSS_SCALE = 1024.0
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype that operations are cast to; None: no autocast."""
+    """The dtype that operations are cast to; None: no autocast. Raises ValueError for another name."""
+    check_one_of(PRECISIONS, precision=precision)
     known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     return known[precision] if precision in known else torch.get_autocast_dtype(device.type)
 

@@ -185,6 +185,24 @@ def test_labels_out_of_range_are_refused():
         tune_head(head, train._replace(labels=train.labels + 1), classes, Tuning(), seed=1)
 
 
+def test_what_cannot_be_trained_is_named():
+    classes, train, _ = problem(0)
+
+    def tune(head=None, train=train, **options):
+        tune_head(RAdaHead(WIDTH, 4) if head is None else head, train, classes, Tuning(), seed=1, **options)
+
+    with pytest.raises(TypeError, match=r"train: got labels \[320\] of torch.float32; it takes \[N\] int64"):
+        tune(train=train._replace(labels=train.labels.float()))
+    with pytest.raises(TypeError, match="train: got features of ndarray; it takes tensors"):
+        tune(train=train._replace(features=train.features.numpy()))
+    with pytest.raises(ValueError, match="head: got no parameter that requires a gradient"):
+        tune(RAdaHead(WIDTH, 4).requires_grad_(False))
+    with pytest.raises(TypeError, match=r"head: got parameters of torch\.float16; it takes torch\.float32"):
+        tune(RAdaHead(WIDTH, 4).half())
+    with pytest.raises(ValueError, match="precision: got 'fp8'; it takes one of fp32, bf16, fp16, amp"):
+        tune(precision="fp8")
+
+
 def test_a_loss_that_is_not_finite_stops_the_training():
     """At the step that is named, with the weights of the step before."""
     classes, train, _ = problem(0)
