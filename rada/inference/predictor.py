@@ -42,7 +42,7 @@ class Predictor:
     precision: of encoders and head, see `rada.precision`. Default: the checkpoint's.
     device, backend: as for `load_checkpoint`.
     cache: the folder of a cache of frozen encoders' image features, see `rada.cache`. Default: none.
-    cuda_graph: on a CUDA device replay the head's launches as a graph, see `rada.graphs`; not yet run on hardware.
+    cuda_graph: replay the head's launches as a graph, see `rada.graphs`; on CUDA alone, not yet run on hardware.
         Default False.
 
     compared, agreed: of rows predicted by a shortlist, how many the full head predicted too, and how often both chose
