@@ -18,6 +18,7 @@ features computed once there is none.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -55,10 +56,28 @@ class Baseline(NamedTuple):
 
 
 def class_rows(text: Tensor, fitted: Tensor) -> Tensor | None:
-    """Where the classes of text features [K', D] stand among `fitted` [K, D]: [K'] int64; None where one does not."""
-    rows = (F.normalize(text, dim=-1) @ F.normalize(fitted, dim=-1).T).argmax(-1)
-    # Of the features as they are: the last bits of a norm may differ with the number of rows.
-    return rows if torch.equal(fitted[rows], text) else None
+    """Where the classes of text features [K', D] stand among `fitted` [K, D]: [K'] int64; None where one does not.
+
+    Classes of the same features keep their order: the first stands for the first of them.
+    """
+    if text.shape == fitted.shape and torch.equal(text, fitted):
+        return torch.arange(len(fitted), device=fitted.device)
+    places: dict[bytes, list[int]] = {}
+    for place, row in enumerate(_row_bytes(fitted)):
+        places.setdefault(row, []).append(place)
+    seen: Counter[bytes] = Counter()
+    rows = []
+    for row in _row_bytes(text):
+        same = places.get(row)
+        if same is None:
+            return None
+        rows.append(same[seen[row] % len(same)])
+        seen[row] += 1
+    return torch.tensor(rows, device=fitted.device)
+
+
+def _row_bytes(features: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in features.detach().contiguous().cpu().view(torch.uint8).numpy()]
 
 
 def class_means(train: Labelled, count: int) -> Tensor:

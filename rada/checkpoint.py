@@ -38,6 +38,7 @@ from rada.version import __version__
 from rada_kernels import Options
 
 WEIGHTS, ADAPTER, PROMPT, TOWERS = (f"{part}.safetensors" for part in ("head", "adapter", "prompt", "towers"))
+HEAD = "head.json"  # written last, the mark of a whole checkpoint
 PROMPT_OPTIONS = ("context", "text_tokens", "image_tokens", "depth")
 FORMAT_VERSION = 1
 OPTIONS = tuple(field.name for field in fields(Options))
@@ -248,7 +249,8 @@ class Checkpoint:
             )
         if self.spec is None:
             raise ValueError(
-                "checkpoint: its head was trained on precomputed features; it takes features:PATH, not images"
+                "checkpoint: its head was trained on precomputed features, without encoders of images or names; it "
+                "takes features:PATH, among its own classes"
             )
         encoders = self.spec.open(self.device, self.precision)
         if (encoders.backbone, encoders.embed_dim) != (self.backbone, self.rada.embed_dim):
@@ -307,10 +309,22 @@ def save_model(
             known["towers"] = model.model.state_dict()
         else:
             known["fingerprint"] = model.fingerprint()
+    elif not isinstance(model, RAdaHead | AdaptedHead):
+        raise TypeError(
+            f"model: got {type(model).__name__}; it takes a RAdaCLIP, a RAdaHead or an AdaptedHead itself, such as the "
+            "module of a DistributedDataParallel"
+        )
     elif classes is None or class_names is None or backbone is None:
         raise ValueError("classes, class_names, backbone: got none with a head alone; it takes all three")
+    different = len(set(class_names))
+    if different != len(classes.text) or len(class_names) != len(classes.text):
+        raise ValueError(
+            f"class_names: got {len(class_names)}, {different} of them different; it takes {len(classes.text)}, one "
+            "per row of the text features, each once"
+        )
     loss = loss or ("cross-entropy" if classes.logit_bias is None else "sigmoid")
     checkpoint = Checkpoint(head, classes, tuple(class_names), backbone, loss=loss, **known)
+    checkpoint.check_width(classes.text.shape[1], "classes")
     checkpoint.save(Path(folder))
     return Path(folder)
 
@@ -321,8 +335,12 @@ def load_checkpoint(folder: str | os.PathLike, *, device: str = "auto", backend:
     Raises FileNotFoundError or ValueError for a folder without a whole checkpoint.
     """
     folder = Path(folder)
-    if not (folder / WEIGHTS).with_suffix(".json").exists():
+    if not (folder / HEAD).exists():
         folder = next(iter(seed_folders(folder)), folder)
+        if not (folder / HEAD).exists():
+            raise FileNotFoundError(
+                f"checkpoint: {folder} holds no {HEAD}; it takes the folder of a head, or of a run that trained one"
+            )
     config = load_config(folder)
     extra = config["extra"]
     where = choose_device(device)
@@ -369,7 +387,7 @@ def checkpoint_folder(run: Path, seed: int, method: str = "rada") -> Path:
 
 def seed_folders(run: Path) -> list[Path]:
     """The folders of the whole checkpoints in a run's folder, by seed; those of rada before other methods'."""
-    folders = [path.parent for kind in ("seed-*", "seed-*/*") for path in run.glob(f"{kind}/head.json")]
+    folders = [path.parent for kind in ("seed-*", "seed-*/*") for path in run.glob(f"{kind}/{HEAD}")]
 
     def order(folder: Path) -> tuple[int, int, str]:
         parts = folder.relative_to(run).parts

@@ -45,10 +45,10 @@ class Classes(NamedTuple):
 def write_classes(folder: Path, classes: Classes, class_names: Sequence[str]) -> None:
     """Write classes.npz into a folder."""
     entries: dict[str, Any] = {
-        "text_features": classes.text.float().cpu().numpy(),
+        "text_features": classes.text.detach().float().cpu().numpy(),
         "class_names": np.array(class_names),
-        "logit_scale": classes.logit_scale,
-        "logit_bias": classes.logit_bias,
+        "logit_scale": float(classes.logit_scale),
+        "logit_bias": None if classes.logit_bias is None else float(classes.logit_bias),
     }
     file = io.BytesIO()
     np.savez(file, **{name: value for name, value in entries.items() if value is not None})

@@ -16,10 +16,8 @@ do not talk to one another.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
-import os
 import time
 from itertools import islice
 from pathlib import Path
@@ -37,7 +35,7 @@ from rada.data.listing import Listing
 from rada.distributed import rank, world_size
 from rada.encoders import Encoded, FeatureExtractor, encode_batches, in_batches
 from rada.extras import require
-from rada.files import naming, read_json, write_bytes, write_json
+from rada.files import check_folder, read_json, write_bytes, write_json
 from rada.version import __version__
 
 FORMAT, FORMAT_VERSION = "rada-encoding", 1
@@ -75,7 +73,7 @@ def encode_to_shards(
     output = Path(output).expanduser()
     check_one_of(DTYPES, dtype=dtype)
     check_ints(1, rows_per_shard=rows_per_shard)
-    check_folder(output)
+    check_output(output)
     names, listing = _classes(listing, class_names)
     count = -(-len(listing) // rows_per_shard)
     mine = range(count)[rank() :: world_size()]
@@ -111,13 +109,11 @@ def encode_to_shards(
     }
 
 
-def check_folder(output: Path) -> None:
-    """Make the folder. Raises OSError where nothing can be written there."""
-    with naming(output):
-        for folder in ("img_emb", "metadata"):
-            (output / folder).mkdir(parents=True, exist_ok=True)
-            if not os.access(output / folder, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+def check_output(output: Path) -> None:
+    """Raise ImportError without the package that writes shards, OSError where none can be written. Nothing is made."""
+    require("pyarrow", "parquet", "clip-retrieval's layout")
+    for folder in (output, output / "img_emb", output / "metadata"):
+        check_folder(folder)
 
 
 def read_bad(output: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ from rada.examples import write_examples
 from rada.files import write_json
 from rada.info import environment
 from rada.losses import Loss
-from rada.methods import METHODS, Fitted, Trial, check_methods, left_out
+from rada.methods import METHODS, Fitted, Trial, check_encoders, check_methods, left_out
 from rada.metrics import expected_calibration_error, top_k_accuracy
 from rada.problem import Answer, Problem, prepare
 from rada.profiling import StepShape, measure_step
@@ -131,6 +131,10 @@ def train(
     output: the run's folder. Default: runs/NAME, or the first of runs/NAME-2, ... that does not exist.
     overwrite, loss, callbacks: as for `run`. settings: fields of `Settings`.
     """
+    if not isinstance(source, str | Source):
+        raise TypeError(f"source: got {type(source).__name__}; it takes a name or a Source")
+    if not isinstance(model, str | FeatureExtractor | None):
+        raise TypeError(f"model: got {type(model).__name__}; it takes a name or a FeatureExtractor, of open_model")
     own_source = None if isinstance(source, str) else source
     own_model = model if isinstance(model, FeatureExtractor) else None
     name = source if isinstance(source, str) else source.name
@@ -195,6 +199,7 @@ class _Run:
         skipped = {name: left_out(name, problem) for name in settings.methods}
         if None not in skipped.values():
             raise ValueError(f"methods: got {', '.join(skipped)} alone; {next(iter(skipped.values()))}")
+        check_encoders(settings.methods, problem)
         self.choice = problem.new_head(settings.seeds[0]).backend_for(problem.trained_classes(settings.seeds[0]).text)
         first: list[dict[str, Any]] = [self._scores(answers)[0] for answers in self.zero_shot.values()]
         self.results: dict[str, Any] = {

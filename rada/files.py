@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -43,6 +44,24 @@ def naming(path: Path, argument: str = "output") -> Iterator[None]:
             f"{argument}: {path}: cannot be written ({error.strerror or error}); nothing of it was left, and what was "
             f"finished is kept: make room, or give another {argument}"
         ) from error
+
+
+def check_folder(folder: Path, argument: str = "output") -> None:
+    """Raise OSError as `naming` where a folder's files could not be written. Nothing is made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with naming(folder, argument):
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(there, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def check_file(path: Path, argument: str = "output") -> None:
+    """As `check_folder`, of a file."""
+    with naming(path, argument):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    check_folder(path.parent, argument)
 
 
 def write_bytes(path: Path, data: bytes, argument: str = "output") -> None:

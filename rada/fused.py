@@ -37,8 +37,9 @@ class RAdaHead(nn.Module):
     device, dtype: of the parameters. Features must have the same; under torch.autocast, any floating dtype but float64.
 
     Parameters carry the released names: q_proj1, q_proj2, q_proj3 (image, text, rational query), k_proj, v_proj,
-    out_proj, each with weight [D, D] and bias [D]. Layers of unused query kinds do not require a gradient, so
-    that DistributedDataParallel finds none unused.
+    out_proj, each with weight [D, D] and bias [D]. These are read, and the layers never called: hooks on them do not
+    run, parametrizations do. Layers of unused query kinds do not require a gradient, so that DistributedDataParallel
+    finds none unused.
 
     Source: One Last Attention for Your Vision-Language Model, ICCV 2025, arXiv 2507.15480.
     """
@@ -117,8 +118,15 @@ class RAdaHead(nn.Module):
         return head
 
     def params(self, logit_scale: Tensor | float = 1.0, logit_bias: Tensor | float | None = None) -> Params:
-        """The head's tensors as `rada_kernels.rada_logits` takes them."""
+        """The head's tensors as `rada_kernels.rada_logits` takes them.
+
+        Raises TypeError for a layer that something else than a linear one has replaced, such as an adapter's wrapper.
+        """
         layers = (self.q_proj1, self.q_proj2, self.q_proj3, self.k_proj, self.v_proj, self.out_proj)
+        for layer in layers:
+            if not isinstance(layer, nn.Linear):  # its weight alone would be read, and the rest of it left out
+                name = next(name for name, child in self.named_children() if child is layer)
+                raise TypeError(f"{name}: got {type(layer).__name__}; it takes an nn.Linear")
         tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
         return Params._make((*tensors, logit_scale, logit_bias))
 

@@ -88,6 +88,12 @@ def left_out(name: str, problem: Problem) -> str | None:
     return None
 
 
+def check_encoders(names: Iterable[str], problem: Problem) -> None:
+    """Raise ValueError where the encoders do not take a method's parts, before another method is fitted."""
+    if "rada+prompt" in names and problem.encoders is not None:
+        _new_prompt(problem, seed=0)
+
+
 def fit_rada(trial: Trial) -> Fitted:
     """The head on frozen features."""
     head = _tune(trial, trial.problem.new_head(trial.seed))
@@ -105,10 +111,7 @@ def fit_adapter(trial: Trial) -> Fitted:
 def fit_prompt(trial: Trial) -> Fitted:
     """The head under a prompt, trained jointly with PromptSRC's regularizer and average over the epochs."""
     problem = trial.problem
-    encoders = _encoders(problem)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(trial.seed)
-        prompt = PromptLearner(encoders.model, encoders.tokenizer, image_tokens=problem.settings.image_tokens)
+    encoders, prompt = _encoders(problem), _new_prompt(problem, trial.seed)
     tuned = PromptedHead(
         PromptedEncoder(encoders.model, prompt),
         problem.new_head(trial.seed),
@@ -136,6 +139,15 @@ def fit_prompt(trial: Trial) -> Fitted:
         return problem.checkpoint(head, trial.seed, prompt=(prompt.options, prompt.state_dict()), classes=classes)
 
     return Fitted(partial(_answer, problem, extractor, head, prompt.image_context is not None), checkpoint)
+
+
+def _new_prompt(problem: Problem, seed: int) -> PromptLearner:
+    encoders, image_tokens = _encoders(problem), problem.settings.image_tokens
+    if image_tokens and encoders.preprocess is None:
+        raise ValueError("model: it came without an image transform; a prompt with image tokens takes one")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return PromptLearner(encoders.model, encoders.tokenizer, image_tokens=image_tokens)
 
 
 def fit_full(trial: Trial) -> Fitted:
@@ -261,8 +273,7 @@ def _answer(problem: Problem, encoders: FeatureExtractor, head: nn.Module | None
 def _as_images(encoders: FeatureExtractor, sample: Sample) -> Sample:
     """The sample with preprocessed images in place of its features, and without validation images."""
     assert sample.images.images is not None
-    if encoders.preprocess is None:
-        raise ValueError("model: it came without an image transform; a prompt with image tokens takes one")
+    assert encoders.preprocess is not None
     images = [encoders.preprocess(sample.images.images[i]) for i in range(len(sample.images))]
     return sample._replace(train=Labelled(torch.stack(images), sample.train.labels), val=None)
 

@@ -70,7 +70,10 @@ class ModelSpec:
             from rada.huggingface import HuggingFaceEncoder
 
             backbone = self.name.removeprefix(TRANSFORMERS)
-            model = HuggingFaceEncoder.from_pretrained(backbone)
+            try:
+                model = HuggingFaceEncoder.from_pretrained(backbone)
+            except (OSError, ValueError) as error:  # transformers' own, which do not name the argument
+                raise ValueError(f"model: {self.name} cannot be opened: {error}") from error
             preprocess, tokenizer = model.preprocess, model.tokenizer
         return open_model(
             lower_weights(model, precision),

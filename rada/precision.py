@@ -12,11 +12,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from rada.checks import check_one_of
+
 PRECISIONS = ("fp32", "bf16", "fp16", "amp")
+# torch's 65536 overflows at logit scales of 100 and above. Each overflow leaves out a step, and few shots have few.
+LOSS_SCALE = 1024.0
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype that operations are cast to; None: no autocast."""
+    """The dtype that operations are cast to; None: no autocast. Raises ValueError for another name."""
+    check_one_of(PRECISIONS, precision=precision)
     known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     return known[precision] if precision in known else torch.get_autocast_dtype(device.type)
 
@@ -25,6 +30,11 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The context that a head runs in."""
     dtype = autocast_dtype(precision, device)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def loss_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
+    """What scales the loss's gradients under autocast to this dtype; of any but float16 it changes nothing."""
+    return torch.amp.GradScaler(device.type, init_scale=LOSS_SCALE, enabled=dtype is torch.float16)
 
 
 def lower_weights(model: nn.Module, precision: str) -> nn.Module:

@@ -29,6 +29,7 @@ from rada.models import DEMO_MODEL, ModelSpec
 from rada.precision import autocast
 from rada.protocols import Protocol, make_protocol
 from rada.settings import Settings
+from rada.templates import DEFAULT_TEMPLATES
 from rada_kernels import Options
 
 # CLIP's trained scale, for precomputed features without one.
@@ -208,8 +209,9 @@ def prepare(
 
 def _open_encoders(settings: Settings, source: Source, device: torch.device) -> FeatureExtractor | None:
     if source.train.features is not None:
-        if settings.model is not None:
-            raise ValueError(f"model: got {settings.model!r} with features:PATH; it takes none")
+        for name, default in (("model", None), ("pretrained", None), ("templates", DEFAULT_TEMPLATES)):
+            if (got := getattr(settings, name)) != default:
+                raise ValueError(f"{name}: got {got!r} with features:PATH; it takes none")
         return None
     if settings.model is None:
         raise ValueError(

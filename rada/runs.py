@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from rada.checkpoint import seed_folders
 from rada.checks import check_same
-from rada.files import read_json, write_text
+from rada.files import check_folder, read_json, write_text
 
 RESULTS, EPOCHS, PAGE = "results.json", "epochs.csv", "index.html"
 EXAMPLES, FIGURES, TENSORBOARD, RESUME = "examples", "figures", "tensorboard", "resume"
@@ -50,6 +49,8 @@ def check_output(output: Path, overwrite: bool, resume: bool = False, settings: 
 
     resume: it holds a run of the same settings that is not complete. Raises ValueError naming the setting that differs.
     """
+    if resume and overwrite:
+        raise ValueError("overwrite: got it with resume; it takes one of the two")
     if resume:
         stored = load_results(output)
         if stored["status"] == "complete":
@@ -57,9 +58,7 @@ def check_output(output: Path, overwrite: bool, resume: bool = False, settings: 
         check_same(json.loads(json.dumps(settings)), stored["settings"], f"the run to resume in {output}")
         return
     if not output.exists():
-        parent = next(folder for folder in output.absolute().parents if folder.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise PermissionError(f"output: {output} cannot be made in {parent}; it takes another folder")
+        check_folder(output)
         return
     if not output.is_dir():
         raise FileExistsError(f"output: {output} is a file; it takes a folder")

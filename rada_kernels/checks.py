@@ -6,6 +6,9 @@ the name in the head's state dict beside the field of Params.
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -31,18 +34,23 @@ def check_inputs(image: Tensor, text: Tensor, params: Params, options: Options) 
         raise ValueError(f"text_features: got width {text.shape[1]}; it takes [K, {width}], as wide as image_features")
     if text.shape[0] == 0:
         raise ValueError("text_features: got an empty class set [0, D]; it takes at least one class")
-    heads = options.num_heads
-    if width % heads:
-        raise ValueError(f"num_heads: got {heads}; it takes a divisor of the embedding width {width}")
     layers = dict(zip(LAYER_NAMES, params.layers, strict=True))
     for name, tensor in layers.items():
         shape = (width, width) if "weight" in name else (width,)
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}; it takes a tensor {list(shape)}")
         if tuple(tensor.shape) != shape:
+            widths = {size for layer in params.layers for size in layer.shape}
+            if len(widths) == 1:  # the layers agree: it is the features that are wrong
+                raise ValueError(
+                    f"image_features: got width {width}; it takes [B, {widths.pop()}], as wide as the layers"
+                )
             raise ValueError(
                 f"{name}: got shape {list(tensor.shape)}; it takes {list(shape)} for features of width {width}"
             )
+    heads = options.num_heads
+    if width % heads:
+        raise ValueError(f"num_heads: got {heads}; it takes a divisor of the embedding width {width}")
     _check_together(image, text, layers)
     check_scalar("logit_scale", params.logit_scale)
     if params.logit_bias is not None:
@@ -55,10 +63,10 @@ def check_scalar(name: str, value: Tensor | float) -> None:
             raise ValueError(f"{name}: got shape {list(value.shape)}; it takes a float or a 0-d tensor")
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name}: got dtype {value.dtype}; it takes a float or a floating 0-d tensor")
-    elif isinstance(value, bool) or not isinstance(value, int | float):
+    elif isinstance(value, bool) or not isinstance(value, int | float | Real):  # NumPy's numbers are Real
         raise TypeError(f"{name}: got {type(value).__name__}; it takes a float or a 0-d tensor")
-    elif name == "logit_scale" and not value >= 0:
-        raise ValueError(f"logit_scale: got {value}; it takes the exponentiated scale, a positive number")
+    elif name == "logit_scale" and not 0 <= value < math.inf:
+        raise ValueError(f"logit_scale: got {value}; it takes the exponentiated scale, a positive finite number")
 
 
 def _check_features(name: str, rows: str, features: Tensor) -> None:
@@ -70,6 +78,8 @@ def _check_features(name: str, rows: str, features: Tensor) -> None:
         raise TypeError(f"{name}: got dtype {features.dtype}; it takes one of {', '.join(map(str, FLOATS))}")
     if features.shape[1] == 0:
         raise ValueError(f"{name}: got width 0; it takes [{rows}, D] with D at least 1")
+    if features.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {features.layout}; it takes a dense tensor [{rows}, D]")
 
 
 def _layer_name(field: str) -> str:
@@ -93,6 +103,8 @@ def _check_together(image: Tensor, text: Tensor, layers: dict[str, Tensor]) -> N
     for name, tensor in {"text_features": text, **layers}.items():
         if tensor.device != image.device:
             raise ValueError(f"{name}: got device {tensor.device}; it takes {image.device}, where image_features are")
+    if image.device.type == "meta":
+        raise ValueError("image_features: got device meta; it takes a device that holds values, such as cpu")
     autocast = torch.is_autocast_enabled(image.device.type)
 
     def fits(tensor: Tensor) -> bool:

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback as tracebacks
 import warnings
+from typing import Any
 
 import typer
 
@@ -38,8 +39,20 @@ def main(arguments: list[str] | None = None) -> None:
         leave(ended.code)
 
 
+def _print_warnings() -> None:
+    """Warnings are a line on stderr, each once: every seed may say the same."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            print(f"rada: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
 def _run(arguments: list[str] | None) -> None:
-    warnings.showwarning = lambda message, *_: print(f"rada: warning: {message}", file=sys.stderr)
+    _print_warnings()
     try:
         app(arguments)
     except KeyboardInterrupt:

@@ -45,14 +45,14 @@ def encode(
     Unreadable images are left out, and listed in bad/. Under torchrun each process makes its share of the shards.
     """
     from rada.data.listing import list_images
-    from rada.encode import check_folder, encode_to_shards
+    from rada.encode import check_output, encode_to_shards
     from rada.encoders import choose_device
     from rada.models import ModelSpec
 
     if model is None:
         raise ValueError("model: got none; it takes a name of open_clip's, local-dir:PATH, transformers:NAME, or demo")
     listing = list_images(images)
-    check_folder(output.expanduser())
+    check_output(output.expanduser())
     spec = ModelSpec(model, pretrained, expand_templates(tuple(template or DEFAULT_TEMPLATES)))
     extractor = spec.open(choose_device(device), precision)
     extractor.batch_size, extractor.workers = encode_batch, workers

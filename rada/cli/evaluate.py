@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rada.cli.options import Backend, Cache, Checkpoint, Device, Model, Pretrained, SkipBad, Template, Traceback
+from rada.cli.options import Backend, Cache, Checkpoint, Device, Model, Pretrained, SkipBad, Template, Traceback, refuse
 from rada.data.views import VIEWS
 from rada.templates import DEFAULT_TEMPLATES
 from rada.tuning import Adaptation
@@ -34,9 +34,11 @@ def evaluate(
     that the head was trained on, among their own classes.
     """
     from rada.evaluate import evaluate_checkpoint
-    from rada.files import write_json
+    from rada.files import check_file, write_json
     from rada.report.tables import print_evaluation
 
+    if output is not None:
+        check_file(output)
     results = evaluate_checkpoint(
         checkpoint,
         data,
@@ -53,6 +55,7 @@ def evaluate(
 
 
 def adapt(
+    context: typer.Context,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A head to start from, as for evaluate. [default: zero-shot, by --model]")
     ] = None,
@@ -68,7 +71,7 @@ def adapt(
     selection: Annotated[float, typer.Option(help="Share of the views that is kept.")] = Adaptation.selection,
     parameters: Annotated[str, typer.Option(help="Layers that adapt, separated by commas.")] = "out_proj",
     online: Annotated[bool, typer.Option("--online", help="Carry on from image to image, without a reset.")] = False,
-    heads: Annotated[int, typer.Option(help="Attention heads, without a checkpoint.")] = Options.num_heads,
+    heads: Annotated[int, typer.Option(help="Attention heads, with --model.")] = Options.num_heads,
     device: Device = "auto",
     backend: Backend = "auto",
     seed: Annotated[int, typer.Option(help="Of the views.")] = 0,
@@ -78,12 +81,16 @@ def adapt(
 ) -> None:
     """Test-time training: adapt to each test image by itself, without its label, and test."""
     from rada.adapt import adapt_checkpoint, adapt_zero_shot
-    from rada.files import write_json
+    from rada.files import check_file, write_json
     from rada.models import ModelSpec
     from rada.report.tables import print_adaptation
 
     if (checkpoint is None) == (model is None):
         raise ValueError("checkpoint, model: got both or none; it takes exactly one of them")
+    if checkpoint is not None:
+        refuse(context, ("pretrained", "template", "heads"), "with a checkpoint, which has its own; it takes none")
+    if output is not None:
+        check_file(output)
     options: dict = {
         "adaptation": Adaptation(
             steps=steps, lr=lr, selection=selection, parameters=tuple(parameters.split(",")), online=online

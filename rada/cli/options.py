@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,14 +24,14 @@ def _show_traceback(wanted: bool) -> None:
 Data = Annotated[str, typer.Option(help=f"{', '.join(SOURCES)}.")]
 Model = Annotated[
     str | None,
-    typer.Option(help="A name of open_clip's, local-dir:PATH, transformers:NAME, or demo (the default for emoji)."),
+    typer.Option(help="A name of open_clip's, local-dir:PATH, transformers:NAME, or demo."),
 ]
 Pretrained = Annotated[str | None, typer.Option(help="A tag of open_clip's or the path of a checkpoint.")]
 Template = Annotated[
     list[str] | None,
     typer.Option(
-        help="A prompt template, may be repeated; imagenet-80, imagenet-7 and CoOp's data sets name theirs. "
-        f"[default: {DEFAULT_TEMPLATES[0]}]"
+        help="A prompt template of class names, may be repeated; imagenet-80, imagenet-7 and CoOp's data sets name "
+        f"theirs. [default: {DEFAULT_TEMPLATES[0]}]"
     ),
 ]
 Checkpoint = Annotated[
@@ -66,6 +67,18 @@ Traceback = Annotated[
 def given(**values) -> dict:
     """The options given on the command line."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def refuse(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Raise ValueError for the first of these options that stands on the command line, as it would do nothing there.
+
+    why: follows what it got.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            value = context.params[name]
+            raise ValueError(f"{name}: got {str(value) if isinstance(value, Path) else value!r} {why}")
 
 
 def chosen_methods(given: list[str] | None, setting: str | None) -> tuple[str, ...] | None:

@@ -16,7 +16,6 @@ from rada.cli.options import (
     Data,
     Device,
     EncodeBatch,
-    Model,
     Precision,
     Pretrained,
     SkipBad,
@@ -26,6 +25,7 @@ from rada.cli.options import (
     chosen_methods,
     given,
     integers,
+    refuse,
 )
 from rada.data import Recommended
 from rada.data.emoji import RECOMMENDED as EMOJI
@@ -33,12 +33,33 @@ from rada.data.suite import read_suite
 from rada.distributed import rank
 from rada.encoders import IMAGES_PER_BATCH
 from rada.losses import LOSSES
-from rada.methods import METHODS
+from rada.methods import METHODS, check_methods
 from rada.protocols import PROTOCOLS
 from rada.settings import Settings, full_tuning_for, tuning_for
 from rada.templates import DEFAULT_TEMPLATES
 from rada.tuning import PARALLEL, SCHEDULES, FullTuning, Tuning
 from rada_kernels import PENALTIES, QUERIES, Options
+
+# The methods that an option is for, where it is not for all.
+_FEATURES = ("rada", "rada+prompt", "rada+adapter")
+_TRAINED = (*_FEATURES, "full")
+OPTIONS_OF = {
+    **dict.fromkeys(("schedule", "weight_decay"), _FEATURES),
+    **dict.fromkeys(("epochs", "lr", "alpha", "loss", "penalty", "batch_size", "tensorboard", "wandb"), _TRAINED),
+    **dict.fromkeys(("temperature", "heads", "queries"), (*_TRAINED, "test-time")),
+    **dict.fromkeys(("towers_lr", "parallel"), ("full",)),
+    "image_tokens": ("rada+prompt",),
+    "adapt_images": ("test-time",),
+}
+# Those that are for images, where the data are features.
+OF_IMAGES = ("workers", "encode_batch", "cache")
+TrainModel = Annotated[
+    str | None,
+    typer.Option(
+        help="A name of open_clip's, local-dir:PATH, transformers:NAME, or demo; not with features. "
+        "[default: demo for emoji]"
+    ),
+]
 
 
 def _default(emoji: object, other: object) -> str:
@@ -46,8 +67,9 @@ def _default(emoji: object, other: object) -> str:
 
 
 def train(
+    context: typer.Context,
     data: Data = "emoji",
-    model: Model = None,
+    model: TrainModel = None,
     pretrained: Pretrained = None,
     template: Template = None,
     class_names: ClassNames = None,
@@ -89,16 +111,24 @@ def train(
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help=f"Learning rate of Adam after warm-up. {_default(EMOJI.tuning['lr'], Tuning.lr)}"),
+        typer.Option(
+            help=f"Learning rate of Adam after warm-up; of full, the head's. {_default(EMOJI.tuning['lr'], Tuning.lr)}"
+        ),
     ] = None,
     alpha: Annotated[
         float | None, typer.Option(help=f"Weight of the penalty. {_default(EMOJI.tuning['alpha'], Tuning.alpha)}")
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help=f"Of the learning rate: {', '.join(SCHEDULES)} (the released code's, per epoch).")
+        str,
+        typer.Option(
+            help=f"Of the learning rate, not that of full: {', '.join(SCHEDULES)} (the released code's, per epoch)."
+        ),
     ] = Tuning.schedule,
-    weight_decay: Annotated[float, typer.Option()] = Tuning.weight_decay,
-    towers_lr: Annotated[float | None, typer.Option(help="Of full: learning rate of the towers.")] = None,
+    weight_decay: Annotated[float, typer.Option(help="Adam's, not that of full.")] = Tuning.weight_decay,
+    towers_lr: Annotated[
+        float | None,
+        typer.Option(help=f"Of full: learning rate of the towers. {_default(EMOJI.full['lr'], FullTuning.lr)}"),
+    ] = None,
     loss: Annotated[str | None, typer.Option(help=f"{', '.join(LOSSES)}. [default: the model's own]")] = None,
     image_tokens: Annotated[
         int, typer.Option(help="Of rada+prompt in the image tower, which it then trains on images.")
@@ -138,6 +168,7 @@ def train(
 ) -> None:
     """Train on a few shots; test by a protocol, zero-shot beside each method; write a report folder.
 
+    Options of training are for the rada methods and full; the baselines keep the settings of their papers.
     On several devices: torchrun --nproc-per-node N -m rada train ...
     """
     from rada.experiment import run, run_suite
@@ -146,6 +177,7 @@ def train(
     from rada.runs import free_output, run_name
 
     if suite is not None:
+        refuse(context, ("data",), "with --suite, which lists its own; it takes one of the two")
         data = read_suite(suite)[0].source  # whose recommended settings are everyone's
     if resume and output is None:
         raise ValueError("output: got none with --resume; it takes the folder of the run")
@@ -193,6 +225,12 @@ def train(
             adapt_images=adapt_images,
         ),
     )
+    check_methods(settings.methods)
+    for option, methods in OPTIONS_OF.items():
+        if not set(methods) & set(settings.methods):
+            refuse(context, (option,), f"for {', '.join(settings.methods)}; it goes with {', '.join(methods)}")
+    if suite is None and data.startswith("features:"):
+        refuse(context, OF_IMAGES, "with features:PATH, which is encoded already; it goes with images")
     if output is None:
         output = free_output(Path("runs") / run_name(data if suite is None else str(suite)))
     writers = [writer() for writer, wanted in ((tensorboard_writer, tensorboard), (wandb_writer, wandb)) if wanted]

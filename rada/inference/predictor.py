@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,7 @@ class Predictor:
     precision: of encoders and head, see `rada.precision`. Default: the checkpoint's.
     device, backend: as for `load_checkpoint`.
     cache: the folder of a cache of frozen encoders' image features, see `rada.cache`. Default: none.
-    cuda_graph: on a CUDA device replay the head's launches as a graph, see `rada.graphs`; not yet run on hardware.
+    cuda_graph: replay the head's launches as a graph, see `rada.graphs`; on CUDA alone, not yet run on hardware.
         Default False.
 
     compared, agreed: of rows predicted by a shortlist, how many the full head predicted too, and how often both chose
@@ -71,6 +71,8 @@ class Predictor:
             stored = load_checkpoint(stored, device=device, backend=backend)
         self.stored = stored
         self.trained = stored
+        if cuda_graph and stored.device.type != "cuda":
+            raise ValueError(f"cuda_graph: got it on {stored.device}; it takes a CUDA device")
         if precision not in (None, stored.precision):
             check_one_of(PRECISIONS, precision=precision)
             # Weights of another dtype have another fingerprint: `encoders` checks the stored ones.
@@ -113,6 +115,18 @@ class Predictor:
             raise ValueError(
                 "what: got 'features', and the checkpoint has no adapter: its head changes the logits of an image and "
                 "a class, not an image's features; it takes topk, probabilities or logits"
+            )
+
+    def check_labels(self, where: str, labels: Sequence[str]) -> None:
+        """Raise ValueError for a label that is none of the checkpoint's classes. where: they are from."""
+        if not self.own_classes:  # whoever names others knows that the data's may not be among them
+            return
+        known = set(self.trained.class_names)
+        wrong = next((label for label in labels if label not in known), None)
+        if wrong is not None:
+            raise ValueError(
+                f"label: {where} has the class {wrong!r}, which is none of the checkpoint's {len(known)}; it takes "
+                "data of these classes, or --class-names FILE: those to choose among"
             )
 
     @cached_property

@@ -57,7 +57,9 @@ def plan_shards(
     elif images is not None:
         parts = [("images", image_rows(Path(images).expanduser()))]
     else:
-        parts = [("items", source_rows(load_test(predictor.trained, data)))]
+        items = source_rows(load_test(predictor.trained, data))
+        predictor.check_labels(items.where, items.columns(0, len(items)).get("label", ()))
+        parts = [("items", items)]
     rows = parts[0][1]
     predictor.check(options, rows)
     if options.format == "npy" and rows.width is None:
@@ -79,8 +81,9 @@ def predict_to_folder(
     become the same bytes.
 
     Returns items and seconds of this call, items_per_second, head_busy (the head's part of the seconds), shards (of
-    this rank), bad (rows of these that could not be predicted), left (shards of all ranks that are not finished),
-    device, backend, compared and agreed (see `Predictor`). Raises as `write_manifest` and `predict_shard`.
+    this rank), bad (rows of these that could not be predicted), reason (of this call's first bad row, or ""), left
+    (shards of all ranks that are not finished), device, backend, compared and agreed (see `Predictor`). Raises as
+    `write_manifest` and `predict_shard`.
     """
     output = Path(output)
     if overwrite:
@@ -201,6 +204,7 @@ class _Bar:
             "head_busy": self.head_seconds / seconds,
             "device": str(predictor.device),
             "backend": predictor.backend,
+            "reason": self.first_reason,
             "compared": predictor.compared,
             "agreed": predictor.agreed,
         }

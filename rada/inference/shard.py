@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rada.files import write_json
-from rada.inference.inputs import DIGEST_BYTES, Block, Columns, Shard, raw
+from rada.inference.inputs import DIGEST_BYTES, Block, Shard, raw
 from rada.inference.manifest import FORMAT_VERSION, RECORD_FORMAT, finished, record_path, settings_digest, shard_path
 from rada.inference.options import PredictOptions
 from rada.inference.overlap import ahead, behind
@@ -99,7 +99,7 @@ def write_batches(
     """Hand the results of a shard to `write`, batch after batch; digest: is fed with the features."""
     predictor.check(options, shard.rows)
     columns = shard.columns()
-    _check_labels(predictor, shard, columns)
+    predictor.check_labels(shard.rows.where, columns.get("label", ()))
     encoders = predictor.encoders if shard.rows.width is None else None
     blocks = shard.rows.blocks(shard.start, shard.stop, options.batch_size, encoders)
     if digest is not None:
@@ -133,18 +133,6 @@ def _batches(blocks: Iterable[Block], size: int) -> Iterator[Block]:
         for start in range(0, len(features), size):
             stop = start + size
             yield Block(features[start:stop], {i - start: why for i, why in unread.items() if start <= i < stop})
-
-
-def _check_labels(predictor: Predictor, shard: Shard, columns: Columns) -> None:
-    if not predictor.own_classes:  # whoever names others knows that the data's may not be among them
-        return
-    known = set(predictor.trained.class_names)
-    wrong = next((label for label in columns.get("label", ()) if label not in known), None)
-    if wrong is not None:
-        raise ValueError(
-            f"label: {shard.rows.where} has the class {wrong!r}, which is none of the checkpoint's {len(known)}; it "
-            "takes data of these classes, or --class-names FILE: those to choose among"
-        )
 
 
 def _file_digest(path: Path) -> str:

@@ -26,6 +26,7 @@ from rada.distributed import gather, gather_mean, own_rows, ranks, replicated
 from rada.extras import require
 from rada.files import replacing
 from rada.losses import LOSSES
+from rada.precision import loss_scaler
 from rada.tuning.parallel import load_state, load_weights, sharded, whole_state, whole_weights
 
 PARALLEL = ("ddp", "fsdp")
@@ -198,7 +199,7 @@ class FineTuner:
         self.trained, self.module = self._parallel(parallel)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.trained, tuning))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: tuning.rate(step, self.steps))
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=tuning.precision == "fp16")
+        self.scaler = loss_scaler(self.device, PRECISIONS[tuning.precision])
 
     def _parallel(self, parallel: str) -> tuple[RAdaCLIP, nn.Module]:
         """The model whose weights this rank trains, and what is called for its logits."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rada.classification import Classes, Labelled, accuracy, predict_labels
 from rada.distributed import gather, gather_mean, own_rows, ranks, replicated
 from rada.losses import CrossEntropy, Loss
-from rada.precision import autocast, autocast_dtype
+from rada.precision import autocast, autocast_dtype, loss_scaler
 from rada.tuning.schedule import Tuning
 
 if TYPE_CHECKING:
@@ -53,10 +53,11 @@ def tune_head(
     end with the weights of one process up to rounding: the loss is that of the whole batch, whatever it is. A head that
     shares its classes (`RAdaHead.shard_classes`) has the whole batch on every rank.
 
-    Raises ValueError for labels outside 0..K-1, and where the loss is no longer finite, naming the step; the head then
+    Raises TypeError or ValueError for other labels than int64 in 0..K-1, for a head without parameters to train or with
+    float16 ones, and where the loss is no longer finite, naming the step; the head then
     has the weights of the step before.
     """
-    _check(train, len(classes.text))
+    _check(head, train, len(classes.text))
     report = on_epoch or (lambda numbers: None)
     training = _Training(head, train, classes, tuning, seed, loss or CrossEntropy(tuning.alpha), precision)
     head.train()
@@ -89,8 +90,7 @@ class _Training:
         self.model = head if self.whole else replicated(head)
         self.steps_per_epoch = math.ceil(len(train.features) / tuning.batch_size)
         self.optimizer, self.rates = tuning.optimizer(head.parameters(), self.steps_per_epoch)
-        scaled = autocast_dtype(precision, self.device) is torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.scaler = loss_scaler(self.device, autocast_dtype(precision, self.device))
         self.step = 0
 
     def accuracy(self, items: Labelled | None) -> float | None:
@@ -139,8 +139,18 @@ class _Training:
         return number, penalties[0].item(), int((logits.detach().argmax(-1) == labels).sum())
 
 
-def _check(train: Labelled, classes: int) -> None:
+def _check(head: nn.Module, train: Labelled, classes: int) -> None:
+    dtypes = {parameter.dtype for parameter in head.parameters() if parameter.requires_grad}
+    if not dtypes:
+        raise ValueError("head: got no parameter that requires a gradient; it takes at least one")
+    if torch.float16 in dtypes:  # Adam's eps is 0 there
+        raise TypeError("head: got parameters of torch.float16; it takes torch.float32, with precision='fp16'")
+    for name, tensor in train._asdict().items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"train: got {name} of {type(tensor).__name__}; it takes tensors")
     count = len(train.features)
+    if train.labels.dtype != torch.int64 or train.labels.dim() != 1:
+        raise TypeError(f"train: got labels {list(train.labels.shape)} of {train.labels.dtype}; it takes [N] int64")
     if not count or len(train.labels) != count:
         raise ValueError(f"train: got {count} features and {len(train.labels)} labels; it takes as many, at least one")
     low, high = int(train.labels.min()), int(train.labels.max())

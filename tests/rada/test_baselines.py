@@ -93,6 +93,16 @@ def test_rows_of_classes():
     assert class_rows(torch.eye(4)[[0, 3]], text) is None
 
 
+def test_classes_of_the_same_features_and_a_zero_row_are_known():
+    """Two names of one prompt, and a class whose features are missing: each keeps its own weights."""
+    text = torch.eye(4)[[0, 1, 1, 2]]
+    text[3] = 0
+    assert class_rows(text, text).tolist() == [0, 1, 2, 3]
+    assert class_rows(text[[3, 1, 2]], text).tolist() == [3, 1, 2]
+    assert class_rows(text[[1, 2, 1]], text).tolist() == [1, 2, 1]
+    assert class_rows(text[[1]].bfloat16(), text.bfloat16()).tolist() == [1]
+
+
 def test_the_linear_probe_is_at_its_optimum():
     _, train, _, _ = problem()
     features, count, c = unit(train.features), len(train.labels), 10.0

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import rada
 from rada import RAdaHead, load_head, save_head
 from rada.checkpoint import load_config, read_part, write_part
+from rada.classification import Classes
 
 OPTIONS = {"temperature": 0.5, "queries": ("text", "rational"), "penalty": "l1", "normalize": False}
 
@@ -169,3 +171,27 @@ def test_another_part_stands_beside_the_head(tmp_path):
     weights.write_bytes((tmp_path / "head.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"adapter\.safetensors: its SHA-256 is not the one in adapter\.json"):
         read_part(weights, "adapter")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"class_names": ("a",)}, ValueError, r"class_names: got 1, 1 of them different; it takes 3"),
+        ({"class_names": ("a", "b", "a")}, ValueError, r"class_names: got 3, 2 of them different; it takes 3"),
+        ({"model": RAdaHead(8, 2)}, ValueError, r"classes: got features of width 12; the checkpoint takes 8"),
+        ({"model": torch.nn.Sequential(RAdaHead(12, 3))}, TypeError, r"model: got Sequential; it takes a RAdaCLIP"),
+    ],
+)
+def test_a_checkpoint_that_could_not_be_used_is_refused(tmp_path, wrong, error, message):
+    given = {"model": RAdaHead(12, 3), "classes": Classes(torch.eye(3, 12), 100.0), "class_names": ("a", "b", "c")}
+    given |= {"backbone": "x"} | wrong
+    with pytest.raises(error, match=message):
+        rada.save(tmp_path / "head", **given)
+    assert not (tmp_path / "head").exists()
+
+
+def test_classes_that_require_a_gradient_are_stored(tmp_path):
+    scale = torch.nn.Parameter(torch.tensor(50.0))
+    classes = Classes(torch.eye(3, 12).requires_grad_(), scale)
+    rada.save(tmp_path, RAdaHead(12, 3), classes=classes, class_names=("a", "b", "c"), backbone="x")
+    assert rada.load(tmp_path).classes.logit_scale == 50

@@ -142,6 +142,15 @@ def test_the_head_is_refused_before_the_encoding(images, model_dir, tmp_path, ca
     assert message in capsys.readouterr().err
 
 
+def test_a_tower_without_tokens_is_refused_before_another_method_is_fitted(images, tmp_path, capsys):
+    pytest.importorskip("open_clip")
+    output = tmp_path / "run"
+    arguments = ("--data", f"folder:{images}", "--model", "demo", "--method", "rada,rada+prompt", "--image-tokens", 2)
+    assert call("train", *arguments, *TINY, "--output", output) == 2
+    assert "image_tokens: got the image tower ModifiedResNet, which takes no tokens" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_features_without_training_images_are_refused(features, tmp_path, capsys):
     np.savez(tmp_path / "tests.npz", **np.load(features), split=np.full(CLASSES * 12, "test"))
     assert call("train", "--data", f"features:{tmp_path / 'tests.npz'}", "--output", tmp_path / "run", *TINY) == 2
@@ -239,7 +248,7 @@ def test_predict_on_images_marks_and_counts_what_is_no_image(image_run, images, 
     output = tmp_path / "predictions.jsonl"
     arguments = ("predict", "--checkpoint", image_run, "--images", folder, "--output", output, "--device", "cpu")
     assert call(*arguments, "--top-k", 2) == 0
-    assert "1 bad" in capsys.readouterr().out
+    assert "1 bad, the first: " in capsys.readouterr().out
     *rows, broken = (json.loads(line) for line in output.read_text().splitlines())
     assert [row["item"] for row in rows] == [str(folder / f"{label}.png") for label in range(CLASSES)]
     assert all(len(row["classes"]) == 2 and row["bad"] is None for row in rows)
@@ -290,6 +299,80 @@ def test_an_option_of_a_run_is_named(features, tmp_path, capsys, monkeypatch, ar
     assert call("train", "--data", f"features:{features}", *TINY, "--output", output, *arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "lp++"), "epochs: got 2 for lp++; it goes with rada, rada+prompt, rada+adapter, full"),
+        (("--towers-lr", 1), "towers_lr: got 1.0 for rada; it goes with full"),
+        (("--image-tokens", 2), "image_tokens: got 2 for rada; it goes with rada+prompt"),
+        (("--adapt-images", 2), "adapt_images: got 2 for rada; it goes with test-time"),
+        (("--setting", "full", "--weight-decay", 0.1), "weight_decay: got 0.1 for full; it goes with rada,"),
+        (("--workers", 1), "workers: got 1 with features:PATH"),
+        (("--cache", "kept"), "cache: got 'kept' with features:PATH"),
+        (("--pretrained", "openai"), "pretrained: got 'openai' with features:PATH; it takes none"),
+        (("--template", "one {}"), "templates: got ('one {}',) with features:PATH; it takes none"),
+        (("--overwrite", "--resume"), "overwrite: got it with resume; it takes one of the two"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(features, tmp_path, capsys, arguments, message):
+    output = tmp_path / "run"
+    assert call("train", "--data", f"features:{features}", *TINY, "--output", output, *arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("adapt", "--heads", 4), "heads: got 4 with a checkpoint, which has its own"),
+        (("adapt", "--template", "one {}"), "template: got ['one {}'] with a checkpoint"),
+        (("predict", "--what", "logits", "--top-k", 3), "top_k: got 3 with --what logits"),
+        (("predict", "--what", "features", "--class-names", "names"), "class_names: got 'names' with --what features"),
+        (("predict", "--format", "npy"), "format: got 'npy' with one file as output"),
+        (("predict", "--features", "x.npy", "--cache", "kept"), "cache: got 'kept' with features"),
+    ],
+)
+def test_an_option_that_a_checkpoint_does_not_take_is_refused(tmp_path, capsys, arguments, message):
+    output = tmp_path / "out.jsonl"
+    assert call(*arguments, "--checkpoint", "unread", "--output", output) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not output.exists()
+
+
+def test_labels_that_a_checkpoint_does_not_know_are_refused_first(feature_run, features, tmp_path, capsys):
+    stored, output = dict(np.load(features)), tmp_path / "out"
+    other = tmp_path / "other.npz"
+    np.savez(other, **stored, class_names=np.array([f"other {k}" for k in range(CLASSES)]))
+    arguments = ("predict", "--checkpoint", feature_run, "--data", f"features:{other}", "--output", output)
+    assert call(*arguments) == 2
+    assert "label: data has the class 'other 0', which is none of the checkpoint's" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_warning_of_every_seed_is_printed_once(features, tmp_path, capsys):
+    arguments = ("train", "--data", f"features:{features}", "--output", tmp_path / "run", *TINY)
+    assert call(*arguments, "--shots", 50, "--epochs", 1) == 0
+    assert capsys.readouterr().err.count("rada: warning: shots: got 50") == 1
+
+
+def test_what_is_no_checkpoint_is_said(features, tmp_path, capsys):
+    assert call("evaluate", "--checkpoint", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"checkpoint: {tmp_path} holds no head.json; it takes the folder of a head, or of a run" in error
+
+
+def test_a_cuda_graph_elsewhere_is_refused(feature_run, tmp_path, capsys):
+    arguments = ("predict", "--checkpoint", feature_run, "--output", tmp_path / "out", "--features", "unread.npy")
+    assert call(*arguments, "--cuda-graph", "--device", "cpu") == 2
+    assert "cuda_graph: got it on cpu; it takes a CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "adapt"])
+def test_figures_that_cannot_be_written_are_refused_first(command, tmp_path, capsys):
+    assert call(command, "--checkpoint", "unread", "--output", tmp_path) == 2
+    assert f"output: {tmp_path}: cannot be written (Is a directory)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_info_tells_of_every_backend(capsys):

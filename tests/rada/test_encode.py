@@ -319,7 +319,7 @@ def test_a_list_of_unreadable_images_is_refused(encode, tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"images: none of 4 in a row could be read, from .*/0\.png: not a readable"):
         encode(tmp_path / "out", listing=list_images(tmp_path))
-    assert not list((tmp_path / "out" / "img_emb").iterdir())
+    assert not (tmp_path / "out" / "img_emb").exists()
 
 
 @pytest.mark.parametrize(
@@ -331,6 +331,7 @@ def test_a_list_of_unreadable_images_is_refused(encode, tmp_path):
             "dtype: got 'int8'; it takes one of float16, bfloat16, float32",
         ),
         (("nowhere", "--model", "demo", "--output", "out"), "nowhere: no such file or folder"),
+        (("pictures", "--model", "no-model", "--output", "out"), "model_or_name: got 'no-model'"),
     ],
 )
 def test_wrong_options_are_named(tmp_path, monkeypatch, capsys, arguments, message):
@@ -340,4 +341,4 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, capsys, arguments, messa
         main(["encode", *arguments])
     assert ended.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "out" / "encode.json").exists()
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,13 @@ def wrong_calls():
     yield "text of three", (image, text[None], 1.0), ValueError, "text_features: got shape [1, 6, 16]"
     yield "widths differ", (image, text[:, :8], 1.0), ValueError, "text_features: got width 8; it takes [K, 16]"
     yield "no class", (image, text[:0], 1.0), ValueError, "text_features: got an empty class set"
-    yield "width of another head", (image[:, :8], text[:, :8], 1.0), ValueError, "it takes [8, 8]"
+    yield (
+        "width of another head",
+        (image[:, :8], text[:, :8], 1.0),
+        ValueError,
+        "image_features: got width 8; it takes [B, 16]",
+    )
+    yield "width that no head divides", (image[:, :7], text[:, :7], 1.0), ValueError, "image_features: got width 7"
     yield "dtypes differ", (image, text.double(), 1.0), TypeError, "text_features: got dtype torch.float64"
     half = "image_features: got dtype torch.float16, but the layers have torch.float32; cast the head, head.to("
     yield "head of another dtype", (image.half(), text.half(), 1.0), TypeError, half + "torch.float16), or the features"
@@ -122,6 +129,13 @@ def wrong_calls():
     yield "devices differ", (image, text.to("meta"), 1.0), ValueError, "text_features: got device meta; it takes cpu"
     yield "no tensor", (image.numpy(), text, 1.0), TypeError, "image_features: got ndarray"
     yield "scale of two", (image, text, torch.ones(2)), ValueError, "logit_scale: got shape [2]"
+    yield "infinite scale", (image, text, float("inf")), ValueError, "logit_scale: got inf; it takes the exponentiated"
+    yield (
+        "sparse",
+        (image.to_sparse(), text, 1.0),
+        TypeError,
+        "image_features: got layout torch.sparse_coo; it takes a d",
+    )
     yield "negative scale", (image, text, -1.0), ValueError, "logit_scale: got -1.0"
     yield "scale of a string", (image, text, "100"), TypeError, "logit_scale: got str"
     yield "bias of a list", (image, text, 1.0, [0.0]), TypeError, "logit_bias: got list"
@@ -132,6 +146,28 @@ def test_wrong_calls_are_named(arguments, error, message):
     with pytest.raises(error) as caught:
         RAdaHead(16, 4)(*arguments)
     assert message in str(caught.value)
+
+
+def test_a_layer_that_is_wrapped_is_named():
+    """Of a wrapper the weight alone would be read: what it adds would do nothing, unsaid."""
+    head = RAdaHead(16, 4)
+    head.k_proj = torch.nn.Sequential(head.k_proj)
+    with pytest.raises(TypeError, match=r"k_proj: got Sequential; it takes an nn\.Linear"):
+        head(*features(), 1.0)
+
+
+def test_a_parametrized_layer_trains():
+    head = RAdaHead(16, 4)
+    torch.nn.init.normal_(head.out_proj.weight)
+    torch.nn.utils.parametrizations.weight_norm(head.k_proj)
+    head(*features(), 20.0).sum().backward()
+    assert head.k_proj.parametrizations.weight.original0.grad.abs().max() > 0
+
+
+def test_a_head_without_values_is_named():
+    image, text = features()
+    with pytest.raises(ValueError, match="image_features: got device meta; it takes a device that holds values"):
+        RAdaHead(16, 4, device="meta")(image.to("meta"), text.to("meta"), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +250,7 @@ def test_logit_bias_and_tensor_scale(backend):
     bias = torch.tensor(-3.0, requires_grad=True)
     logits = head(image, text, log_scale.exp(), bias)
     torch.testing.assert_close(logits, head(image, text, log_scale.exp().item()) - 3)
+    torch.testing.assert_close(logits, head(image, text, np.float32(log_scale.exp().item())) - 3)
     logits.sum().backward()
     torch.testing.assert_close(bias.grad, torch.tensor(24.0))
     torch.testing.assert_close(log_scale.grad, (logits.detach() + 3).sum(), rtol=1e-4, atol=1e-4)

@@ -266,3 +266,5 @@ def test_wrong_models_are_named():
         encoder.tokenizer(TEXTS)
     with pytest.raises(ValueError, match=r"processor: got None; image_processor takes the model's processor"):
         encoder.preprocess(picture())
+    with pytest.raises(ValueError, match=r"model: transformers:/no/such/model cannot be opened: "):
+        ModelSpec("transformers:/no/such/model").open(torch.device("cpu"))

@@ -233,7 +233,7 @@ def test_an_output_that_cannot_be_made_is_named_first(data, tmp_path, monkeypatc
     monkeypatch.setattr(rada.experiment, "prepare", lambda *_, **__: pytest.fail("the data were read"))
     (tmp_path / "file").write_text("")
     assert train("--data", data, "--output", tmp_path / "file" / "run", *TINY) == 2
-    assert "file/run cannot be made in" in " ".join(capsys.readouterr().err.split())
+    assert "file/run: cannot be written (Not a directory)" in " ".join(capsys.readouterr().err.split())
     monkeypatch.setattr("os.access", lambda *_: False)
     assert train("--data", data, "--output", tmp_path / "run", *TINY) == 2
-    assert "run cannot be made in" in " ".join(capsys.readouterr().err.split())
+    assert "run: cannot be written (Permission denied)" in " ".join(capsys.readouterr().err.split())

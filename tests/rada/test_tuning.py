@@ -56,6 +56,22 @@ def test_a_seed_fixes_a_training_run():
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_float16_takes_every_step():
+    """With torch's own scale of 65536 the first steps overflow at CLIP's logit scale, and are left out unsaid."""
+    rng = torch.Generator().manual_seed(0)
+    text = torch.randn(10, 64, generator=rng)
+    labels = torch.arange(40) % 10
+    train = Labelled(text[labels] + 6 * torch.randn(40, 64, generator=rng), labels)
+    heads = []
+    for precision in ("fp32", "fp16"):
+        torch.manual_seed(0)
+        head = RAdaHead(64, 4, backend="torch", penalty="mse")
+        tuning = Tuning(epochs=2, batch_size=20, lr=1e-3, warmup_lr=1e-3)
+        heads.append(tune_head(head, train, Classes(text, 117.0, -13.0), tuning, seed=1, precision=precision))
+    exact, half = (head.out_proj.weight for head in heads)
+    assert (half - exact).norm() < 0.1 * exact.norm()
+
+
 def test_backends_train_alike():
     classes, train, _ = problem(0)
     losses = {}
@@ -167,6 +183,24 @@ def test_labels_out_of_range_are_refused():
     head = RAdaHead(WIDTH, 4)
     with pytest.raises(ValueError, match=r"0\.\.19"):
         tune_head(head, train._replace(labels=train.labels + 1), classes, Tuning(), seed=1)
+
+
+def test_what_cannot_be_trained_is_named():
+    classes, train, _ = problem(0)
+
+    def tune(head=None, train=train, **options):
+        tune_head(RAdaHead(WIDTH, 4) if head is None else head, train, classes, Tuning(), seed=1, **options)
+
+    with pytest.raises(TypeError, match=r"train: got labels \[320\] of torch.float32; it takes \[N\] int64"):
+        tune(train=train._replace(labels=train.labels.float()))
+    with pytest.raises(TypeError, match="train: got features of ndarray; it takes tensors"):
+        tune(train=train._replace(features=train.features.numpy()))
+    with pytest.raises(ValueError, match="head: got no parameter that requires a gradient"):
+        tune(RAdaHead(WIDTH, 4).requires_grad_(False))
+    with pytest.raises(TypeError, match=r"head: got parameters of torch\.float16; it takes torch\.float32"):
+        tune(RAdaHead(WIDTH, 4).half())
+    with pytest.raises(ValueError, match="precision: got 'fp8'; it takes one of fp32, bf16, fp16, amp"):
+        tune(precision="fp8")
 
 
 def test_a_loss_that_is_not_finite_stops_the_training():
