@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 from rada_kernels.backends import plain
 from rada_kernels.checks import check_inputs
 from rada_kernels.dispatch import BACKENDS, BackendChoice, choose_backend
-from rada_kernels.numerics import accumulation_dtype
+from rada_kernels.numerics import accumulation_dtype, autocast_dtype
 from rada_kernels.options import Options, Params
 
 
@@ -19,8 +21,8 @@ def backend_for(image: Tensor, options: Options, backend: str = "auto") -> Backe
 
 def _choose(image: Tensor, options: Options, backend: str) -> tuple[str, dict[str, str]]:
     dtype = image.dtype
-    if torch.is_autocast_enabled(image.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(image.device.type)
+    if dtype != torch.float64:
+        dtype = autocast_dtype(image.device) or dtype
     return choose_backend(backend, dtype, image.device, image.shape[-1], options.num_heads)
 
 
@@ -64,7 +66,7 @@ def logits_and_penalty(sums: Tensor, deviation: Tensor, image: Tensor, params: P
     logits = params.scale * sums
     if params.logit_bias is not None:
         logits = logits + params.logit_bias
-    if not torch.is_autocast_enabled(image.device.type):
+    if autocast_dtype(image.device) is None:
         logits = logits.to(image.dtype)
     return logits, deviation.sum() / max(image.shape[0], 1)
 
@@ -90,7 +92,9 @@ def rada_mask(image: Tensor, text: Tensor, params: Params, options: Options | No
     check_inputs(image, text, params, options)
     params = on_device(params, image)
     params = params._replace(**{name: getattr(params, name).to(image.dtype) for name in Params._fields[:12]})
-    with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+    within = autocast_dtype(image.device) is not None
+    outside = torch.autocast(image.device.type, enabled=False) if within else contextlib.nullcontext()
+    with torch.no_grad(), outside:
         return plain.mask(image, text.to(image.dtype), params, options)
 
 

@@ -12,6 +12,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from rada_kernels.numerics import autocast_dtype
 from rada_kernels.options import Options, Params
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -103,9 +104,7 @@ def _check_together(image: Tensor, text: Tensor, layers: dict[str, Tensor]) -> N
     for name, tensor in {"text_features": text, **layers}.items():
         if tensor.device != image.device:
             raise ValueError(f"{name}: got device {tensor.device}; it takes {image.device}, where image_features are")
-    if image.device.type == "meta":
-        raise ValueError("image_features: got device meta; it takes a device that holds values, such as cpu")
-    autocast = torch.is_autocast_enabled(image.device.type)
+    autocast = autocast_dtype(image.device) is not None
 
     def fits(tensor: Tensor) -> bool:
         if autocast and torch.float64 not in (tensor.dtype, image.dtype):

@@ -18,6 +18,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What the autocast around this call casts to on a device; None outside of one, and where torch has none: meta."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else None
+
+
 @contextlib.contextmanager
 def matmul_precision(setting: str) -> Iterator[None]:
     """Within it, torch.get_float32_matmul_precision() is this setting; "" changes nothing."""

@@ -14,8 +14,6 @@
 
 namespace RADA_ISA {
 
-typedef float word __attribute__((may_alias));
-
 constexpr int64_t TILE = 16;                   // rows of a tile register, and words in each
 constexpr int64_t TILE_ROWS = 2 * TILE;        // of a block
 constexpr int64_t GROUP_ROWS = 4 * TILE_ROWS;  // that share a panel while the first-level cache holds it

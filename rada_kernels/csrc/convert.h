@@ -91,6 +91,17 @@ RADA_INLINE vec read(const char* at, int64_t stride, int64_t n) {
   return Numbers::decode(v);
 }
 
+// Rows of a matrix of any type, ld apart, which a product decodes as it reads them.
+template <class Numbers>
+struct DecodedRows {
+  const typename Numbers::bits* at;
+  int64_t ld;
+
+  DecodedRows from(int64_t row) const { return {at + row * ld, ld}; }
+  // Of the first row, n numbers from i on; zeros past them.
+  RADA_INLINE vec words_at(int64_t i, int64_t n) const { return read<Numbers>((const char*)(at + i), 1, n); }
+};
+
 template <class Numbers>
 RADA_INLINE void write(char* at, int64_t stride, int64_t n, vec x) {
   const typename Numbers::vector v = Numbers::encode(x);

@@ -18,8 +18,6 @@
 
 namespace RADA_ISA {
 
-typedef float word __attribute__((may_alias));
-
 // Around a thread's task: what products set up in the processor is taken back.
 #if defined(RADA_TILES)
 using TaskScope = TileUse;
@@ -112,6 +110,8 @@ struct Rows {
   Rows from(int64_t row) const { return {at + row * ld, ld}; }
   const word* words() const { return (const word*)at; }
   int64_t word_ld() const { return ld / P::per_word; }
+  // Of the first row, n words from i on; zeros past them.
+  RADA_INLINE vec words_at(int64_t i, int64_t n) const { return load_first((const float*)words() + i, n); }
 };
 
 // How n columns are cut in panels of at most NV vectors, as equally as possible.
@@ -392,32 +392,36 @@ constexpr int64_t IN_PLACE_COLUMNS = 4 * W;  // of a task whose operand is not p
 
 // C[m, columns first to end] = A Bᵀ, B's rows first to end read in place: every element is a dot product along k, and
 // W of them share the loads and one transpose. first is a multiple of W. Tiles of one row and one vector.
-template <class P, class Epilogue>
-RADA_INLINE void multiply_in_place(int64_t m, int64_t k, const word* a, int64_t ld, const Rows<P>& b, int64_t first,
+template <class P, class B, class Epilogue>
+RADA_INLINE void multiply_in_place(int64_t m, int64_t k, const word* a, int64_t ld, const B& b, int64_t first,
                                    int64_t end, Epilogue&& epilogue) {
   constexpr int C = 4, R = W / C;  // R rows of A by C rows of the matrix
   for (int64_t column = first; column < end; column += W)
     for (int64_t row = 0; row < m; row += R) {
       float block[R][W] = {};
       for (int c = 0; c < W && column + c < end; c += C) {
-        const word *left[R], *right[C];
+        const word* left[R];
+        B right[C];
         for (int r = 0; r < R; r++) left[r] = a + smaller_of(row + r, m - 1) * ld;
-        for (int j = 0; j < C; j++) right[j] = b.from(smaller_of(column + c + j, end - 1) - first).words();
+        for (int j = 0; j < C; j++) right[j] = b.from(smaller_of(column + c + j, end - 1) - first);
         vec dots[W] = {};
-        auto step = [&](auto&& load_at) RADA_LAMBDA {
+        auto step = [&](int64_t i, int64_t n) RADA_LAMBDA {  // n words from i on
           vec y[C];
 #pragma GCC unroll 4
-          for (int j = 0; j < C; j++) y[j] = load_at(right[j]);
+          for (int j = 0; j < C; j++) {
+            y[j] = right[j].words_at(i, n);
+            if (row == 0) __builtin_prefetch(right[j].at + i * P::per_word + C * b.ld);  // the C rows after these
+          }
 #pragma GCC unroll 4
           for (int r = 0; r < R; r++) {
-            const vec x = load_at(left[r]);
+            const vec x = load_first((const float*)left[r] + i, n);
 #pragma GCC unroll 4
             for (int j = 0; j < C; j++) dots[r * C + j] = P::multiply_add(x, y[j], dots[r * C + j]);
           }
         };
         int64_t i = 0;
-        for (; i + W <= k; i += W) step([=](const word* p) RADA_LAMBDA { return load(p + i); });
-        if (i < k) step([=](const word* p) RADA_LAMBDA { return load_first((const float*)p + i, k - i); });
+        for (; i + W <= k; i += W) step(i, W);
+        if (i < k) step(i, k - i);
         transpose(dots);
         vec total{};
         for (int w = 0; w < W; w++) total += dots[w];

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 #include "arrays.h"
@@ -34,7 +35,8 @@ const InstructionSet& instruction_set() {
       if (named) refused = " (" + set.refused + ")";
       if (set.usable()) usable += std::string(usable.empty() ? "" : ", ") + set.name;
     }
-    STD_TORCH_CHECK(false, "RADA_CPU_ISA: got ", wanted, refused, "; this machine takes one of ", usable);
+    throw std::runtime_error(std::string("RADA_CPU_ISA: got ") + wanted + refused + "; this machine takes one of " +
+                             usable);
   }();
   return chosen;
 }

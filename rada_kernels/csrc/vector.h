@@ -66,6 +66,7 @@ typedef float vec __attribute__((vector_size(W * 4), may_alias));
 typedef float vec_at_any_address __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(W * 4), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(W * 4), may_alias));
+typedef float word __attribute__((may_alias));  // of an operand: a float, or two bfloat16
 
 RADA_INLINE vec load(const void* p) { return *static_cast<const vec_at_any_address*>(p); }
 RADA_INLINE void store(void* p, vec v) { *static_cast<vec_at_any_address*>(p) = v; }
@@ -205,13 +206,14 @@ RADA_INLINE vec exp2(vec x) {
 #endif
 }
 
-// W numbers of 16 bits, and each in the low half of its lane. gcc 12 converts 16 of them in two halves where it is left to
-// itself.
+// W numbers of 16 bits, and each in the low half of its lane. gcc 12 converts them in two halves where it is left to itself.
 typedef uint16_t half_vec __attribute__((vector_size(W * 2), may_alias));
 
 RADA_INLINE uvec low_halves(half_vec v) {
 #if defined(__AVX512F__)
   return (uvec)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (uvec)_mm256_cvtepu16_epi32((__m128i)v);
 #else
   return __builtin_convertvector(v, uvec);
 #endif

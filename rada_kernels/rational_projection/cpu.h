@@ -32,11 +32,18 @@ template <class P, class Epilogue>
 RADA_INLINE void apply(const Linear<P>& layer, const typename P::element* rows, int64_t m, int64_t width, int64_t first,
                        int64_t end, typename P::element* copy, Epilogue&& epilogue) {
   const int64_t words = width / P::per_word;
-  if (layer.packed)
-    multiply<P, true>(m, words, (const word*)rows, words, layer.packed, Panels(width), epilogue);
-  else
-    multiply_in_place<P>(m, words, (const word*)rows, words, layer.block(first, end - first, 0, width, copy), first,
-                         end, epilogue);
+  if (layer.packed) return multiply<P, true>(m, words, (const word*)rows, words, layer.packed, Panels(width), epilogue);
+  auto multiply_by = [&](const auto& b) RADA_LAMBDA {
+    multiply_in_place<P>(m, words, (const word*)rows, words, b, first, end, epilogue);
+  };
+  // 16 bits are widened in the product's registers: a copy of them would go through the second-level cache.
+  if constexpr (P::per_word == 1)
+    if (layer.weight.column_stride == 1)
+      return with_numbers(layer.weight.type, [&](auto numbers) {
+        typedef DecodedRows<decltype(numbers)> B;
+        multiply_by(B{(decltype(B::at))layer.weight.block(first, end - first, 0, width).at, layer.weight.row_stride});
+      });
+  multiply_by(layer.block(first, end - first, 0, width, copy));
 }
 
 // rows[m, D] W, columns first to end: the gradient of a layer's input, to put(row, column, vec).

@@ -170,8 +170,17 @@ def test_unknown_instruction_set_is_named():
     code = "from rada_kernels.backends import cpu; print(cpu.MISSING)"
     environment = os.environ | {"RADA_CPU_ISA": "avx1024"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert "avx1024" in out.stdout
+    assert "does not load: RADA_CPU_ISA: got avx1024; this machine takes one of " in out.stdout
     assert instruction_sets()[-1] in out.stdout
+
+
+def test_errors_hold_no_path_of_the_machine_that_built():
+    """torch's check names its source file: ours from the repository on, torch's headers from their folder on."""
+    with pytest.raises(RuntimeError, match=r", rada_kernels/csrc/operators.cpp:\d+, threads: got 0"):
+        torch.ops.rada_cpu.record_tasks(0)
+    built = cpu.LIBRARY.read_bytes()
+    assert b"torch/csrc/stable/" in built
+    assert b"/torch/csrc/stable/" not in built
 
 
 def test_a_library_of_another_version_is_passed_over():

@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 
 from rada.fused import RAdaHead
-from rada_kernels import BACKENDS, Options, Params, dispatch, ops, rada_logits
+from rada_kernels import BACKENDS, Options, Params, dispatch, ops, rada_attended_rows, rada_logits, rada_mask
 from rada_kernels.ops import pack_options
 from tests.kernels.test_backends import backends, every_backend
 from tests.kernels.truth import assert_one_graph_serves_every_batch, make_case
@@ -116,6 +116,19 @@ def test_autocast_leaves_float64_alone(backend):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = head(image, text, 20.0)
     assert torch.equal(logits, head(image, text, 20.0))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_shapes_of_meta_tensors(backend):
+    """A device that torch has no autocast for."""
+    case = make_case(3, 5, 16).to("meta").cast(torch.bfloat16)
+    params = Params(*(layer.requires_grad_() for layer in case.layers), logit_scale=case.scale)
+    logits, penalty = rada_logits(case.image, case.text, params, case.options, backend)
+    assert (logits.shape, logits.dtype, penalty.dtype) == ((3, 5), torch.bfloat16, torch.float32)
+    (logits.sum() + penalty).backward()
+    assert params.key_weight.grad.shape == (16, 16)
+    assert rada_attended_rows(case.image, case.text, params, case.options, backend).shape == (3, 5, 16)
+    assert rada_mask(case.image, case.text, params, case.options).shape == (3, 5, 16)
 
 
 def test_double_backward_is_refused_in_words():

@@ -164,12 +164,6 @@ def test_a_parametrized_layer_trains():
     assert head.k_proj.parametrizations.weight.original0.grad.abs().max() > 0
 
 
-def test_a_head_without_values_is_named():
-    image, text = features()
-    with pytest.raises(ValueError, match="image_features: got device meta; it takes a device that holds values"):
-        RAdaHead(16, 4, device="meta")(image.to("meta"), text.to("meta"), 1.0)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

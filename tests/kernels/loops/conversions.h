@@ -76,8 +76,9 @@ inline void test_layouts(const std::string& where, const Loops& loops, Judge& ju
     std::memcpy(&bits, &x, 4);
     if (type == Type::FLOAT) return bits;
     if (type == Type::BFLOAT16) return bits >> 16;
-    for (uint32_t half = 0;; half++)
-      if (from_half(half) == value) return half;
+    int exponent = 0;
+    while (value >> exponent > 1) exponent++;
+    return value ? (exponent + 15) << 10 | (value << (10 - exponent) & 1023) : 0;
   };
   for (Type from_type : TYPES)
     for (Type to_type : TYPES)
