@@ -58,5 +58,7 @@ def environment():
 def command(checkpoint, features, output, *more):
     """Of `rada predict` with the options SMALL."""
     arguments = ["--checkpoint", checkpoint, "--features", features, "--output", output, "--device", "cpu"]
-    arguments += ["--top-k", 3, "--batch-size", 8, "--rows-per-shard", 20, *more]
-    return ["-m", "rada", "predict", *map(str, arguments)]
+    arguments += ["--top-k", 3, "--batch-size", 8]
+    if not output.suffix:
+        arguments += ["--rows-per-shard", 20]
+    return ["-m", "rada", "predict", *map(str, [*arguments, *more])]
