@@ -178,9 +178,10 @@ def test_errors_hold_no_path_of_the_machine_that_built():
     """torch's check names its source file: ours from the repository on, torch's headers from their folder on."""
     with pytest.raises(RuntimeError, match=r", rada_kernels/csrc/operators.cpp:\d+, threads: got 0"):
         torch.ops.rada_cpu.record_tasks(0)
-    built = cpu.LIBRARY.read_bytes()
-    assert b"torch/csrc/stable/" in built
-    assert b"/torch/csrc/stable/" not in built
+    if "RADA_CPU_LIBRARY" not in os.environ:  # sanitizers keep paths of their own
+        built = cpu.LIBRARY.read_bytes()
+        assert b"torch/csrc/stable/" in built
+        assert b"/torch/csrc/stable/" not in built
 
 
 def test_a_library_of_another_version_is_passed_over():
