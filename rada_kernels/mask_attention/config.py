@@ -135,12 +135,12 @@ def keys_bwd_registers(target: Target, shapes: Shapes, classes: int) -> dict[str
 
 
 def joint_bwd_registers(target: Target, shapes: Shapes) -> dict[str, int]:
-    """By itself ptxas stops at 96 or 128, with 8 to 32 bytes of spill."""
-    if target.device.family == "wgmma" and shapes.E <= 64:
+    """By itself ptxas stops at 96 or 128, with 8 to 32 bytes of spill. Between, two programs reside without."""
+    if target.device.family == "wgmma" and not 64 < shapes.E <= 128:
         return {"maxnreg": 168}
     if target.device.name == "sm_120" and shapes.dtype.itemsize == 4 and shapes.E > 128:
         return {"maxnreg": 255}
-    return {"maxnreg": 128} if target.device.name == "sm_90" else {}
+    return {}
 
 
 def _registers(most: int, target: Target, shapes: Shapes, classes: int) -> dict[str, int]:
