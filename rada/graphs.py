@@ -10,6 +10,12 @@ from torch import Tensor
 WARM_UPS = 3  # calls before the capture: kernels are compiled, the allocator and libraries have what they need
 
 
+def check_device(device: torch.device) -> None:
+    """Raise ValueError for a device without CUDA graphs."""
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graph: got it on {device}; it takes a CUDA device")
+
+
 def graphed(head: Callable[[Tensor], Tensor], batch: Tensor) -> Callable[[Tensor], Tensor]:
     """`head` without the host's work: captured once in a CUDA graph for features [B, D] like `batch`, then replayed.
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from rows import table
-from workloads import WORKLOADS, Workload
+from workloads import WORKLOADS, Workload, workload
 
 from codegen.calibration import calibration_table
 from codegen.launches import (
@@ -81,7 +81,7 @@ def covered(kind: str, load: Workload, call: Launch | TorchCall) -> bool:
     """Whether a call is part of the report. The attention's registers follow from a head's width: it is compiled at
     every size. The other kernels are at every width in one dtype; at all class numbers and dtypes workloads have them.
     """
-    if load.name in WORKLOADS:
+    if load.name not in SIZES:
         return True
     return isinstance(call, Launch) and (call.name.startswith("mask_attention") or (kind, load.classes) == WHOLE)
 
@@ -102,7 +102,7 @@ def pass_of(row: dict) -> tuple:
 
 def modes_of(load: Workload) -> tuple[str, ...]:
     """A size's one mode launches every kernel; only workloads have a predicted time."""
-    return load.modes if load.name in WORKLOADS else ("step-features",)
+    return load.modes if load.name not in SIZES else ("step-features",)
 
 
 def gather(archs: list[str], kinds: list[str], loads: list[Workload] | None, codes: dict[str, Code]) -> list[dict]:
@@ -187,7 +187,7 @@ def predict(rows: list[dict], codes: dict[str, Code]) -> list[tuple[dict, Spent]
     """The calls whose time is predicted, those of bfloat16 workloads on calibrated parts, and what they spend."""
     out = []
     for row in rows:
-        if row["load"].name in WORKLOADS and row["kind"] == PREDICTED and row["arch"] in PARTS:
+        if row["load"].name not in SIZES and row["kind"] == PREDICTED and row["arch"] in PARTS:
             call, arch = row["call"], row["arch"]
             if isinstance(call, Launch):
                 out.append((row, predicted(call, arch, codes[row["key"]])))
@@ -304,7 +304,7 @@ def predicted_scores(predictions: list[tuple[dict, Spent]]) -> list[str]:
         cells = [name, mode]
         for arch in archs:
             took = of[arch].total if arch in of else None
-            score = took and limit_s(WORKLOADS[name], mode, arch) / took
+            score = took and limit_s(workload(name), mode, arch) / took
             cells.append(f"{score:.2f} ({took * 1e6:.0f} µs)" if took else "not compiled")
         spent = of.get(archs[0], NOTHING)
         shares = vars(spent).values()
@@ -353,7 +353,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile every kernel that the workloads and sizes launch, for every architecture, and write the report."""
-    loads = WORKLOADS | SIZES
     parser = argparse.ArgumentParser(description=main.__doc__)
     add = parser.add_argument
     add("--arch", action="append", choices=ARCHS, help="default: all")
@@ -361,9 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add(
         "--workload",
         action="append",
-        choices=loads,
         metavar="NAME",
-        help="or a size such as E64-K100; default: `loads_of`",
+        help="or a size, such as b64-k21841-d512, or one of the report's, such as E64-K100; default: `loads_of`",
     )
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: the cores")
     add("--count", action="store_true", help="say how many kernels there are to compile, and stop")
@@ -374,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = (
         options.arch or ARCHS,
         options.dtype or [*KINDS],
-        [loads[name] for name in options.workload] if options.workload else None,
+        [SIZES.get(name) or workload(name) for name in options.workload] if options.workload else None,
     )
     RUNS.mkdir(exist_ok=True)
     store, start = Store(RUNS / "codes.jsonl"), time.monotonic()

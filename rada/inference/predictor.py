@@ -18,7 +18,7 @@ from rada.checkpoint import Checkpoint, load_checkpoint
 from rada.checks import check_one_of
 from rada.data.classes import prompt_names, read_names
 from rada.encoders import FeatureExtractor, hash_tensors
-from rada.graphs import graphed
+from rada.graphs import check_device, graphed
 from rada.inference.inputs import DIGEST_BYTES, Rows
 from rada.inference.options import PredictOptions
 from rada.losses import LOSSES
@@ -71,8 +71,8 @@ class Predictor:
             stored = load_checkpoint(stored, device=device, backend=backend)
         self.stored = stored
         self.trained = stored
-        if cuda_graph and stored.device.type != "cuda":
-            raise ValueError(f"cuda_graph: got it on {stored.device}; it takes a CUDA device")
+        if cuda_graph:
+            check_device(stored.device)
         if precision not in (None, stored.precision):
             check_one_of(PRECISIONS, precision=precision)
             # Weights of another dtype have another fingerprint: `encoders` checks the stored ones.

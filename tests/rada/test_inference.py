@@ -78,6 +78,7 @@ def test_the_head_is_graphed_once_and_all_batches_go_through(checkpoint, feature
         return replay
 
     monkeypatch.setattr(predictor_module, "graphed", graphed)
+    monkeypatch.setattr(predictor_module, "check_device", lambda device: None)
     options = {"features": features, "device": "cpu"}
     predict(checkpoint, tmp_path / "graphed", SMALL, cuda_graph=True, **options)
     predict(checkpoint, tmp_path / "out", SMALL, **options)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rada_kernels.rational_projection.config import QUERIES_BWD, ROUND, row_split, weight_bwd_config
+from rada_kernels.rational_projection.config import QUERIES_BWD, ROUND, queries_registers, row_split, weight_bwd_config
 from rada_kernels.triton_common.call import Call
 from rada_kernels.triton_common.config import GemmConfig, PairBlock, cdiv
 from rada_kernels.triton_common.dialect import load_rows, operand, outer_rows, pair_rows, store_rows, unit_features
@@ -186,9 +186,10 @@ def layer_grads(
         features=features, scale=scale, grad_projections=attention.projections, B=batch, K=classes, S=shapes,
     )  # fmt: skip
     if shapes.TEXT or shapes.IMAGE:
+        registers = call.config(queries_registers)
         call.launch(
             _rational_projection_bwd_queries_kernel, QUERIES_BWD,
-            lambda c: ((cdiv(width, c.BC) * cdiv(width, c.BD), shapes.TEXT + shapes.IMAGE), {}),
+            lambda c: ((cdiv(width, c.BC) * cdiv(width, c.BD), shapes.TEXT + shapes.IMAGE), {**registers}),
             features=features, scale=scale, grad_image=attention.query_image, grad_text=sum_query_text, grads=grads,
             B=batch, K=classes, S=shapes,
         )  # fmt: skip
