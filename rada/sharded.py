@@ -16,7 +16,7 @@ from rada_kernels.backends import class_rows
 from rada_kernels.backends.class_rows import Share
 from rada_kernels.budget import Tiling
 from rada_kernels.checks import LAYER_NAMES, check_inputs
-from rada_kernels.numerics import matmul_precision
+from rada_kernels.numerics import autocast_dtype, matmul_precision
 from rada_kernels.options import Options, Params, Wanted
 
 if TYPE_CHECKING:
@@ -119,11 +119,8 @@ def _gather_columns(own: Tensor, call: _Call) -> Tensor:
 
 def _follow_autocast(*tensors: Tensor) -> list[Tensor]:
     """In the dtype of the surrounding autocast; float64 stays as it is, as in torch's own rules."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
+    dtype = autocast_dtype(tensors[0].device)
+    return [tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
 
 
 def _check_same(image: Tensor, text: Tensor, params: Params, options: Options, group: ProcessGroup) -> None:

@@ -262,14 +262,16 @@ def logit_reduction_fwd(
     sums = call.image.new_empty(batch, classes, dtype=torch.float32)
     means = sums if linf else torch.empty_like(sums)  # "linf" writes none
 
+    def parts_of(c: GemmConfig) -> int:
+        return cdiv(width, c.BC) if whole else 1
+
     def blocks(c: GemmConfig):
-        tile = RowBlocks.of(attended, call, c.BR)
-        parts = cdiv(width, c.BC) if whole else 1
+        tile, parts = RowBlocks.of(attended, call, c.BR), parts_of(c)
         programs = parts * cdiv(batch, tile.BI) * cdiv(classes, tile.BK)
         return (programs,), {"R": tile, "PARTS": parts}
 
     def tensors(c: GemmConfig):
-        parts = cdiv(width, c.BC) if whole else 1
+        parts = parts_of(c)
         return {"parts": sums.new_empty(2 - linf, parts, batch, classes) if parts > 1 else sums}
 
     read = attended.pointers_but("rows", "image_row", "m", "l") if whole else attended.pointers
