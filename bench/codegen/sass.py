@@ -196,7 +196,7 @@ def _loops(blocks: list[_Block]) -> list[set[int]]:
 
 
 def read_way(listing: str, warps: int, copied: Copied = NOTHING_COPIED) -> Way:
-    """tensor_copy_bytes: of one UTMALDG, which do not stand in the code."""
+    """From nvdisasm's listing of a kernel of so many warps. copied: by its tensor copies."""
     blocks = _blocks(listing, warps, copied)
     everywhere = _loops(blocks)
     loops = [loop for loop in everywhere if any(blocks[b].counts.flop for b in loop)]
